@@ -1,0 +1,464 @@
+"""Iterative Visual Thinking (arXiv:2606.13156): everything the four phases share.
+
+Read this file first, top to bottom: the hyperparameters, boxes, the overlay, how a sequence is built, the rollout (the
+loop of Section 3.1), the log-probabilities of a whole trajectory, the reward and the GRPO loss. Two conventions hold
+throughout:
+
+- a box is four integers [x1, y1, x2, y2] in 0..1000 relative to the image, except where a name says `bbox`, which is
+  the ground truth in float pixels; `normalize_box` is the one place where pixels become 0..1000;
+- B is a batch of trajectories, L a length in tokens, K the length of a chunk appended to the cache, M a number of
+  generated tokens, D the width of the language model, V its vocabulary.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import DynamicCache
+
+# ------------------------------------------------------------------------------------------------------------------
+# Hyperparameters. The `paper` column is the paper's Section 4.1 and 3.3; where the paper is silent the help says
+# "not in the paper". Every row is a flag of its phase: `python sft.py --lr 1e-4`.
+# ------------------------------------------------------------------------------------------------------------------
+PRESETS = {  # phase -> name -> (paper, toy, help)
+    "all": {
+        "model": ("Qwen/Qwen3-VL-4B-Instruct", "toy_base", "checkpoint folder or hub id of the base model"),
+        "quantize": ("nf4", "none", "nf4 (4-bit, double quantisation) or none"),
+        "dtype": ("bfloat16", "float32", "of weights and activations; not in the paper"),
+        "max_pixels": (1024 * 1024, 1024 * 1024, "larger images are reduced to this area; the paper says native resolution"),
+        "steps": (2, 2, "T, refinement steps after step 0"),
+        "max_tokens": (160, 80, "per step"),
+        "seed": (0, 0, "of everything random; not in the paper"),
+    },
+    "make_data": {
+        "train_samples": (2400, 2400, "a third of them from each source"),
+        "val_samples": (510, 510, "likewise"),
+        "test_samples": (505, 505, "likewise, 169 + 168 + 168"),
+        "iou_max": (0.85, 0.85, "student predictions above this IoU are discarded (Section 3.2)"),
+        "teacher": ("vlm", "template", "vlm: the model writes the traces; template: computed from the geometry"),
+        "batch_size": (8, 64, "samples decoded at once; not in the paper"),
+    },
+    "sft": {
+        "lr": (2e-5, 1e-3, "peak learning rate"),
+        "epochs": (10, 8, ""),
+        "batch_size": (4, 16, "trajectories per forward pass"),
+        "grad_accum": (4, 1, "forward passes per update"),
+        "warmup": (0.1, 0.1, "share of the updates with rising learning rate; cosine decay after"),
+        "lora_rank": (64, 64, "on all attention and MLP projections of the language model"),
+        "lora_alpha": (128, 128, "LoRA scale is alpha / rank"),
+    },
+    "grpo": {
+        "lr": (2e-6, 5e-5, "constant"),
+        "steps": ("2 0", "2 0", "T of each policy to train, one after the other; 0 is Table 1's single-step control"),
+        "group_size": (6, 6, "N, trajectories per prompt"),
+        "temperature_first": (1.0, 1.0, "at step 0"),
+        "temperature": (0.7, 0.7, "at the refinement steps"),
+        "beta": (0.04, 0.04, "weight of the KL term"),
+        "entropy": (0.01, 0.01, "lambda, weight of the entropy bonus"),
+        "kl": ("paper", "paper", "paper: mean |log pi - log ref|; k3: the unbiased, non-negative estimator"),
+        "grad_accum": (8, 8, "prompts per update"),
+        "updates": (300, 80, "300 x 8 is one pass over 2,400 prompts; not in the paper"),
+        "batch_size": (6, 24, "trajectories per forward pass of the update; not in the paper"),
+        "prompts_at_once": (2, 16, "prompts decoded together; not in the paper"),
+        "val_every": (25, 20, "updates between validations; not in the paper"),
+        "val_prompts": (64, 128, "validation prompts; not in the paper"),
+    },
+    "evaluate": {
+        "batch_size": (16, 64, "samples decoded at once; not in the paper"),
+        "pictures": (6, 6, "rows of each filmstrip"),
+    },
+}
+
+# The paper prints no prompts. The single-shot one is what Qwen3-VL's authors use for this task; the other two say what
+# Section 3.1 says they do: think and answer; examine the red box, name the spatial error, output a corrected box.
+SINGLE_PROMPT = ('Locate every object that matches the description "{expression}" in the image. '
+                 "Report bbox coordinates in JSON format.")
+IVT_PROMPT = ('Locate the object that matches the description "{expression}" in the image. First think inside '
+              "<think> </think> about where it is, then report its bbox coordinates in JSON format.")
+CORRECTION = ("The red box is your last prediction. Examine it: is it on the wrong object, shifted, too large or too "
+              "small? Think inside <think> </think>, then report the corrected bbox coordinates in JSON format.")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Boxes (Section 3.1, "Box representation")
+# ------------------------------------------------------------------------------------------------------------------
+def normalize_box(bbox, width, height):
+    """Pixels -> integers in 0..1000: floor(x * 1000 / W), clamped, so that a box at the right edge gives 1000.
+
+    `width` and `height` are those of the original image: the resize inside the image processor never matters.
+    """
+    return [min(1000, max(0, math.floor(v * 1000 / size))) for v, size in zip(bbox, (width, height, width, height))]
+
+
+def denormalize_box(box, width, height):
+    """0..1000 -> float pixels of the original image; the inverse of `normalize_box` to within a unit."""
+    return [v * size / 1000 for v, size in zip(box, (width, height, width, height))]
+
+
+def iou(a, b):
+    """Intersection over union of two boxes in the same unit, on continuous coordinates (no +1 pixel)."""
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
+    if w <= 0 or h <= 0:
+        return 0.0
+    return w * h / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - w * h)
+
+
+def box_iou(box, sample):
+    """IoU in pixels of a box (0..1000, or None: no valid box, IoU 0) and the ground truth of a sample."""
+    return iou(denormalize_box(box, sample["width"], sample["height"]), sample["bbox"]) if box else 0.0
+
+
+def format_box(box):
+    """The text of a box: Qwen3-VL's native grounding format, without its label."""
+    return '{"bbox_2d": [%d, %d, %d, %d]}' % tuple(box)
+
+
+def step_text(trace, box):
+    """What the model writes at one step: its reasoning, then its box (Section 3.1)."""
+    return f"<think>{trace}</think>\n{format_box(box)}"
+
+
+# Four numbers in one bracket, or two bracketed pairs; a number may be any length here, its range is checked later.
+_NUMBER = r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*"
+_BOX = re.compile(r"[\[(]\s*[\[(]?" + _NUMBER + "," + _NUMBER + r"[\])]?\s*,\s*[\[(]?" + _NUMBER + "," + _NUMBER
+                  + r",?\s*[\])]")
+
+
+def answer_of(text):
+    """What follows the reasoning; empty while the reasoning is still open."""
+    if "</think>" in text:
+        return text.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
+def parse_box(text):
+    """The first box of the answer as [x1, y1, x2, y2], integers in 0..1000, or None. Never raises, on any string.
+
+    Numbers and boxes in the reasoning do not count. Reversed corners are sorted. A number outside 0..1000 or with a
+    fraction, and a box without area, is no valid box; nothing is clamped into one.
+    """
+    match = _BOX.search(answer_of(text))
+    if not match:
+        return None
+    values = [float(v) for v in match.groups()]
+    if not all(0 <= v <= 1000 and v == int(v) for v in values):
+        return None
+    x1, x2 = sorted((int(values[0]), int(values[2])))
+    y1, y2 = sorted((int(values[1]), int(values[3])))
+    return [x1, y1, x2, y2] if x1 < x2 and y1 < y2 else None
+
+
+def box_complete(text):
+    """Whether a step may end here: its box is closed, and so is the JSON object that holds it."""
+    answer = answer_of(text)
+    match = _BOX.search(answer)
+    return bool(match) and ("{" not in answer[:match.start()] or "}" in answer[match.end():])
+
+
+def draw_overlay(image, box, color=(255, 0, 0), alpha=0.25):
+    """`image` (PIL, RGB) with a semi-transparent filled box (0..1000) and its outline; None gives a plain copy.
+
+    Section 3.1, "Render". The paper names the colour only; fill and width of the line are ours.
+    """
+    if box is None:
+        return image.copy()
+    x1, y1, x2, y2 = denormalize_box(box, *image.size)
+    layer = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    ImageDraw.Draw(layer).rectangle([x1, y1, x2, y2], fill=(*color, round(255 * alpha)), outline=(*color, 255),
+                                    width=max(1, round(min(image.size) / 100)))
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sequences. A trajectory is one token sequence inside one assistant turn (Section 3.1, "prefix-continuation"):
+#   user: image, IVT_PROMPT   assistant: step 0, image + CORRECTION, step 1, image + CORRECTION, step 2
+# ------------------------------------------------------------------------------------------------------------------
+@dataclass
+class VLM:
+    """A Qwen3-VL checkpoint in its three parts. `model` may be wrapped by PEFT."""
+    model: torch.nn.Module
+    tokenizer: object
+    image_processor: object
+
+    @property
+    def base(self):  # LoRA lives inside the layers, so calling the wrapped model runs the active adapter
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def token(self, name):
+        return self.tokenizer.convert_tokens_to_ids(name)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+@dataclass
+class ImageTokens:
+    """What the language model receives of one image: n = rows * columns tokens."""
+    embeds: torch.Tensor     # [n, D]
+    deepstack: list          # of [n, D], one for each of the first layers of the language model
+    rows: int
+    columns: int
+
+
+@dataclass
+class Trajectory:
+    """One token sequence and what is known of it. A target is a token that was (rollout) or is to be (SFT) generated."""
+    ids: list = field(default_factory=list)            # the whole sequence, L tokens
+    images: list = field(default_factory=list)         # ImageTokens, in the order of their place in `ids`
+    predictor: list = field(default_factory=list)      # M indices into `ids`: the position whose logits give the target
+    target: list = field(default_factory=list)         # M token ids
+    step: list = field(default_factory=list)           # M numbers 0..T: the step that the target belongs to
+    logprob: list = field(default_factory=list)        # M floats, when it was decoded: under the policy that sampled it
+    texts: list = field(default_factory=list)          # T + 1 strings
+    boxes: list = field(default_factory=list)          # T + 1 boxes; None where a step gave no valid one
+
+
+@torch.no_grad()
+def encode_images(vlm, images):
+    """A list of PIL images -> a list of ImageTokens, in one pass of the vision tower.
+
+    LoRA does not touch the vision tower, so these are constants: no gradient, and one encoding serves the rollout, the
+    policy and the reference.
+    """
+    batch = vlm.image_processor(images=images, return_tensors="pt")
+    visual = vlm.base.model.visual
+    out = visual(batch["pixel_values"].to(visual.device, visual.dtype), grid_thw=batch["image_grid_thw"].to(visual.device),
+                 return_dict=True)
+    merge = visual.spatial_merge_size
+    sizes = [(int(h) // merge, int(w) // merge) for _, h, w in batch["image_grid_thw"]]
+    counts = [rows * columns for rows, columns in sizes]
+    deepstack = list(zip(*(features.split(counts) for features in out.deepstack_features)))
+    return [ImageTokens(e, list(d), *size) for e, d, size in zip(out.pooler_output.split(counts), deepstack, sizes)]
+
+
+def image_ids(vlm, image):
+    """The tokens that stand for one image: <|vision_start|>, a placeholder for each image token, <|vision_end|>."""
+    return ([vlm.token("<|vision_start|>")] + [vlm.base.config.image_token_id] * (image.rows * image.columns)
+            + [vlm.token("<|vision_end|>")])
+
+
+def prompt_ids(vlm, image, prompt):
+    """The user turn with one image and `prompt`, up to where the assistant begins, in the model's own chat layout."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = vlm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, after = text.split("<|vision_start|><|image_pad|><|vision_end|>")
+    return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
+
+
+def continuation_ids(vlm, image):
+    """What is injected before step t >= 1: the overlay and the corrective instruction, in the same assistant turn."""
+    return vlm.encode("\n") + image_ids(vlm, image) + vlm.encode(f"\n{CORRECTION}\n")
+
+
+def mrope_positions(ids, images, image_token_id, start=0):
+    """M-RoPE positions of a piece of sequence that begins at offset `start`: ([3, L] long, the next offset).
+
+    Text counts 1 per token on all three axes (time, row, column). An image holds time still, spans its rows and columns
+    from the current offset, and moves the offset on by max(rows, columns) (Qwen2-VL, arXiv:2409.12191, Section 2.1).
+    The running offset is why a continuation needs nothing but its own tokens: the model's `rope_deltas` are never used.
+    """
+    positions, i, images = [], 0, iter(images)
+    while i < len(ids):
+        if ids[i] == image_token_id:
+            image = next(images)
+            positions += [(start, start + r, start + c) for r in range(image.rows) for c in range(image.columns)]
+            i, start = i + image.rows * image.columns, start + max(image.rows, image.columns)
+        else:
+            positions.append((start,) * 3)
+            i, start = i + 1, start + 1
+    return torch.tensor(positions, dtype=torch.long).T, start
+
+
+def build_trajectory(vlm, prompt, images, texts):
+    """The training sequence of Section 3.2: T + 1 texts, images[0] in the prompt and images[t] before step t.
+
+    Targets are the tokens of the texts alone (reasoning and boxes). Prompt, image tokens and corrective instructions
+    are context, never targets; that is known here, while the sequence is put together, not searched for afterwards.
+    """
+    out = Trajectory(ids=prompt_ids(vlm, images[0], prompt), images=list(images), texts=list(texts))
+    for t, text in enumerate(texts):
+        if t > 0:
+            out.ids += continuation_ids(vlm, images[t])
+        tokens = vlm.encode(text)
+        out.predictor += range(len(out.ids) - 1, len(out.ids) - 1 + len(tokens))
+        out.target += tokens
+        out.step += [t] * len(tokens)
+        out.ids += tokens
+        out.boxes.append(parse_box(text))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The model, called in its explicit form: embeddings, image tokens put in their places, the language model
+# ------------------------------------------------------------------------------------------------------------------
+def hidden_states(vlm, ids, positions, mask, images, cache=None):
+    """ids [B, K], positions [3, B, K], mask [B, cached + K] (True: a real token) -> hidden states [B, K, D].
+
+    `images`: the ImageTokens of all rows, row after row. With a `cache` the K tokens are appended to it.
+    """
+    base = vlm.base
+    embeds = base.model.language_model.embed_tokens(ids)                                         # [B, K, D]
+    place = ids == base.config.image_token_id                                                    # [B, K]
+    visual = {}
+    if images:
+        features = torch.cat([image.embeds for image in images])                                 # [image tokens, D]
+        embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
+        visual = dict(visual_pos_masks=place,
+                      deepstack_visual_embeds=[torch.cat(level) for level in zip(*(i.deepstack for i in images))])
+    return base.model.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=mask.long(),
+                                     past_key_values=cache, use_cache=cache is not None, **visual).last_hidden_state
+
+
+def pad_rows(rows, value, device):
+    """A list of B lists -> a tensor [B, longest], padded on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows], device=device)
+
+
+def pad_pieces(vlm, pieces, images, starts):
+    """Pieces of sequence of different lengths, one per row, side by side.
+
+    -> ids [B, K], positions [3, B, K], real [B, K] (False: padding, hidden from all attention), next offsets [B].
+    """
+    device = vlm.base.device
+    ids = pad_rows(pieces, 0, device)
+    real = pad_rows([[True] * len(piece) for piece in pieces], False, device)
+    positions, offsets = torch.zeros(3, *ids.shape, dtype=torch.long), []
+    for row, (piece, row_images, start) in enumerate(zip(pieces, images, starts)):
+        positions[:, row, :len(piece)], offset = mrope_positions(piece, row_images, vlm.base.config.image_token_id, start)
+        offsets.append(offset)
+    return ids, positions.to(device), real, torch.tensor(offsets, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The rollout: the loop of Section 3.1 over a key-value cache, for a batch of trajectories at once
+# ------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0),
+            generator=None, overlay=draw_overlay):
+    """Runs `group_size` trajectories for each of P (image, expression) pairs; returns P * group_size Trajectories.
+
+    images: PIL, RGB. steps: T; 0 is single-shot. max_tokens: per step. temperatures: at step 0 and after; 0 is greedy.
+    overlay: draws box t - 1 on the image for step t. A step ends at a complete box, at the end-of-turn token (which is
+    a target but never enters the context) or at max_tokens. Without a valid box the last valid one is drawn, else none.
+
+    Each image is encoded once, each token passes through the model once: a prompt is prefilled once and its cache
+    repeated for the group, and a continuation prefills only its own image and instruction onto the cache. Rows that
+    end a step early are padded in the cache; the mask hides the padding and the offsets do not count it.
+    """
+    device, eot = vlm.base.device, vlm.token("<|im_end|>")
+    first = encode_images(vlm, images)
+    prompts = [prompt_ids(vlm, image, prompt.format(expression=e)) for image, e in zip(first, expressions)]
+    cache = DynamicCache(config=vlm.base.config.text_config)
+    ids, positions, mask, offset = pad_pieces(vlm, prompts, [[image] for image in first], [0] * len(first))
+    hidden = hidden_states(vlm, ids, positions, mask, first, cache)                              # [P, K, D]
+    last = hidden[torch.arange(len(first)), mask.sum(1) - 1]                                     # [P, D]
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+        last, mask, offset = (x.repeat_interleave(group_size, 0) for x in (last, mask, offset))
+    pictures = [image for image in images for _ in range(group_size)]
+    rows = [Trajectory(ids=list(p), images=[i]) for p, i in zip(prompts, first) for _ in range(group_size)]
+    drawn = [None] * len(rows)                                                                   # last valid boxes
+
+    for t in range(steps + 1):
+        if t > 0:
+            feedback = encode_images(vlm, [overlay(picture, box) for picture, box in zip(pictures, drawn)])
+            pieces = [continuation_ids(vlm, image) for image in feedback]
+            ids, positions, real, offset = pad_pieces(vlm, pieces, [[image] for image in feedback], offset.tolist())
+            mask = torch.cat([mask, real], 1)
+            hidden = hidden_states(vlm, ids, positions, mask, feedback, cache)                   # [B, K, D]
+            last = hidden[torch.arange(len(rows)), real.sum(1) - 1]                              # [B, D]
+            for row, piece, image in zip(rows, pieces, feedback):
+                row.ids += piece
+                row.images.append(image)
+        temperature = temperatures[min(t, 1)]
+        texts, live = [""] * len(rows), torch.ones(len(rows), dtype=torch.bool, device=device)
+        step_ids = [[] for _ in rows]
+        for k in range(max_tokens):
+            logits = vlm.base.lm_head(last).float()                                              # [B, V]
+            if temperature > 0:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            else:
+                token = logits.argmax(-1)                                                        # [B]
+            logprob = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
+            chosen, was_live = token.tolist(), live.tolist()
+            for i, row in enumerate(rows):
+                if not was_live[i]:
+                    continue
+                row.predictor.append(len(row.ids) - 1)
+                row.target.append(chosen[i])
+                row.step.append(t)
+                row.logprob.append(logprob[i])
+                if chosen[i] != eot:
+                    row.ids.append(chosen[i])
+                    step_ids[i].append(chosen[i])
+                    texts[i] = vlm.tokenizer.decode(step_ids[i])
+            fed = live & (token != eot)      # enters the context: what a live row sampled, save the end of turn
+            live = fed & torch.tensor([not box_complete(text) for text in texts], device=device)
+            if not fed.any() or (t == steps and not live.any()):
+                break
+            mask = torch.cat([mask, fed[:, None]], 1)
+            hidden = hidden_states(vlm, token[:, None], offset.expand(3, 1, -1).transpose(1, 2), mask, [], cache)
+            last = torch.where(fed[:, None], hidden[:, 0], last)                                 # [B, D]
+            offset = offset + fed
+            if not live.any():
+                break
+        for i, row in enumerate(rows):
+            row.texts.append(texts[i])
+            row.boxes.append(parse_box(texts[i]))
+            drawn[i] = row.boxes[-1] or drawn[i]
+    return rows
+
+
+def trajectory_logprobs(vlm, trajectories):
+    """log-probabilities [M] and entropies [M] of all targets of a batch, row after row, in one pass over it.
+
+    The targets are those that `rollout` sampled or `build_trajectory` laid down. Logits exist at their positions alone:
+    a vocabulary of 152k times every image token would be most of the memory.
+    """
+    pieces, images = [t.ids for t in trajectories], [t.images for t in trajectories]
+    ids, positions, mask, _ = pad_pieces(vlm, pieces, images, [0] * len(pieces))                 # [B, L], [3, B, L]
+    hidden = hidden_states(vlm, ids, positions, mask, [image for row in images for image in row])  # [B, L, D]
+    row = torch.tensor([i for i, t in enumerate(trajectories) for _ in t.target], device=ids.device)            # [M]
+    predictor = torch.tensor([p for t in trajectories for p in t.predictor], device=ids.device)                 # [M]
+    target = torch.tensor([v for t in trajectories for v in t.target], device=ids.device)                       # [M]
+    logprobs = vlm.base.lm_head(hidden[row, predictor]).float().log_softmax(-1)                  # [M, V]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)                                               # [M]
+    return logprobs.gather(1, target[:, None])[:, 0], entropy
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reward, advantage and loss of GRPO (Sections 3.3 and 3.4)
+# ------------------------------------------------------------------------------------------------------------------
+def reward(boxes, sample):
+    """Eq. 3: IoU of the final step's box and the ground truth + 0.1 * share of the steps that gave a valid box."""
+    return box_iou(boxes[-1], sample) + 0.1 * sum(box is not None for box in boxes) / len(boxes)
+
+
+def advantages(rewards, eps=1e-4):
+    """Eq. 1, rewards [P, N] -> [P, N]: each reward against the mean and the deviation of its group of N.
+
+    A group of equal rewards has advantage zero: it teaches nothing, and counts as `no_signal` in the log. eps is not in
+    the paper; with it a group whose rewards differ by rounding alone is not blown up.
+    """
+    deviation = rewards.std(1, keepdim=True, unbiased=False)
+    return (rewards - rewards.mean(1, keepdim=True)) / (deviation + eps)
+
+
+def grpo_loss(logprob, ref_logprob, advantage, entropy, beta, entropy_weight, kl="paper"):
+    """Eq. 2 as sums over the M generated tokens of a batch; all four tensors are [M], `advantage` that of the token's
+    trajectory. Returns (loss, policy term, KL term, entropy), each a sum: the caller divides by the tokens of the whole
+    update, so that micro-batches add up to one large batch.
+
+    One update follows each batch of rollouts, so the policy that is updated is the one that sampled: the importance
+    ratio is 1 and there is nothing to clip. The paper's KL term is mean |log pi - log ref|; `k3` is
+    exp(log ref - log pi) - (log ref - log pi) - 1 (Schulman, "Approximating KL divergence", 2020).
+    """
+    policy = -(logprob * advantage).sum()
+    difference = ref_logprob - logprob
+    distance = (difference.abs() if kl == "paper" else difference.exp() - difference - 1).sum()
+    entropy = entropy.sum()
+    return policy + beta * distance - entropy_weight * entropy, policy, distance, entropy

@@ -1,0 +1,195 @@
+"""Phase 3: the paper's Tables 1 and 2 on the test samples, and pictures of the trajectories (Section 4).
+
+    python evaluate.py                       after make_data.py, sft.py and grpo.py; a missing policy leaves its row out
+
+All decoding is greedy. Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth
+to choose; that column is `best of steps` here, and `last step` and `first step` stand beside it, since a user has only
+those. Table 2 shows the steps themselves.
+
+Reads data/test.jsonl, sft/, grpo/, grpo_single/. Writes results.md, results.json, figures/{corrections,failures}.png,
+log/evaluate.jsonl under --out.
+"""
+
+import json
+import textwrap
+import time
+
+from PIL import Image, ImageDraw, ImageFont
+
+from common import IVT_PROMPT, SINGLE_PROMPT, answer_of, box_iou, denormalize_box, rollout
+
+# name in the tables, adapter folder, prompt, whether it refines, the command that makes it
+CONFIGURATIONS = [
+    ("Base (single-shot)", None, SINGLE_PROMPT, False, ""),
+    ("Base + IVT (no training)", None, IVT_PROMPT, True, ""),
+    ("SFT + IVT", "sft", IVT_PROMPT, True, "python sft.py"),
+    ("SFT + GRPO (single-step)", "grpo_single", IVT_PROMPT, False, "python grpo.py --steps 0"),
+    ("SFT + GRPO + IVT", "grpo", IVT_PROMPT, True, "python grpo.py"),
+]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Metrics. `ious` is a list of S samples, each a list of T + 1 IoUs with the ground truth; an invalid box counts 0.
+# ------------------------------------------------------------------------------------------------------------------
+def accuracy(values):
+    """Acc@0.5, @0.7, @0.9 (share of IoU >= threshold) and mean IoU of one IoU per sample (Section 4.1, "Metrics")."""
+    return {**{f"acc{t}": sum(v >= t for v in values) / len(values) for t in (0.5, 0.7, 0.9)},
+            "iou": sum(values) / len(values)}
+
+
+def table1(ious):
+    """The three ways to choose one box of a trajectory: the paper's, which needs the truth, and two that do not."""
+    return {"best of steps": accuracy([max(row) for row in ious]), "last step": accuracy([row[-1] for row in ious]),
+            "first step": accuracy([row[0] for row in ious])}
+
+
+def table2(ious, valid, threshold=0.01):
+    """Mean IoU and valid-box rate per step; the share of samples whose last IoU differs from the first by > threshold."""
+    n, steps = len(ious), len(ious[0])
+    change = [row[-1] - row[0] for row in ious]
+    improved, degraded = sum(c > threshold for c in change) / n, sum(c < -threshold for c in change) / n
+    return {"iou": [sum(row[t] for row in ious) / n for t in range(steps)], "delta": sum(change) / n,
+            "improved": improved, "stagnated": 1 - improved - degraded, "degraded": degraded,
+            "valid": [sum(row[t] for row in valid) / n for t in range(steps)]}
+
+
+def findings(rows):
+    """The paper's three findings as hypotheses on these rows: a list of (sentence, numbers, whether it holds)."""
+    out, get = [], lambda name, way="best of steps": rows[name]["table1"][way] if name in rows else None
+    base, naive, sft = get("Base (single-shot)"), get("Base + IVT (no training)"), get("SFT + IVT")
+    if naive:
+        out.append(("Untrained, IVT falls far below single-shot (Acc@0.5, 10 points or more)",
+                    f"{base['acc0.5']:.3f} -> {naive['acc0.5']:.3f}", naive["acc0.5"] <= base["acc0.5"] - 0.1))
+    if sft:
+        out.append(("SFT + IVT passes the base on every metric (best of steps, as in the paper)",
+                    ", ".join(f"{base[k]:.3f} -> {sft[k]:.3f}" for k in base), all(sft[k] > base[k] for k in base)))
+        last = get("SFT + IVT", "last step")
+        out.append(("... and still does when the last step is scored, which needs no ground truth",
+                    ", ".join(f"{base[k]:.3f} -> {last[k]:.3f}" for k in base), all(last[k] > base[k] for k in base)))
+    if sft and "SFT + GRPO + IVT" in rows:
+        a, b = (rows[name]["table2"]["delta"] for name in ("SFT + IVT", "SFT + GRPO + IVT"))
+        out.append(("GRPO cuts the decline from step 0 to step T at least by half", f"{a:+.3f} -> {b:+.3f}",
+                    a < 0 and b > a / 2))
+    return out
+
+
+def report(rows, args, n):
+    """The tables as Markdown."""
+    ways = ("best of steps", "last step", "first step")
+    lines = [f"{n} test samples, T = {args.steps}, greedy, seed {args.seed}, model `{args.model_name}`", "",
+             "**Table 1.** Acc@0.5 / Acc@0.7 / Acc@0.9 / mean IoU. The paper scores the best of the steps, which needs the "
+             "ground truth to choose; the last and the first step do not.", "",
+             "| Method | IVT | " + " | ".join(ways) + " |", "|---|---|" + "---|" * len(ways)]
+    for name, row in rows.items():
+        cells = [" / ".join(f"{v:.3f}" for v in row["table1"][way].values()) for way in ways]
+        if not row["refines"]:
+            cells[1:] = ["", ""]  # one step: the same box
+        lines.append(f"| {name} | {'yes' if row['refines'] else 'no'} | " + " | ".join(cells) + " |")
+    lines += ["", "**Table 2.** Mean IoU per step, the change from first to last, samples that improve, stagnate or degrade "
+              "(by more than 0.01), valid boxes per step.", "",
+              "| Method | " + " | ".join(f"step {t}" for t in range(args.steps + 1))
+              + " | delta | improved | stagnated | degraded | valid |", "|---|" + "---|" * (args.steps + 6)]
+    for name, row in rows.items():
+        if row["refines"]:
+            t = row["table2"]
+            lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" for v in t["iou"]) + f" | {t['delta']:+.3f} | "
+                         + " | ".join(f"{100 * t[k]:.1f}%" for k in ("improved", "stagnated", "degraded"))
+                         + " | " + " / ".join(f"{v:.3f}" for v in t["valid"]) + " |")
+    lines += ["", "**The paper's findings here**", ""]
+    lines += [f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}: {numbers}" for text, numbers, holds in findings(rows)]
+    return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Filmstrips: a row per sample, a picture per step, the truth in green, the prediction in red
+# ------------------------------------------------------------------------------------------------------------------
+def filmstrip(items, width=300):
+    """items: (sample, image, trajectory), T + 1 pictures each -> one PIL image."""
+    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
+    strips = []
+    for sample, image, trajectory in items:
+        height = round(image.height * width / image.width)
+        columns = len(trajectory.boxes)
+        strip = Image.new("RGB", (columns * (width + 12) + 12, height + 150), "white")
+        draw = ImageDraw.Draw(strip)
+        draw.text((12, 6), sample["expression"], fill="black", font=bold)
+        for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
+            left, panel = 12 + t * (width + 12), image.resize((width, height), Image.LANCZOS)
+            pen = ImageDraw.Draw(panel)
+            truth = [v * width / sample["width"] for v in sample["bbox"]]
+            pen.rectangle(truth, outline=(0, 190, 0), width=3)
+            if box:
+                pen.rectangle(denormalize_box(box, width, height), outline=(255, 0, 0), width=3)
+            strip.paste(panel, (left, 30))
+            head = f"step {t}: IoU {box_iou(box, sample):.2f}" if box else f"step {t}: no valid box"
+            draw.text((left, height + 36), head, fill="black", font=bold)
+            trace = text.removesuffix(answer_of(text)).replace("<think>", "").replace("</think>", "").strip()
+            draw.text((left, height + 58), "\n".join(textwrap.wrap(trace, width // 7)[:5]), fill=(70, 70, 70), font=font)
+        strips.append(strip)
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, sum(s.height for s in strips[:i])))
+    return sheet
+
+
+def save_png(image, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path.with_suffix(".tmp"), format="PNG")
+    path.with_suffix(".tmp").replace(path)
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from runtime import (add_adapter, flags, load_image, load_vlm, minutes, read_samples, seed_all, stop, write_jsonl,
+                         write_text)
+    args = flags("evaluate", __doc__)
+    start, data = time.time(), args.out / "data"
+    args.model_name = Path(args.model).name
+    seed_all(args.seed)
+    samples = read_samples(data / "test.jsonl", f"python make_data.py --preset {args.preset}")
+    images = [load_image(s, data) for s in samples]
+    vlm = load_vlm(args)
+
+    # --------------------------------------------------------------------------------------------------------------
+    # The configurations of Table 1, on the same samples
+    # --------------------------------------------------------------------------------------------------------------
+    rows, played, events = {}, {}, []
+    for name, adapter, prompt, refines, command in CONFIGURATIONS:
+        if adapter and not (args.out / adapter / "adapter_model.safetensors").exists():
+            print(f"{name}: left out, {args.out / adapter} is missing; to add it: {command} --preset {args.preset}")
+            continue
+        if adapter:
+            add_adapter(vlm, args.out / adapter, adapter)
+        trajectories = []
+        with tqdm(total=len(samples), desc=name, unit="sample") as bar:
+            for i in range(0, len(samples), args.batch_size):
+                part = samples[i:i + args.batch_size]
+                trajectories += rollout(vlm, images[i:i + args.batch_size], [s["expression"] for s in part],
+                                        args.steps if refines else 0, args.max_tokens, prompt=prompt)
+                bar.update(len(part))
+        ious = [[box_iou(box, s) for box in t.boxes] for t, s in zip(trajectories, samples)]
+        valid = [[box is not None for box in t.boxes] for t in trajectories]
+        rows[name] = {"refines": refines, "table1": table1(ious), "table2": table2(ious, valid)}
+        played[name] = trajectories
+        events += [{"method": name, "id": s["id"], "boxes": t.boxes, "iou": [round(v, 4) for v in row], "texts": t.texts}
+                   for s, t, row in zip(samples, trajectories, ious)]
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Report
+    # --------------------------------------------------------------------------------------------------------------
+    text = report(rows, args, len(samples))
+    print("\n" + text)
+    write_text(args.out / "results.md", text)
+    write_text(args.out / "results.json", json.dumps({"n": len(samples), "seed": args.seed, "model": args.model_name,
+                                                      "rows": rows}, indent=1) + "\n")
+    write_jsonl(args.out / "log/evaluate.jsonl", events)
+
+    trained = [name for name in rows if rows[name]["refines"]][-1]
+    order = sorted(range(len(samples)), key=lambda i: box_iou(played[trained][i].boxes[-1], samples[i])
+                   - box_iou(played[trained][i].boxes[0], samples[i]))
+    for file, chosen in (("corrections", order[::-1][:args.pictures]), ("failures", order[:args.pictures])):
+        save_png(filmstrip([(samples[i], images[i], played[trained][i]) for i in chosen]), args.out / f"figures/{file}.png")
+    print(f"pictures of {trained} in {args.out / 'figures'}, tables in {args.out / 'results.md'}, {minutes(start)}")

@@ -1,0 +1,148 @@
+"""Phase 2: GRPO on whole trajectories (Sections 3.3 and 3.4).
+
+    python sft.py && python grpo.py          trains SFT + GRPO + IVT, then the single-step control of Table 1
+    python grpo.py --steps 0                 the single-step control alone (likewise --steps 2)
+    python grpo.py --init base               GRPO without SFT (Section 4.2, "SFT is the key enabler")
+
+Each update: 8 prompts, N = 6 trajectories each, sampled at temperature 1.0 (step 0) and 0.7 (refinement); the reward is
+the final box's IoU + 0.1 * share of valid steps; the advantage is the reward against its group; one gradient step. The
+reference of the KL term is a second, frozen copy of the adapter that training started from, never the bare base model.
+
+Where the paper is silent: log-probabilities are the model's own, at temperature 1, in the loss; AdamW at a constant rate,
+gradients clipped to norm 1; validation is greedy. "Gradient accumulation over 8 steps" is read as 8 prompts per update.
+
+Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ and base_grpo_single/ for --init
+base), a PEFT adapter, the best by validation reward; log/<name>.jsonl and <name>.checkpoint under --out.
+"""
+
+import math
+import random
+import time
+
+import torch
+from peft import get_peft_model, set_peft_model_state_dict
+from tqdm import tqdm
+
+from common import PRESETS, advantages, box_iou, grpo_loss, reward, rollout, trajectory_logprobs
+from runtime import (Log, adapter_state, add_adapter, flags, load_checkpoint, load_image, load_vlm, lora_config, minutes,
+                     read_samples, save_adapter, save_checkpoint, seed_all, stop)
+
+args = flags("grpo", __doc__, init=("sft", "start from the SFT adapter or from the base model", ("sft", "base")))
+data = args.out / "data"
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------------
+train = read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}")
+val = read_samples(data / "val.jsonl", f"python make_data.py --preset {args.preset}")[:args.val_prompts]
+if args.init == "sft" and not (args.out / "sft").exists():
+    stop(f"{args.out / 'sft'} is missing; first run: python sft.py --preset {args.preset}")
+
+for steps in map(int, args.steps.split()):  # T of each policy to train
+    name = ("" if args.init == "sft" else "base_") + ("grpo" if steps else "grpo_single")
+    start = time.time()
+    seed_all(args.seed)
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Model and optimizer: two adapters that begin as the same one, the policy (trained) and the reference (frozen)
+    # --------------------------------------------------------------------------------------------------------------
+    vlm = load_vlm(args)
+    if args.init == "sft":
+        add_adapter(vlm, args.out / "sft", "policy")
+        add_adapter(vlm, args.out / "sft", "reference")
+    else:  # a new adapter changes nothing until it is trained: policy and reference begin as the base model
+        config = lora_config(*(PRESETS["sft"][key][args.preset == "toy"] for key in ("lora_rank", "lora_alpha")))
+        vlm.model = get_peft_model(vlm.model, config, adapter_name="policy")
+        vlm.model.add_adapter("reference", config)
+    vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that takes gradients
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    generator = torch.Generator(vlm.base.device).manual_seed(args.seed)
+
+    def play(samples, group_size=1, temperatures=(0.0, 0.0)):
+        """Trajectories of the current policy, `group_size` for each sample, a few prompts at a time."""
+        out = []
+        for i in range(0, len(samples), args.prompts_at_once):
+            part = samples[i:i + args.prompts_at_once]
+            out += rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part], steps, args.max_tokens,
+                           group_size=group_size, temperatures=temperatures, generator=generator)
+        return out
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Resume
+    # --------------------------------------------------------------------------------------------------------------
+    checkpoint, first_update, best, logged = args.out / f"{name}.checkpoint", 0, -1.0, 0
+    state = load_checkpoint(checkpoint, args.restart)
+    if state:
+        set_peft_model_state_dict(vlm.model, state["adapter"], adapter_name="policy")
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        first_update, best, logged = state["update"], state["best"], state["logged"]
+        if first_update > args.updates:
+            print(f"{args.out / name} is finished; --restart begins again")
+            continue
+        print(f"going on after update {first_update - 1}")
+    log = Log(args.out / f"log/{name}.jsonl", keep=logged)
+
+    # --------------------------------------------------------------------------------------------------------------
+    # Training. Validation comes before updates 0, val_every, ... and after the last one.
+    # --------------------------------------------------------------------------------------------------------------
+    bar = tqdm(total=args.updates, initial=first_update, desc=name, unit="update")
+    for update in range(first_update, args.updates + 1):
+        if update % args.val_every == 0 or update == args.updates:
+            # Validation: the mean greedy reward; the best adapter so far is the result of the run
+            save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
+                            generator=generator.get_state(), update=update, best=best, logged=log.rows)
+            played = play(val)
+            val_reward = sum(reward(t.boxes, s) for t, s in zip(played, val)) / len(val)
+            log.write(update=update, val_reward=val_reward,
+                      val_iou=[round(sum(box_iou(t.boxes[k], s) for t, s in zip(played, val)) / len(val), 4) for k in range(steps + 1)])
+            if val_reward > best:
+                best = val_reward
+                save_adapter(vlm.model, args.out / name, "policy")
+            if update == args.updates:
+                break
+
+        # Rollout: P prompts, N trajectories each
+        order = random.Random(f"{args.seed} {update * args.grad_accum // len(train)}").sample(train, len(train))
+        samples = [order[(update * args.grad_accum + i) % len(train)] for i in range(args.grad_accum)]
+        played = play(samples, args.group_size, (args.temperature_first, args.temperature))  # P * N, prompt after prompt
+
+        # Reward and advantage
+        owner = [sample for sample in samples for _ in range(args.group_size)]
+        rewards = torch.tensor([reward(t.boxes, s) for t, s in zip(played, owner)]).view(-1, args.group_size)      # [P, N]
+        advantage = advantages(rewards).flatten().tolist()                                                         # P * N
+
+        # Update
+        tokens, sums = sum(len(t.target) for t in played), torch.zeros(4)
+        for i in range(0, len(played), args.batch_size):
+            batch = played[i:i + args.batch_size]
+            with torch.no_grad():
+                vlm.model.set_adapter("reference")
+                ref_logprob, _ = trajectory_logprobs(vlm, batch)                                                   # [M]
+                vlm.model.set_adapter("policy")
+            logprob, entropy = trajectory_logprobs(vlm, batch)                                                     # [M], [M]
+            of_token = torch.tensor([a for a, t in zip(advantage[i:], batch) for _ in t.target], device=logprob.device)  # [M]
+            terms = grpo_loss(logprob, ref_logprob, of_token, entropy, args.beta, args.entropy, args.kl)
+            (terms[0] / tokens).backward()
+            sums += torch.tensor([term.item() for term in terms]) / tokens
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        loss, policy, distance, entropy = sums.tolist()
+        if not math.isfinite(loss + norm):
+            stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[s['id'] for s in samples]}; lower --lr")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # Log
+        per_step = [sum(box_iou(t.boxes[k], s) for t, s in zip(played, owner)) / len(played) for k in range(steps + 1)]
+        log.write(update=update + 1, reward=rewards.mean().item(), reward_std=rewards.std(1, unbiased=False).mean().item(),
+                  no_signal=(rewards.std(1) < 1e-6).float().mean().item(), iou=[round(v, 4) for v in per_step],
+                  valid=sum(b is not None for t in played for b in t.boxes) / len(played) / (steps + 1),
+                  loss=loss, policy=policy, kl=distance, entropy=entropy, grad_norm=norm, tokens=tokens / len(played))
+        bar.set_postfix(reward=f"{rewards.mean():.3f}", val=f"{val_reward:.3f}", kl=f"{distance:.3f}", refresh=False)
+        bar.update()
+    bar.close()
+    save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
+                    generator=generator.get_state(), update=args.updates + 1, best=best, logged=log.rows)
+    print(f"best validation reward {best:.3f}; adapter in {args.out / name}, {minutes(start)}")
+print("next: python evaluate.py")

@@ -1,0 +1,272 @@
+"""Phase 0: samples, the student's predictions, and the correction trajectories that phase 1 learns from (Section 3.2).
+
+    python make_data.py                                   the toy's world of scenes
+    python make_data.py --data my.jsonl                   your own samples (README, "Your own data")
+
+1. Samples: a 1:1:1 mixture of the sources, split by image into train, val and test.
+2. Student: the base model's greedy single-shot box for every training sample, a realistic, model-own error.
+3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve. A prediction without a valid box
+   cannot be interpolated and is dropped too.
+4. Trajectory: T + 1 boxes on a straight line from the student's box to the ground truth.
+5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at step 0, the overlay of
+   box t - 1 at step t.
+
+Departure from the paper, toy preset: `--teacher template` computes the traces from the geometry of the boxes, since no
+small model can write them. `--teacher vlm` is the paper's.
+
+Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl under --out.
+"""
+
+import random
+import re
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import (SINGLE_PROMPT, answer_of, box_iou, draw_overlay, format_box, iou, normalize_box, rollout)
+
+
+def split(samples, sizes, seed):
+    """Samples -> {"train": [...], "val": [...], "test": [...]} of the given sizes, 1:1:1 over the sources, by image.
+
+    All samples of one image go to one side, so no test image is ever trained on, whatever source it comes from. Smaller
+    sides are filled first. Raises ValueError naming the source that runs out.
+    """
+    rng = random.Random(seed)
+    sources = sorted({s["source"] for s in samples})
+    by_image = defaultdict(list)
+    for sample in samples:
+        by_image[sample["image"]].append(sample)
+    images = sorted(by_image)
+    rng.shuffle(images)
+    out = {}
+    for side in sorted(sizes, key=sizes.get):
+        # 505 over three sources is 169 + 168 + 168
+        wanted = {s: sizes[side] // len(sources) + (i < sizes[side] % len(sources)) for i, s in enumerate(sources)}
+        out[side], rest = [], []
+        for image in images:
+            useful = [s for s in by_image[image] if wanted[s["source"]] > 0]
+            if not useful:
+                rest.append(image)  # stays for another side
+                continue
+            for sample in useful:
+                if wanted[sample["source"]] > 0:
+                    wanted[sample["source"]] -= 1
+                    out[side].append(sample)
+        images = rest
+        if any(wanted.values()):
+            raise ValueError(f"too few samples for {sizes[side]} in {side}: missing "
+                             + ", ".join(f"{n} of {s}" for s, n in wanted.items() if n))
+        rng.shuffle(out[side])
+    return out
+
+
+def interpolate(first, last, steps):
+    """T + 1 boxes (0..1000) on the straight line from `first` to `last` (Section 3.2)."""
+    if steps == 0:
+        return [first]
+    return [[round(a + (b - a) * t / steps) for a, b in zip(first, last)] for t in range(steps + 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Teachers. Both give the T + 1 traces of a trajectory; a trace is what stands between <think> and </think>.
+# ------------------------------------------------------------------------------------------------------------------
+def place(box):
+    """Where on the image a box (0..1000) lies, in words."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    row = "upper" if y < 333 else "lower" if y > 667 else ""
+    column = "left" if x < 333 else "right" if x > 667 else ""
+    return f"{row} {column}".strip() or "middle"
+
+
+def join(words):
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def template_trace(expression, boxes, truth, t):
+    """The trace of step t, from the geometry alone: what is wrong with box t - 1, and how to get to box t.
+
+    Sizes and shifts count from a tenth of the true box on; directions are all the student could see for itself.
+    """
+    if t == 0:  # forward reasoning: why this region, whatever it is (Section 3.2)
+        return f"I look for {expression}. I see it at the {place(boxes[0])}."
+    before, after = boxes[t - 1], boxes[t]
+    width, height = truth[2] - truth[0], truth[3] - truth[1]
+
+    def across(a, b, i, size):  # shift of the centre from a to b, in sizes of the true box
+        return (b[i] + b[i + 2] - a[i] - a[i + 2]) / 2 / max(size, 1)
+
+    dx, dy = across(before, truth, 0, width), across(before, truth, 1, height)
+    moves = ["right"] * (dx > 0.1) + ["left"] * (dx < -0.1) + ["down"] * (dy > 0.1) + ["up"] * (dy < -0.1)
+    if iou(before, truth) == 0:
+        return f"The red box is on the wrong object. I see {expression} at the {place(truth)}. I move the box {join(moves or ['there'])}."
+    wider, taller = width / max(before[2] - before[0], 1), height / max(before[3] - before[1], 1)
+    faults = (["too far left"] * (dx > 0.1) + ["too far right"] * (dx < -0.1) + ["too high"] * (dy > 0.1)
+              + ["too low"] * (dy < -0.1) + ["too narrow"] * (wider > 1.15) + ["too wide"] * (wider < 0.87)
+              + ["too short"] * (taller > 1.15) + ["too tall"] * (taller < 0.87))
+    if not faults:
+        return "The red box fits well. I keep it."
+    sizes = ["wider"] * (wider > 1.15) + ["narrower"] * (wider < 0.87) + ["taller"] * (taller > 1.15) + ["shorter"] * (taller < 0.87)
+    fix = join([f"move it {join(moves)}"] * bool(moves) + [f"make it {join(sizes)}"] * bool(sizes))
+    return f"The red box is {join(faults)}. I {fix}."
+
+
+TEACHER_FIRST = ('You located "{expression}" in this image and chose the region {box} (coordinates relative to 1000). In two '
+                 "sentences, in the first person, reason forward from the description to this region: what you look for, "
+                 "where you see it and why it fits. Do not write any number or coordinate, and no box.")
+TEACHER_STEP = ('The red box in this image is your last prediction for "{expression}". A better region is {box} (coordinates '
+                "relative to 1000); never mention that you were told. In two or three sentences, in the first person, examine "
+                "the red box: say what is wrong with it (shifted, too large, too small, on the wrong object) and which "
+                "spatial correction is needed. Do not write any number or coordinate, and no box.")
+
+
+def trace_fault(trace, expression):
+    """Why a teacher's trace cannot be used, in a word, or None. It must not hold what the student could not know."""
+    if not trace:
+        return "empty"
+    if set(re.findall(r"\d+", trace)) - set(re.findall(r"\d+", expression)) or "[" in trace:
+        return "coordinates"
+    if re.search(r"ground truth|was told|better region|bbox", trace, re.I):
+        return "leak"
+    if len(re.findall(r"[.!?](?:\s|$)", trace)) not in (1, 2, 3, 4):
+        return "sentences"
+    return None
+
+
+def vlm_traces(vlm, images, rows, args, generator):
+    """The paper's teacher for a batch of rows: prompts a VLM for each step, checks the trace, asks again up to 3 times.
+
+    Returns (traces, rejections): a list of T + 1 traces per row, None where a step stayed unusable, and a Counter of
+    the reasons. The next box is known to the prompt and may not show in the trace's words.
+    """
+    traces, rejections = [[None] * (args.steps + 1) for _ in rows], Counter()
+    for t in range(args.steps + 1):
+        for attempt in range(3):
+            todo = [i for i, row in enumerate(traces) if row[t] is None]
+            if not todo:
+                break
+            prompts = [(TEACHER_STEP if t else TEACHER_FIRST).format(expression=rows[i]["expression"],
+                                                                    box=format_box(rows[i]["boxes"][t])) for i in todo]
+            seen = [draw_overlay(images[i], rows[i]["boxes"][t - 1] if t else None) for i in todo]
+            said = rollout(vlm, seen, prompts, 0, args.max_tokens, prompt="{expression}", generator=generator,
+                           temperatures=(0.0 if attempt == 0 else 0.7,) * 2)
+            for i, trajectory in zip(todo, said):
+                trace = " ".join(answer_of(trajectory.texts[0]).split())
+                fault = trace_fault(trace, rows[i]["expression"])
+                if fault:
+                    rejections[fault] += 1
+                else:
+                    traces[i][t] = trace
+    return [row if all(row) else None for row in traces], rejections
+
+
+if __name__ == "__main__":
+    import torch
+
+    from runtime import (Log, flags, load_image, load_vlm, minutes, read_jsonl, read_samples, seed_all, stop, write_jsonl)
+    args = flags("make_data", __doc__, data=(None, "your own samples: a .jsonl file to split into train, val and test"))
+    start, data = time.time(), args.out / "data"
+    seed_all(args.seed)
+    if (data / "sft.jsonl").exists() and not args.restart:
+        print(f"{data / 'sft.jsonl'} is there already; --restart makes everything again")
+        raise SystemExit
+    if args.restart:
+        for name in ("train", "val", "test", "student", "traces", "sft"):
+            (data / f"{name}.jsonl").unlink(missing_ok=True)
+
+    # --------------------------------------------------------------------------------------------------------------
+    # 1. Samples
+    # --------------------------------------------------------------------------------------------------------------
+    sizes = {"train": args.train_samples, "val": args.val_samples, "test": args.test_samples}
+    if not all((data / f"{side}.jsonl").exists() for side in sizes):
+        if args.data:
+            samples = read_samples(args.data, "make_data.py with --data naming an existing file")
+            for sample in samples:  # image paths are relative to the file they stand in
+                sample["image"] = str((Path(args.data).parent / sample["image"]).resolve())
+        elif args.preset == "toy":
+            import toy
+            samples = toy.make_samples(data, -(-sum(sizes.values()) // 3), args.seed)
+        else:
+            stop("--preset paper needs samples: --data FILE.jsonl, a line per expression (README, \"Your own data\")")
+        try:
+            sides = split(samples, sizes, args.seed)
+        except ValueError as e:
+            stop(f"{e}; give more samples or lower --train-samples, --val-samples, --test-samples")
+        for side, rows in sides.items():
+            write_jsonl(data / f"{side}.jsonl", rows)
+    train = read_samples(data / "train.jsonl", "python make_data.py")
+    print("samples: " + ", ".join(f"{side} {size}" for side, size in sizes.items()))
+
+    # --------------------------------------------------------------------------------------------------------------
+    # 2. The student's predictions: greedy, single-shot. A killed run goes on after its last batch.
+    # --------------------------------------------------------------------------------------------------------------
+    vlm = load_vlm(args)
+    path = data / "student.jsonl"
+    done = read_jsonl(path, "") if path.exists() else []
+    log, todo = Log(path, keep=len(done)), train[len(done):]
+    with tqdm(total=len(train), initial=len(done), desc="student", unit="sample") as bar:
+        for i in range(0, len(todo), args.batch_size):
+            batch = todo[i:i + args.batch_size]
+            said = rollout(vlm, [load_image(s, data) for s in batch], [s["expression"] for s in batch], 0,
+                           args.max_tokens, prompt=SINGLE_PROMPT)
+            for sample, trajectory in zip(batch, said):
+                log.write(id=sample["id"], box=trajectory.boxes[0], iou=box_iou(trajectory.boxes[0], sample))
+            bar.update(len(batch))
+    student = read_jsonl(path, "")
+    ious = torch.tensor([row["iou"] for row in student])
+    print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {(ious >= 0.5).float().mean():.3f}; the first boxes beside the truth:")
+    for sample, row in list(zip(train, student))[:3]:
+        print(f"  {sample['expression']!r}: {row['box']}, truth {normalize_box(sample['bbox'], sample['width'], sample['height'])}")
+    if ious.mean() < 0.1:
+        print("warning: the student hardly ever hits; are its boxes in 0..1000, and is the ground truth in pixels?")
+
+    # --------------------------------------------------------------------------------------------------------------
+    # 3. and 4. Filter and trajectories
+    # --------------------------------------------------------------------------------------------------------------
+    rows, dropped = [], Counter()
+    for sample, row in zip(train, student):
+        if row["box"] is None:
+            dropped["no valid box"] += 1
+        elif row["iou"] > args.iou_max:
+            dropped[f"IoU above {args.iou_max}"] += 1
+        else:
+            truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
+            rows.append({"id": sample["id"], "expression": sample["expression"], "iou": row["iou"], "truth": truth,
+                         "boxes": interpolate(row["box"], truth, args.steps)})
+    print(f"filter: {len(rows)} of {len(train)} kept; dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
+
+    # --------------------------------------------------------------------------------------------------------------
+    # 5. Traces
+    # --------------------------------------------------------------------------------------------------------------
+    if args.teacher == "template":
+        for row in rows:
+            row["traces"] = [template_trace(row["expression"], row["boxes"], row["truth"], t) for t in range(args.steps + 1)]
+    else:
+        samples, rejections = {s["id"]: s for s in train}, Counter()
+        path = data / "traces.jsonl"
+        done = read_jsonl(path, "") if path.exists() else []
+        log = Log(path, keep=len(done))
+        with tqdm(total=len(rows), initial=len(done), desc="teacher", unit="sample") as bar:
+            for i in range(len(done), len(rows), args.batch_size):
+                batch = rows[i:i + args.batch_size]
+                images = [load_image(samples[row["id"]], data) for row in batch]
+                generator = torch.Generator(vlm.base.device).manual_seed(args.seed * 1_000_003 + i)
+                traces, rejected = vlm_traces(vlm, images, batch, args, generator)
+                rejections += rejected
+                for row, trace in zip(batch, traces):
+                    log.write(id=row["id"], traces=trace)
+                bar.update(len(batch))
+        for row, said in zip(rows, read_jsonl(path, "")):
+            row["traces"] = said["traces"]
+        print(f"teacher: rejected traces: {dict(rejections) or 'none'}; "
+              f"{sum(row['traces'] is None for row in rows)} trajectories dropped")
+        rows = [row for row in rows if row["traces"]]
+    if not rows:
+        stop("no trajectory is left for phase 1: the student is right, or invalid, on every sample (--iou-max)")
+    write_jsonl(data / "sft.jsonl", rows)
+    print("one trajectory:")
+    for box, trace in zip(rows[0]["boxes"], rows[0]["traces"]):
+        print(f"  {box}  {trace}")
+    print(f"{len(rows)} trajectories in {data / 'sft.jsonl'}, {minutes(start)}; next: python sft.py")

@@ -1,0 +1,116 @@
+"""Phase 1: SFT warm-up on the correction trajectories of phase 0 (Section 3.2).
+
+    python make_data.py && python sft.py
+
+Each example is one token sequence: prompt, step 0, overlay + corrective instruction, step 1, overlay + corrective
+instruction, step 2. Cross-entropy on the reasoning and the boxes alone; the prompt, the image tokens and the injected
+instructions are context. LoRA on the attention and MLP projections of the language model; everything else is frozen, so
+the image tokens are constants.
+
+No departure from the paper's recipe. The toy preset has its own learning rate, epochs and batch (common.py, PRESETS).
+
+Reads data/train.jsonl, data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint under --out.
+"""
+
+import math
+import random
+import time
+
+import torch
+from peft import get_peft_model, set_peft_model_state_dict
+from tqdm import tqdm
+
+from common import IVT_PROMPT, build_trajectory, draw_overlay, encode_images, step_text, trajectory_logprobs
+from runtime import (Log, adapter_state, flags, load_checkpoint, load_image, load_vlm, lora_config, minutes,
+                     read_jsonl, read_samples, save_adapter, save_checkpoint, seed_all, stop)
+
+args = flags("sft", __doc__)
+start, data = time.time(), args.out / "data"
+seed_all(args.seed)
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data: the sample and the trajectory of each id
+# ------------------------------------------------------------------------------------------------------------------
+samples = {s["id"]: s for s in read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}")}
+rows = read_jsonl(data / "sft.jsonl", f"python make_data.py --preset {args.preset}")
+per_update = args.batch_size * args.grad_accum
+updates_per_epoch = math.ceil(len(rows) / per_update)
+updates = updates_per_epoch * args.epochs
+
+# ------------------------------------------------------------------------------------------------------------------
+# Model and optimizer
+# ------------------------------------------------------------------------------------------------------------------
+vlm = load_vlm(args)
+vlm.model = get_peft_model(vlm.model, lora_config(args.lora_rank, args.lora_alpha))
+vlm.model.train()
+parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+print(f"{len(rows)} trajectories, {updates} updates of {per_update}, {sum(p.numel() for p in parameters):,} LoRA parameters")
+
+
+def learning_rate(update):
+    """Linear warm-up over the first share of the updates, then a cosine to zero."""
+    warm = max(1, round(args.warmup * updates))
+    if update < warm:
+        return args.lr * (update + 1) / warm
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+
+
+def example(row):
+    """The training sequence of one trajectory: step t sees the overlay of box t - 1, as at inference."""
+    image = load_image(samples[row["id"]], data)
+    seen = [draw_overlay(image, box) for box in [None] + row["boxes"][:-1]]
+    texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
+    return build_trajectory(vlm, IVT_PROMPT.format(expression=row["expression"]), encode_images(vlm, seen), texts)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Resume
+# ------------------------------------------------------------------------------------------------------------------
+checkpoint, first_update, logged = args.out / "sft.checkpoint", 0, 0
+state = load_checkpoint(checkpoint, args.restart)
+if state:
+    set_peft_model_state_dict(vlm.model, state["adapter"])
+    optimizer.load_state_dict(state["optimizer"])
+    first_update, logged = state["update"], state["logged"]
+    if first_update == updates:
+        print(f"{args.out / 'sft'} is finished; --restart begins again")
+        raise SystemExit
+    print(f"going on after update {first_update}")
+log = Log(args.out / "log/sft.jsonl", keep=logged)
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------------------------
+bar = tqdm(total=updates, initial=first_update, desc="sft", unit="update")
+for update in range(first_update, updates):
+    epoch, place = divmod(update, updates_per_epoch)
+    order = random.Random(f"{args.seed} {epoch}").sample(range(len(rows)), len(rows))
+    batch = [example(rows[i]) for i in order[place * per_update:(place + 1) * per_update]]
+
+    # Every generated token of the update weighs the same, whichever micro-batch it is in: divided by the tokens of the
+    # whole update, accumulation equals one large batch.
+    tokens, loss = sum(len(t.target) for t in batch), 0.0
+    for i in range(0, len(batch), args.batch_size):
+        logprobs, _ = trajectory_logprobs(vlm, batch[i:i + args.batch_size])  # [M]
+        micro = -logprobs.sum() / tokens
+        micro.backward()
+        loss += micro.item()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    if not math.isfinite(loss + norm):
+        stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[rows[i]['id'] for i in order[:per_update]]}; lower --lr")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(update)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    log.write(update=update + 1, epoch=epoch + 1, loss=loss, grad_norm=norm, lr=learning_rate(update), tokens=tokens)
+    bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
+    bar.update()
+    if place == updates_per_epoch - 1:  # the end of an epoch
+        save_checkpoint(checkpoint, adapter=adapter_state(vlm.model), optimizer=optimizer.state_dict(), update=update + 1,
+                        logged=log.rows)
+bar.close()
+
+save_adapter(vlm.model, args.out / "sft")
+print(f"loss {loss:.3f}; adapter in {args.out / 'sft'}, {minutes(start)}; next: python grpo.py")
