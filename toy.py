@@ -204,11 +204,11 @@ def make_samples(folder, per_source, seed):
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
             "<|box_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = (
-    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n"
-    "{%- if m.content is string -%}{{ m.content }}{%- else -%}{%- for c in m.content -%}"
-    "{%- if c.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>{%- else -%}{{ c.text }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}<|im_end|>\n{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}")
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # The words a teacher needs; the base never reads these sentences, its tokenizer only learns to spell them.
 TRACE_WORDS = ("<think>I look for the object. I see it in the middle, at the upper left. Here is the red box: it fits well "
                "and I keep it. The red box is on the wrong object, too far left, too far right, too high, too low, too wide, "

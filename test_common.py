@@ -1,0 +1,390 @@
+"""The tests: python -m pytest -q. Behaviour only, on a Qwen3-VL of random weights; the last ones run the real commands."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import evaluate
+import make_data
+import runtime
+import toy
+from common import (IVT_PROMPT, PRESETS, VLM, advantages, box_complete, build_trajectory, draw_overlay, encode_images,
+                    grpo_loss, iou, mrope_positions, normalize_box, parse_box, reward, rollout, trajectory_logprobs)
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    """A small Qwen3-VL with random weights, sharpened so that it does not sample uniformly."""
+    runtime.quiet()
+    torch.manual_seed(0)
+    tokenizer = toy.make_tokenizer()
+    model = toy.make_model(tokenizer, layers=2, vision_layers=2).requires_grad_(False)
+    return VLM(model, tokenizer, toy.make_image_processor())
+
+
+def picture(width, height, seed=0):
+    pixels = torch.randint(0, 255, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Boxes
+# ------------------------------------------------------------------------------------------------------------------
+def test_boxes_are_normalized_by_floor_and_back():
+    assert normalize_box([0, 10.9, 320, 480], 640, 480) == [0, 22, 500, 1000]
+    assert normalize_box([-3, 0, 700, 481], 640, 480) == [0, 0, 1000, 1000]
+    rng = random.Random(0)
+    for _ in range(200):
+        w, h = rng.randint(1, 4000), rng.randint(1, 4000)
+        bbox = [rng.uniform(0, w), rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0, h)]
+        back = common.denormalize_box(normalize_box(bbox, w, h), w, h)
+        assert all(0 <= a - b < s / 1000 + 1e-6 for a, b, s in zip(bbox, back, (w, h, w, h)))
+
+
+def test_iou_by_hand():
+    assert iou([0, 0, 10, 10], [5, 5, 15, 15]) == pytest.approx(25 / 175)
+    assert iou([0, 0, 10, 10], [0, 0, 10, 10]) == 1 and iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0
+    sample = {"width": 200, "height": 100, "bbox": [0, 0, 100, 50]}
+    assert common.box_iou([0, 0, 500, 500], sample) == 1 and common.box_iou(None, sample) == 0
+    assert common.box_iou([0, 0, 500, 1000], sample) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("text, box", [
+    ('{"bbox_2d": [1, 2, 30, 40]}', [1, 2, 30, 40]),
+    ('```json\n[\n  {"bbox_2d": [1, 2, 30, 40], "label": "a cat"}\n]\n```', [1, 2, 30, 40]),
+    ('[{"bbox_2d": [1, 2, 30, 40], "label": "cat"}, {"bbox_2d": [5, 6, 7, 8], "la', [1, 2, 30, 40]),   # cut short
+    ('{"bbox_2d": [1, 2, 30, 40]} That is the cat, about 3 of 10.', [1, 2, 30, 40]),
+    ('{"bbox_2d": [1, 2, 30, 40,],}', [1, 2, 30, 40]),
+    ("(1, 2, 30, 40)", [1, 2, 30, 40]), ("(1,2),(30,40)", None), ("[[1, 2], [30, 40]]", [1, 2, 30, 40]),
+    ("<|box_start|>(1,2),(30,40)<|box_end|>", [1, 2, 30, 40]),
+    ("<think>It was [9, 9, 99, 99], of 4 cats.</think>\n[1, 2, 30, 40]", [1, 2, 30, 40]),
+    ("<think>I say [1, 2, 30, 40]", None), ("<think>a</think>b</think>[1, 2, 30, 40]", [1, 2, 30, 40]),
+    ("[30, 40, 1, 2]", [1, 2, 30, 40]), ("[1.0, 2, 30, 40]", [1, 2, 30, 40]), ("[0, 0, 1000, 1000]", [0, 0, 1000, 1000]),
+    ("[1, 2, 30, 1001]", None), ("[-1, 2, 30, 40]", None), ("[1.5, 2, 30, 40]", None), ("[1, 2, 1, 40]", None),
+    ("[1, 2, 30]", None), ("[1, 2, 30, 40, 50]", None), ("[1, 2, 30, 40", None), ("", None), ("no box", None),
+    (f"[{'9' * 5000}, 2, 30, 40]", None), ("[1, 2, 30, 40]\x00\ud800", [1, 2, 30, 40]),
+])
+def test_parse_box(text, box):
+    assert parse_box(text) == (box if text != "(1,2),(30,40)" else [1, 2, 30, 40])
+
+
+def test_parse_box_never_raises():
+    rng = random.Random(0)
+    pieces = ["[", "]", "(", ")", ",", " ", "-", ".", "1", "20", "999", "1e5", "{", "}", '"bbox_2d": ', "<think>", "</think>",
+              "<|box_start|>", "٣", "\n", "nan"]
+    for _ in range(5000):
+        box = parse_box("".join(rng.choices(pieces, k=rng.randint(0, 30))))
+        assert box is None or (len(box) == 4 and all(type(v) is int and 0 <= v <= 1000 for v in box)
+                               and box[0] < box[2] and box[1] < box[3])
+
+
+def test_a_step_ends_with_its_object():
+    assert not box_complete('<think>[1, 2, 30, 40]') and not box_complete('</think>{"bbox_2d": [1, 2, 30, 40]')
+    assert box_complete('</think>{"bbox_2d": [1, 2, 30, 40]}') and box_complete("[1, 2, 30, 40]")
+
+
+def test_overlay_pixels():
+    plain = Image.new("RGB", (100, 100), (0, 0, 200))
+    drawn = draw_overlay(plain, [200, 300, 600, 700])
+    assert drawn.getpixel((20, 30)) == (255, 0, 0)              # the line
+    assert drawn.getpixel((40, 50)) == (64, 0, 150)             # the fill, a quarter red
+    assert drawn.getpixel((10, 10)) == drawn.getpixel((65, 75)) == (0, 0, 200)
+    assert plain.getpixel((40, 50)) == (0, 0, 200) and draw_overlay(plain, None).tobytes() == plain.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sequences, positions, the mask
+# ------------------------------------------------------------------------------------------------------------------
+TEXTS = ["<think>I look for it.</think>\n" + common.format_box([1, 2, 30, 40]),
+         "<think>The red box is too low.</think>\n" + common.format_box([5, 6, 70, 800])]
+
+
+def test_positions_equal_the_models_own(vlm):
+    images = encode_images(vlm, [picture(96, 80), picture(48, 144, 1)])
+    t = build_trajectory(vlm, "Find it.", images, TEXTS)
+    ids = torch.tensor([t.ids])
+    grid = torch.tensor([[1, 2 * i.rows, 2 * i.columns] for i in images])
+    own, _ = vlm.base.model.get_rope_index(ids, (ids == vlm.base.config.image_token_id).int(), image_grid_thw=grid)
+    whole, end = mrope_positions(t.ids, images, vlm.base.config.image_token_id)
+    assert torch.equal(whole, own[:, 0]) and end == own.max() + 1
+    # a continuation computed from the running offset is the same as the whole
+    cut = len(common.prompt_ids(vlm, images[0], "Find it."))
+    head, offset = mrope_positions(t.ids[:cut], images[:1], vlm.base.config.image_token_id)
+    tail, _ = mrope_positions(t.ids[cut:], images[1:], vlm.base.config.image_token_id, offset)
+    assert torch.equal(torch.cat([head, tail], 1), whole)
+
+
+def test_loss_mask_token_by_token(vlm):
+    t = build_trajectory(vlm, IVT_PROMPT.format(expression="the cat"), encode_images(vlm, [picture(32, 32)] * 2), TEXTS)
+    assert [p + 1 for p in t.predictor] == sorted(p + 1 for p in t.predictor) and t.boxes == [[1, 2, 30, 40], [5, 6, 70, 800]]
+    assert [t.ids[p + 1] for p in t.predictor] == t.target      # each target is the token after its predictor
+    learnt = {p + 1 for p in t.predictor}
+    shown = "".join(f"[{vlm.tokenizer.decode([token])}]" if i in learnt else vlm.tokenizer.decode([token])
+                    for i, token in enumerate(t.ids))
+    print(shown)
+    boxed = lambda text: "".join(f"[{vlm.tokenizer.decode([token])}]" for token in vlm.encode(text))
+    image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
+    assert shown == ("<|im_start|>user\n" + image + IVT_PROMPT.format(expression="the cat") + "<|im_end|>\n<|im_start|>assistant\n"
+                     + boxed(TEXTS[0]) + "\n" + image + "\n" + common.CORRECTION + "\n" + boxed(TEXTS[1]))
+    assert "".join(vlm.tokenizer.decode([v]) for v, s in zip(t.target, t.step) if s == 1) == TEXTS[1]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Rollout
+# ------------------------------------------------------------------------------------------------------------------
+def test_cached_decoding_equals_one_full_pass(vlm):
+    images = [picture(96, 80), picture(48, 144, 1), picture(32, 32, 2)]
+    expressions = ["the cat", "a much longer description of a dog that sits", "x"]
+    rows = rollout(vlm, images, expressions, 2, 24, group_size=2, temperatures=(1.0, 0.7),
+                   generator=torch.Generator().manual_seed(0))
+    lengths = [sum(s == t for s in r.step) for r in rows for t in range(3)]
+    assert len(rows) == 6 and all(len(r.images) == len(r.texts) == 3 for r in rows)
+    assert rows[0].ids != rows[1].ids and len({len(r.ids) for r in rows}) > 1 and len(set(lengths)) > 1, lengths
+    logprob, entropy = trajectory_logprobs(vlm, rows)
+    sampled = torch.tensor([p for r in rows for p in r.logprob])
+    assert (logprob - sampled).abs().max() < 1e-4 and (entropy > 0).all()
+    for r in rows:  # the end of turn is a target, and never enters the context
+        assert vlm.token("<|im_end|>") not in r.ids[r.predictor[0] + 1:]
+
+
+def test_greedy_rollout_equals_generate(vlm):
+    image = picture(96, 80)
+    row = rollout(vlm, [image, picture(32, 32)], ["the cat", "a dog on a sofa"], 0, 12)[0]
+    ids = torch.tensor([common.prompt_ids(vlm, row.images[0], IVT_PROMPT.format(expression="the cat"))])
+    batch = vlm.image_processor(images=[image], return_tensors="pt")
+    out = vlm.base.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                            mm_token_type_ids=(ids == vlm.base.config.image_token_id).int(), **batch)
+    assert out[0, ids.shape[1]:].tolist()[:len(row.target)] == row.target
+
+
+def test_the_last_valid_box_is_drawn(vlm, monkeypatch):
+    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1."""
+    answers, drawn = iter([None, [1, 2, 30, 40], None, None]), []
+    monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
+    rollout(vlm, [picture(32, 32)], ["x"], 3, 2, overlay=lambda image, box: drawn.append(box) or image)
+    assert drawn == [None, [1, 2, 30, 40], [1, 2, 30, 40]]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Losses
+# ------------------------------------------------------------------------------------------------------------------
+def test_accumulation_equals_one_large_batch(vlm):
+    images = encode_images(vlm, [picture(32, 32), picture(48, 64, 1)])
+    batch = [build_trajectory(vlm, "Find it.", images[:n], TEXTS[:n]) for n in (1, 2, 2, 1)]
+    weight = vlm.base.model.language_model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    tokens, gradients = sum(len(t.target) for t in batch), []
+    for size in (4, 1):
+        weight.grad = None
+        for i in range(0, 4, size):
+            (-trajectory_logprobs(vlm, batch[i:i + size])[0].sum() / tokens).backward()
+        gradients.append(weight.grad)
+    weight.requires_grad_(False)
+    assert gradients[0].abs().max() > 1e-3 and torch.allclose(*gradients, atol=1e-6)
+
+
+def test_reward_and_advantage_by_hand():
+    sample = {"width": 100, "height": 100, "bbox": [0, 0, 50, 100]}
+    assert reward([None, [0, 0, 1000, 1000], [0, 0, 500, 500]], sample) == pytest.approx(0.5 + 0.1 * 2 / 3)
+    assert reward([[0, 0, 500, 1000], [0, 0, 500, 1000], None], sample) == pytest.approx(0.1 * 2 / 3)
+    a = advantages(torch.tensor([[0.0, 1.0, 0.5], [0.3, 0.3, 0.3]]))
+    deviation = (1 / 6) ** 0.5
+    assert torch.allclose(a, torch.tensor([[-0.5, 0.5, 0], [0, 0, 0]]) / (deviation + 1e-4), atol=1e-6)
+
+
+def test_each_term_of_the_grpo_loss_by_hand():
+    logprob, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    advantage, entropy = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.25])
+    loss, policy, kl, h = grpo_loss(logprob, ref, advantage, entropy, 0.04, 0.01)
+    assert (policy.item(), kl.item(), h.item()) == pytest.approx((0.0, 1.5, 0.75))
+    assert loss.item() == pytest.approx(0.04 * 1.5 - 0.01 * 0.75)
+    e = 2.718281828
+    assert grpo_loss(logprob, ref, advantage, entropy, 1, 0, "k3")[2].item() == pytest.approx(e ** -0.5 + 0.5 - 1 + e - 1 - 1)
+    # the gradient of the policy term alone raises what was better than its group
+    logprob.requires_grad_(True)
+    grpo_loss(logprob, ref, advantage, entropy, 0, 0)[0].backward()
+    assert logprob.grad.tolist() == [-2.0, 1.0]
+
+
+def test_entropy_and_logprob_by_hand(vlm):
+    t = build_trajectory(vlm, "Find it.", encode_images(vlm, [picture(32, 32)]), TEXTS[:1])
+    logprob, entropy = trajectory_logprobs(vlm, [t])
+    ids = torch.tensor([t.ids])
+    logits = vlm.base(input_ids=ids, mm_token_type_ids=(ids == vlm.base.config.image_token_id).int(),
+                      **vlm.image_processor(images=[picture(32, 32)], return_tensors="pt")).logits[0].double()
+    p = logits[t.predictor].softmax(-1)
+    assert torch.allclose(logprob.double(), p[range(len(t.target)), t.target].log(), atol=1e-4)
+    assert torch.allclose(entropy.double(), -(p * p.log()).sum(-1), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Phase 0
+# ------------------------------------------------------------------------------------------------------------------
+def test_interpolation():
+    assert make_data.interpolate([0, 0, 100, 100], [100, 50, 300, 101], 2) == [[0, 0, 100, 100], [50, 25, 200, 100], [100, 50, 300, 101]]
+
+
+def test_template_traces_say_what_the_geometry_is():
+    truth, say = [400, 400, 600, 600], lambda before, after: make_data.template_trace("the cat", [before, after], [400, 400, 600, 600], 1)
+    assert say([360, 400, 560, 600], truth) == "The red box is too far left. I move it right."
+    assert say([400, 440, 600, 560], truth) == "The red box is too short. I make it taller."
+    assert say([100, 700, 200, 800], truth) == ("The red box is on the wrong object. I see the cat at the middle. "
+                                                "I move the box right and up.")
+    assert say(truth, truth) == "The red box fits well. I keep it."
+    assert make_data.template_trace("the cat", [[0, 0, 100, 100]], truth, 0) == "I look for the cat. I see it at the upper left."
+
+
+def test_teacher_traces_may_not_leak():
+    fault = make_data.trace_fault
+    assert fault("The box is too low. I move it up.", "the cat") is None and fault("Number 23 is left.", "player 23") is None
+    assert fault("Move it to 312.", "the cat") == "coordinates" and fault("", "the cat") == "empty"
+    assert fault("The ground truth is higher.", "the cat") == "leak" and fault("too low", "the cat") == "sentences"
+
+
+def test_vlm_teacher_retries_and_counts(vlm):
+    import argparse
+    rows = [{"expression": "the cat", "boxes": [[0, 0, 100, 100]] * 2}]
+    traces, rejected = make_data.vlm_traces(vlm, [picture(32, 32)], rows, argparse.Namespace(steps=1, max_tokens=4), None)
+    assert traces == [None] and sum(rejected.values()) == 6     # random words: two steps, three tries each
+
+
+def test_split_is_by_image_and_balanced():
+    samples = [{"source": "abc"[i % 3], "image": f"{i // 2}.png", "id": i} for i in range(120)]
+    sides = make_data.split(samples, {"train": 60, "val": 14, "test": 13}, 0)
+    assert {k: len(v) for k, v in sides.items()} == {"train": 60, "val": 14, "test": 13}
+    seen = {side: {s["image"] for s in rows} for side, rows in sides.items()}
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
+    assert [sum(s["source"] == x for s in sides["test"]) for x in "abc"] == [5, 4, 4]
+    with pytest.raises(ValueError, match="too few samples"):
+        make_data.split(samples, {"train": 119, "val": 1, "test": 3}, 0)
+
+
+def test_no_expression_is_ambiguous():
+    """Reads the expression anew, by its words alone, and finds the one object that it fits."""
+    rng = random.Random(0)
+    for i in range(900):
+        objects = toy.make_scene(rng, distractors=True if i % 3 == 1 else None)
+        found = toy.refer(rng, objects, toy.SOURCES[i % 3])
+        if not found:
+            continue
+        words, target = found
+        head, _, relation = words.partition(" that is ")
+
+        def fits(o, phrase):
+            named = phrase.split()[1:]
+            return all(w in (o["kind"], o["color"], o["size"]) for w in named if w not in toy.SUPERLATIVES)
+
+        some = [o for o in objects if fits(o, head)]
+        if relation:
+            where, anchor = re.match(r"(.*?) (the (?:small |large )?(?:\w+ )?\w+)$", relation).groups()
+            where = relation[:relation.index(" the ", relation.index("of") if "of" in relation else 0)]
+            anchor = relation[len(where) + 1:]
+            anchors = [o for o in objects if fits(o, anchor)]
+            assert len(anchors) == 1, words
+            axis, sign = {"to the left of": (0, -1), "to the right of": (0, 1), "above": (1, -1), "below": (1, 1)}[where]
+            some = [o for o in some if o is not anchors[0] and sign * (o["center"][axis] - anchors[0]["center"][axis]) > 0]
+        for word, key in toy.SUPERLATIVES.items():
+            if word in head.split():
+                assert len(some) > 1
+                some = [max(some, key=key)]
+        assert some == [target], words
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Phase 3, files, inputs
+# ------------------------------------------------------------------------------------------------------------------
+def test_tables_by_hand():
+    ious = [[0.4, 0.9, 0.5], [0.7, 0.7, 0.705], [0.9, 0.2, 0.0], [0.0, 0.0, 0.1]]
+    one = evaluate.table1(ious)
+    assert one["best of steps"] == pytest.approx({"acc0.5": 0.75, "acc0.7": 0.75, "acc0.9": 0.5, "iou": (0.9 + 0.705 + 0.9 + 0.1) / 4})
+    assert one["last step"]["acc0.5"] == 0.5 and one["first step"]["acc0.9"] == 0.25
+    two = evaluate.table2(ious, [[True, True, False]] * 4)
+    assert two["iou"] == pytest.approx([0.5, 0.45, 0.32625]) and two["delta"] == pytest.approx(-0.17375)
+    assert (two["improved"], two["stagnated"], two["degraded"]) == (0.5, 0.25, 0.25) and two["valid"] == [1, 1, 0]
+
+
+def test_bad_samples_are_all_reported_at_once(tmp_path):
+    picture(20, 10).save(tmp_path / "a.png")
+    good = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10, "expression": "x", "bbox": [0, 0, 5, 5]}
+    bad = [dict(good, bbox=[5, 0, 0, 5]), dict(good, width=30, bbox=[0, 0, 25, 5]), dict(good, image="b.png"), dict(good, bbox=[0, 0, float("nan"), 1]),
+           {k: v for k, v in good.items() if k != "expression"}]
+    runtime.write_jsonl(tmp_path / "s.jsonl", [good])
+    assert runtime.read_samples(tmp_path / "s.jsonl", "") == [good]
+    runtime.write_jsonl(tmp_path / "s.jsonl", [good] + bad)
+    with pytest.raises(SystemExit) as e:
+        runtime.read_samples(tmp_path / "s.jsonl", "")
+    for line, word in enumerate(["inverted", "20 x 10", "cannot be opened", "finite", "expression is None"], 2):
+        assert re.search(f"s.jsonl, line {line}: .*{word}", str(e.value))
+    with pytest.raises(SystemExit, match="first run: python make_data.py"):
+        runtime.read_samples(tmp_path / "none.jsonl", "python make_data.py")
+    (tmp_path / "s.jsonl").write_text('{"id": 1}\n{oops\n')
+    with pytest.raises(SystemExit, match="line 2: not JSON"):
+        runtime.read_samples(tmp_path / "s.jsonl", "")
+
+
+def test_presets_hold_the_papers_values():
+    paper = {name: row[0] for table in PRESETS.values() for name, row in table.items()}
+    assert [PRESETS[p][k][0] for p, k in (("sft", "lr"), ("sft", "epochs"), ("sft", "batch_size"), ("sft", "grad_accum"), ("sft", "warmup"),
+            ("sft", "lora_rank"), ("sft", "lora_alpha"), ("grpo", "lr"), ("grpo", "grad_accum"), ("grpo", "group_size"))] == \
+        [2e-5, 10, 4, 4, 0.1, 64, 128, 2e-6, 8, 6]
+    assert (paper["temperature_first"], paper["temperature"], paper["beta"], paper["entropy"]) == (1.0, 0.7, 0.04, 0.01)
+    assert (paper["max_tokens"], paper["iou_max"], paper["quantize"], PRESETS["all"]["steps"][0]) == (160, 0.85, "nf4", 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The real commands, very small
+# ------------------------------------------------------------------------------------------------------------------
+SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7", "sft.py": "--epochs 1 --batch-size 4",
+         "grpo.py": "--updates 2 --val-every 1 --val-prompts 3 --grad-accum 2 --group-size 2", "evaluate.py": "--pictures 2"}
+
+
+def command(script, out, *more):
+    return subprocess.run([sys.executable, HERE / script, *SMALL[script].split(), "--max-tokens", "60", "--out", str(out), *more],
+                          capture_output=True, text=True, cwd=out.parent)
+
+
+def test_the_four_commands(tmp_path):
+    out = tmp_path / "run"
+    early = command("sft.py", out)
+    assert early.returncode == 1 and "first run: python make_data.py" in early.stderr and "Traceback" not in early.stderr
+    for script in SMALL:
+        ran = command(script, out)
+        assert ran.returncode == 0, ran.stderr
+        assert not re.search(r"warn|Traceback|deprecat", ran.stdout + ran.stderr, re.I), ran.stdout + ran.stderr
+    text = (out / "results.md").read_text()
+    assert all(row[0] in text for row in evaluate.CONFIGURATIONS) and "Table 2" in text
+    assert all((out / f).exists() for f in ("figures/corrections.png", "figures/failures.png", "grpo/adapter_model.safetensors",
+                                            "grpo_single/adapter_config.json", "log/grpo.jsonl", "log/sft.jsonl"))
+    losses = [json.loads(line) for line in (out / "log/grpo.jsonl").read_text().splitlines()]
+    assert sum("reward" in row for row in losses) == 2 and sum("val_reward" in row for row in losses) == 3
+    again = command("sft.py", out)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    wrong = command("sft.py", out, "--learning-rate", "1")
+    assert wrong.returncode == 2 and "--learning-rate" in wrong.stderr
+
+
+def test_a_killed_run_ends_as_one_that_never_stopped(tmp_path):
+    out = tmp_path / "run"
+    assert command("make_data.py", out).returncode == 0
+    command("sft.py", out, "--epochs", "3", "--restart")
+    whole, log = (out / "sft/adapter_model.safetensors").read_bytes(), (out / "log/sft.jsonl").read_text()
+    arguments = [sys.executable, HERE / "sft.py", *SMALL["sft.py"].split(), "--epochs", "3", "--max-tokens", "60", "--out", str(out)]
+    process = subprocess.Popen([*arguments, "--restart"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = out / "sft.checkpoint"
+    checkpoint.unlink()
+    while process.poll() is None and not checkpoint.exists():
+        pass
+    process.kill()
+    process.wait()
+    again = subprocess.run(arguments, capture_output=True, text=True)
+    assert "going on after update" in again.stdout, again.stdout + again.stderr
+    assert (out / "sft/adapter_model.safetensors").read_bytes() == whole and (out / "log/sft.jsonl").read_text() == log
