@@ -375,8 +375,8 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
                 row.ids += piece
                 row.images.append(image)
         temperature = temperatures[min(t, 1)]
-        texts, live = [""] * len(rows), torch.ones(len(rows), dtype=torch.bool, device=device)
-        step_ids = [[] for _ in rows]
+        step_ids, text, complete = [[] for _ in rows], [""] * len(rows), [False] * len(rows)
+        live = torch.ones(len(rows), dtype=torch.bool, device=device)
         for k in range(max_tokens):
             logits = vlm.base.lm_head(last).float()                                              # [B, V]
             if temperature > 0:
@@ -395,9 +395,11 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
                 if chosen[i] != eot:
                     row.ids.append(chosen[i])
                     step_ids[i].append(chosen[i])
-                    texts[i] = vlm.tokenizer.decode(step_ids[i])
+                    piece = vlm.tokenizer.decode([chosen[i]])
+                    text[i] += piece
+                    complete[i] = any(c in piece for c in "])}") and box_complete(text[i])
             fed = live & (token != eot)      # enters the context: what a live row sampled, save the end of turn
-            live = fed & torch.tensor([not box_complete(text) for text in texts], device=device)
+            live = fed & ~torch.tensor(complete, device=device)
             if not fed.any() or (t == steps and not live.any()):
                 break
             mask = torch.cat([mask, fed[:, None]], 1)
@@ -407,8 +409,8 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
             if not live.any():
                 break
         for i, row in enumerate(rows):
-            row.texts.append(texts[i])
-            row.boxes.append(parse_box(texts[i]))
+            row.texts.append(vlm.tokenizer.decode(step_ids[i]))
+            row.boxes.append(parse_box(row.texts[-1]))
             drawn[i] = row.boxes[-1] or drawn[i]
     return rows
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import sys
 import time
 import warnings
@@ -253,6 +254,7 @@ def save_adapter(model, folder, name="default"):
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         os.replace(temporary / file, folder / file)
+    shutil.rmtree(folder.with_name(folder.name + ".tmp"))
 
 
 def adapter_state(model, name="default"):

@@ -86,7 +86,8 @@ bar = tqdm(total=updates, initial=first_update, desc="sft", unit="update")
 for update in range(first_update, updates):
     epoch, place = divmod(update, updates_per_epoch)
     order = random.Random(f"{args.seed} {epoch}").sample(range(len(rows)), len(rows))
-    batch = [example(rows[i]) for i in order[place * per_update:(place + 1) * per_update]]
+    chosen = [rows[i] for i in order[place * per_update:(place + 1) * per_update]]
+    batch = [example(row) for row in chosen]
 
     # Every generated token of the update weighs the same, whichever micro-batch it is in: divided by the tokens of the
     # whole update, accumulation equals one large batch.
@@ -98,7 +99,7 @@ for update in range(first_update, updates):
         loss += micro.item()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(loss + norm):
-        stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[rows[i]['id'] for i in order[:per_update]]}; lower --lr")
+        stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[row['id'] for row in chosen]}; lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(update)
     optimizer.step()

@@ -464,26 +464,32 @@ def train_vision(model, processor, batches, seed):
         bar.set_postfix(object=f"{losses[0]:.2f}", digit1=f"{losses[3:7].mean():.2f}", digit2=f"{losses[7:11].mean():.2f}", refresh=False)
 
 
-def train_language(model, tokenizer, processor, batches, seed):
-    """Stage 2: all weights, on conversations: one object, then up to three, up to six, several images."""
+def train_language(model, tokenizer, processor, batches, seed, first_digit=1.0):
+    """Stages 2 and 3: all weights, on conversations. first_digit: the weight in the loss of a box's first digit.
+
+    Stage 2 (weight 1) goes from one object to three, to six, to several images. Stage 3 stays there with weight 8: given
+    the first digit the other digits follow from the image alone, so it is that token which learns to tell objects apart.
+    """
     from tqdm import tqdm
     rng = random.Random(seed)
     tower = [(n, p) for n, p in model.named_parameters() if "visual" in n]
     rest = [(n, p) for n, p in model.named_parameters() if "visual" not in n]
-    steps = optimizers([(tower, 0.005, 1.5e-3), (rest, 0.02, 1.5e-3)])
+    scale = 1.0 if first_digit == 1 else 0.4  # a gentler rate once most is learnt
+    steps = optimizers([(tower, 0.005 * scale, 1.5e-3 * scale), (rest, 0.02 * scale, 1.5e-3 * scale)])
     pad, special = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids
-    tokens = (SIDE // PATCH // 2) ** 2
+    tokens, opening = (SIDE // PATCH // 2) ** 2, tokenizer.encode('{"bbox_2d": [', add_special_tokens=False)[0]
     picture = special(["<|vision_start|>"] + ["<|image_pad|>"] * tokens + ["<|vision_end|>"])
     bar, recent = tqdm(range(batches), desc="language", unit="batch"), []
     for i in bar:
-        if i < 250:
+        begin = i if first_digit == 1 else batches
+        if begin < 250:
             chat, images = dict(low=1, high=1, questions=1, where=0.1, frames=False), 1
-        elif i < 500:
+        elif begin < 500:
             chat, images = dict(low=1, high=3, questions=3, where=0.1, frames=False), 1
-        elif i < 0.4 * batches:
+        elif begin < 0.4 * batches:
             chat, images = dict(low=2, high=6, where=0.1), 1
         else:
-            chat, images = dict(low=3, high=6), rng.choice((1, 1, 2, 3))
+            chat, images = dict(low=3, high=6) if first_digit == 1 else dict(low=2, high=4), rng.choice((1, 1, 2, 3))
         rows, labels, pictures = [], [], []
         for _ in range({1: 32, 2: 16, 3: 11}[images]):
             row, label = [], []
@@ -502,7 +508,8 @@ def train_language(model, tokenizer, processor, batches, seed):
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), **batch)[0]
             logits = model.lm_head(hidden[:, :-1][learnt])
-        loss = torch.nn.functional.cross_entropy(logits.float(), label[learnt])
+        weight = torch.where(ids[:, :-1][learnt] == opening, first_digit, 1.0)
+        loss = (torch.nn.functional.cross_entropy(logits.float(), label[learnt], reduction="none") * weight).sum() / weight.sum()
         update(steps, list(model.parameters()), loss, i / batches)
         recent = recent[-49:] + [loss.item()]
         bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", refresh=False)
@@ -516,6 +523,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", default=str(Path(__file__).parent / "toy_base"), help="where the checkpoint goes")
     parser.add_argument("--vision-batches", type=int, default=1200)
     parser.add_argument("--language-batches", type=int, default=2200)
+    parser.add_argument("--binding-batches", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet()
@@ -527,6 +535,7 @@ if __name__ == "__main__":
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     train_vision(model, processor, args.vision_batches, args.seed + 3)
     train_language(model, tokenizer, processor, args.language_batches, args.seed + 1)
+    train_language(model, tokenizer, processor, args.binding_batches, args.seed + 2, first_digit=8.0)
     model.half().save_pretrained(args.folder)  # safetensors
     tokenizer.save_pretrained(args.folder)
     processor.save_pretrained(args.folder)
