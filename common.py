@@ -312,6 +312,13 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
                                      past_key_values=cache, use_cache=cache is not None, **visual).last_hidden_state
 
 
+def text_logits(vlm, hidden):
+    """Hidden states [..., D] -> float32 logits [..., V]. The image placeholder is no word: sampled, it would later be taken
+    for an image, so it has no probability. (Finite, since -inf would make the entropy NaN.)"""
+    logits = vlm.base.lm_head(hidden).float()
+    return logits.index_fill(-1, torch.tensor([vlm.base.config.image_token_id], device=logits.device), -1e30)
+
+
 def pad_rows(rows, value, device):
     """A list of B lists -> a tensor [B, longest], padded on the right."""
     longest = max(map(len, rows))
@@ -378,7 +385,7 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
         step_ids, text, complete = [[] for _ in rows], [""] * len(rows), [False] * len(rows)
         live = torch.ones(len(rows), dtype=torch.bool, device=device)
         for k in range(max_tokens):
-            logits = vlm.base.lm_head(last).float()                                              # [B, V]
+            logits = text_logits(vlm, last)                                                      # [B, V]
             if temperature > 0:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
             else:
@@ -427,7 +434,7 @@ def trajectory_logprobs(vlm, trajectories):
     row = torch.tensor([i for i, t in enumerate(trajectories) for _ in t.target], device=ids.device)            # [M]
     predictor = torch.tensor([p for t in trajectories for p in t.predictor], device=ids.device)                 # [M]
     target = torch.tensor([v for t in trajectories for v in t.target], device=ids.device)                       # [M]
-    logprobs = vlm.base.lm_head(hidden[row, predictor]).float().log_softmax(-1)                  # [M, V]
+    logprobs = text_logits(vlm, hidden[row, predictor]).log_softmax(-1)                          # [M, V]
     entropy = -(logprobs.exp() * logprobs).sum(-1)                                               # [M]
     return logprobs.gather(1, target[:, None])[:, 0], entropy
 
@@ -456,7 +463,8 @@ def grpo_loss(logprob, ref_logprob, advantage, entropy, beta, entropy_weight, kl
     update, so that micro-batches add up to one large batch.
 
     One update follows each batch of rollouts, so the policy that is updated is the one that sampled: the importance
-    ratio is 1 and there is nothing to clip. The paper's KL term is mean |log pi - log ref|; `k3` is
+    ratio is 1 and there is nothing to clip. (Steps >= 1 are sampled at temperature 0.7, and log pi is taken at 1: like
+    the paper's Eq. 2, this leaves that difference aside.) The paper's KL term is mean |log pi - log ref|; `k3` is
     exp(log ref - log pi) - (log ref - log pi) - 1 (Schulman, "Approximating KL divergence", 2020).
     """
     policy = -(logprob * advantage).sum()

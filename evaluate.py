@@ -18,13 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import IVT_PROMPT, SINGLE_PROMPT, answer_of, box_iou, denormalize_box, rollout
 
-# name in the tables, adapter folder, prompt, whether it refines, the command that makes it
+# name in the tables, adapter folder, prompt, whether it refines, the command that makes it ("": not part of Table 1,
+# evaluated when it is there)
 CONFIGURATIONS = [
     ("Base (single-shot)", None, SINGLE_PROMPT, False, ""),
     ("Base + IVT (no training)", None, IVT_PROMPT, True, ""),
     ("SFT + IVT", "sft", IVT_PROMPT, True, "python sft.py"),
     ("SFT + GRPO (single-step)", "grpo_single", IVT_PROMPT, False, "python grpo.py --steps 0"),
     ("SFT + GRPO + IVT", "grpo", IVT_PROMPT, True, "python grpo.py"),
+    ("GRPO without SFT + IVT", "base_grpo", IVT_PROMPT, True, ""),
 ]
 
 
@@ -159,7 +161,8 @@ if __name__ == "__main__":
     rows, played, events = {}, {}, []
     for name, adapter, prompt, refines, command in CONFIGURATIONS:
         if adapter and not (args.out / adapter / "adapter_model.safetensors").exists():
-            print(f"{name}: left out, {args.out / adapter} is missing; to add it: {command} --preset {args.preset}")
+            if command:
+                print(f"{name}: left out, {args.out / adapter} is missing; to add it: {command} --preset {args.preset}")
             continue
         if adapter:
             add_adapter(vlm, args.out / adapter, adapter)
@@ -167,8 +170,11 @@ if __name__ == "__main__":
         with tqdm(total=len(samples), desc=name, unit="sample") as bar:
             for i in range(0, len(samples), args.batch_size):
                 part = samples[i:i + args.batch_size]
-                trajectories += rollout(vlm, images[i:i + args.batch_size], [s["expression"] for s in part],
-                                        args.steps if refines else 0, args.max_tokens, prompt=prompt)
+                batch = rollout(vlm, images[i:i + args.batch_size], [s["expression"] for s in part],
+                                args.steps if refines else 0, args.max_tokens, prompt=prompt)
+                for trajectory in batch:
+                    trajectory.images = []  # image tokens of a whole test set would fill a GPU
+                trajectories += batch
                 bar.update(len(part))
         ious = [[box_iou(box, s) for box in t.boxes] for t, s in zip(trajectories, samples)]
         valid = [[box is not None for box in t.boxes] for t in trajectories]
@@ -187,7 +193,7 @@ if __name__ == "__main__":
                                                       "rows": rows}, indent=1) + "\n")
     write_jsonl(args.out / "log/evaluate.jsonl", events)
 
-    trained = [name for name in rows if rows[name]["refines"]][-1]
+    trained = [name for name in ("Base + IVT (no training)", "SFT + IVT", "SFT + GRPO + IVT") if name in rows][-1]
     order = sorted(range(len(samples)), key=lambda i: box_iou(played[trained][i].boxes[-1], samples[i])
                    - box_iou(played[trained][i].boxes[0], samples[i]))
     for file, chosen in (("corrections", order[::-1][:args.pictures]), ("failures", order[:args.pictures])):

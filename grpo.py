@@ -35,7 +35,7 @@ data = args.out / "data"
 # ------------------------------------------------------------------------------------------------------------------
 train = read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}")
 val = read_samples(data / "val.jsonl", f"python make_data.py --preset {args.preset}")[:args.val_prompts]
-if args.init == "sft" and not (args.out / "sft").exists():
+if args.init == "sft" and not (args.out / "sft/adapter_model.safetensors").exists():
     stop(f"{args.out / 'sft'} is missing; first run: python sft.py --preset {args.preset}")
 
 for steps in map(int, args.steps.split()):  # T of each policy to train
@@ -64,9 +64,13 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
         out = []
         for i in range(0, len(samples), args.prompts_at_once):
             part = samples[i:i + args.prompts_at_once]
-            out += rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part], steps, args.max_tokens,
-                           group_size=group_size, temperatures=temperatures, generator=generator)
+            out += rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part], steps,
+                           args.max_tokens, group_size=group_size, temperatures=temperatures, generator=generator)
         return out
+
+    def iou_per_step(played, samples):
+        """Mean IoU of each step; the reward does not see it, the log does (Section 3.4, "Advantage scoring")."""
+        return [round(sum(box_iou(t.boxes[k], s) for t, s in zip(played, samples)) / len(played), 4) for k in range(steps + 1)]
 
     # --------------------------------------------------------------------------------------------------------------
     # Resume
@@ -78,25 +82,30 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         first_update, best, logged = state["update"], state["best"], state["logged"]
-        if first_update > args.updates:
+        if state["steps"] != steps:
+            stop(f"{checkpoint} is of a run with --steps {state['steps']}, not {steps}; --restart, or another --out")
+        if first_update >= args.updates and state["finished"]:
             print(f"{args.out / name} is finished; --restart begins again")
             continue
-        print(f"going on after update {first_update - 1}")
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr
+        print(f"going on after update {first_update}")
     log = Log(args.out / f"log/{name}.jsonl", keep=logged)
 
     # --------------------------------------------------------------------------------------------------------------
     # Training. Validation comes before updates 0, val_every, ... and after the last one.
     # --------------------------------------------------------------------------------------------------------------
+    val_reward = best
     bar = tqdm(total=args.updates, initial=first_update, desc=name, unit="update")
     for update in range(first_update, args.updates + 1):
         if update % args.val_every == 0 or update == args.updates:
             # Validation: the mean greedy reward; the best adapter so far is the result of the run
             save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
-                            generator=generator.get_state(), update=update, best=best, logged=log.rows)
+                            generator=generator.get_state(), update=update, best=best, logged=log.rows, steps=steps,
+                            finished=False)
             played = play(val)
             val_reward = sum(reward(t.boxes, s) for t, s in zip(played, val)) / len(val)
-            log.write(update=update, val_reward=val_reward,
-                      val_iou=[round(sum(box_iou(t.boxes[k], s) for t, s in zip(played, val)) / len(val), 4) for k in range(steps + 1)])
+            log.write(update=update, val_reward=val_reward, val_iou=iou_per_step(played, val))
             if val_reward > best:
                 best = val_reward
                 save_adapter(vlm.model, args.out / name, "policy")
@@ -104,14 +113,16 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
                 break
 
         # Rollout: P prompts, N trajectories each
-        order = random.Random(f"{args.seed} {update * args.grad_accum // len(train)}").sample(train, len(train))
-        samples = [order[(update * args.grad_accum + i) % len(train)] for i in range(args.grad_accum)]
+        samples = []
+        for i in range(update * args.grad_accum, (update + 1) * args.grad_accum):
+            order = random.Random(f"{args.seed} {i // len(train)}").sample(range(len(train)), len(train))
+            samples.append(train[order[i % len(train)]])
         played = play(samples, args.group_size, (args.temperature_first, args.temperature))  # P * N, prompt after prompt
 
         # Reward and advantage
         owner = [sample for sample in samples for _ in range(args.group_size)]
-        rewards = torch.tensor([reward(t.boxes, s) for t, s in zip(played, owner)]).view(-1, args.group_size)      # [P, N]
-        advantage = advantages(rewards).flatten().tolist()                                                         # P * N
+        rewards = torch.tensor([reward(t.boxes, s) for t, s in zip(played, owner)]).view(-1, args.group_size)  # [P, N]
+        advantage = advantages(rewards).flatten().tolist()                                                  # P * N
 
         # Update
         tokens, sums = sum(len(t.target) for t in played), torch.zeros(4)
@@ -119,30 +130,30 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
             batch = played[i:i + args.batch_size]
             with torch.no_grad():
                 vlm.model.set_adapter("reference")
-                ref_logprob, _ = trajectory_logprobs(vlm, batch)                                                   # [M]
+                ref_logprob, _ = trajectory_logprobs(vlm, batch)                                            # [M]
                 vlm.model.set_adapter("policy")
-            logprob, entropy = trajectory_logprobs(vlm, batch)                                                     # [M], [M]
-            of_token = torch.tensor([a for a, t in zip(advantage[i:], batch) for _ in t.target], device=logprob.device)  # [M]
-            terms = grpo_loss(logprob, ref_logprob, of_token, entropy, args.beta, args.entropy, args.kl)
+            logprob, entropy = trajectory_logprobs(vlm, batch)                                              # [M], [M]
+            of_token = torch.tensor([a for a, t in zip(advantage[i:], batch) for _ in t.target])            # [M]
+            terms = grpo_loss(logprob, ref_logprob, of_token.to(logprob), entropy, args.beta, args.entropy, args.kl)
             (terms[0] / tokens).backward()
             sums += torch.tensor([term.item() for term in terms]) / tokens
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         loss, policy, distance, entropy = sums.tolist()
         if not math.isfinite(loss + norm):
-            stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[s['id'] for s in samples]}; lower --lr")
+            stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[s['id'] for s in samples]}; "
+                 "lower --lr")
         optimizer.step()
         optimizer.zero_grad()
 
         # Log
-        per_step = [sum(box_iou(t.boxes[k], s) for t, s in zip(played, owner)) / len(played) for k in range(steps + 1)]
         log.write(update=update + 1, reward=rewards.mean().item(), reward_std=rewards.std(1, unbiased=False).mean().item(),
-                  no_signal=(rewards.std(1) < 1e-6).float().mean().item(), iou=[round(v, 4) for v in per_step],
+                  no_signal=(rewards.std(1) < 1e-6).float().mean().item(), iou=iou_per_step(played, owner),
                   valid=sum(b is not None for t in played for b in t.boxes) / len(played) / (steps + 1),
                   loss=loss, policy=policy, kl=distance, entropy=entropy, grad_norm=norm, tokens=tokens / len(played))
         bar.set_postfix(reward=f"{rewards.mean():.3f}", val=f"{val_reward:.3f}", kl=f"{distance:.3f}", refresh=False)
         bar.update()
     bar.close()
     save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
-                    generator=generator.get_state(), update=args.updates + 1, best=best, logged=log.rows)
+                    generator=generator.get_state(), update=args.updates, best=best, logged=log.rows, steps=steps, finished=True)
     print(f"best validation reward {best:.3f}; adapter in {args.out / name}, {minutes(start)}")
 print("next: python evaluate.py")

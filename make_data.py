@@ -101,14 +101,16 @@ def template_trace(expression, boxes, truth, t):
     dx, dy = across(before, truth, 0, width), across(before, truth, 1, height)
     moves = ["right"] * (dx > 0.1) + ["left"] * (dx < -0.1) + ["down"] * (dy > 0.1) + ["up"] * (dy < -0.1)
     if iou(before, truth) == 0:
-        return f"The red box is on the wrong object. I see {expression} at the {place(truth)}. I move the box {join(moves or ['there'])}."
+        return (f"The red box is on the wrong object. I see {expression} at the {place(truth)}. "
+                f"I move the box {join(moves or ['there'])}.")
     wider, taller = width / max(before[2] - before[0], 1), height / max(before[3] - before[1], 1)
     faults = (["too far left"] * (dx > 0.1) + ["too far right"] * (dx < -0.1) + ["too high"] * (dy > 0.1)
               + ["too low"] * (dy < -0.1) + ["too narrow"] * (wider > 1.15) + ["too wide"] * (wider < 0.87)
               + ["too short"] * (taller > 1.15) + ["too tall"] * (taller < 0.87))
     if not faults:
-        return "The red box fits well. I keep it."
-    sizes = ["wider"] * (wider > 1.15) + ["narrower"] * (wider < 0.87) + ["taller"] * (taller > 1.15) + ["shorter"] * (taller < 0.87)
+        return "The red box fits well. I keep it." if before == after else "The red box is nearly right. I tighten it slightly."
+    sizes = (["wider"] * (wider > 1.15) + ["narrower"] * (wider < 0.87) + ["taller"] * (taller > 1.15)
+             + ["shorter"] * (taller < 0.87))
     fix = join([f"move it {join(moves)}"] * bool(moves) + [f"make it {join(sizes)}"] * bool(sizes))
     return f"The red box is {join(faults)}. I {fix}."
 
@@ -126,6 +128,8 @@ def trace_fault(trace, expression):
     """Why a teacher's trace cannot be used, in a word, or None. It must not hold what the student could not know."""
     if not trace:
         return "empty"
+    if not trace.endswith((".", "!", "?")):
+        return "unfinished"
     if set(re.findall(r"\d+", trace)) - set(re.findall(r"\d+", expression)) or "[" in trace:
         return "coordinates"
     if re.search(r"ground truth|was told|better region|bbox", trace, re.I):
@@ -136,7 +140,7 @@ def trace_fault(trace, expression):
 
 
 def vlm_traces(vlm, images, rows, args, generator):
-    """The paper's teacher for a batch of rows: prompts a VLM for each step, checks the trace, asks again up to 3 times.
+    """The paper's teacher for a batch of rows: prompts a VLM for each step, checks the trace, asks again up to twice.
 
     Returns (traces, rejections): a list of T + 1 traces per row, None where a step stayed unusable, and a Counter of
     the reasons. The next box is known to the prompt and may not show in the trace's words.
@@ -197,6 +201,9 @@ if __name__ == "__main__":
         for side, rows in sides.items():
             write_jsonl(data / f"{side}.jsonl", rows)
     train = read_samples(data / "train.jsonl", "python make_data.py")
+    for side, size in sizes.items():
+        if len(read_jsonl(data / f"{side}.jsonl", "")) != size:
+            stop(f"{data / f'{side}.jsonl'} holds another number of samples than --{side}-samples {size}; --restart makes all anew")
     print("samples: " + ", ".join(f"{side} {size}" for side, size in sizes.items()))
 
     # --------------------------------------------------------------------------------------------------------------
@@ -204,9 +211,9 @@ if __name__ == "__main__":
     # --------------------------------------------------------------------------------------------------------------
     vlm = load_vlm(args)
     path = data / "student.jsonl"
-    done = read_jsonl(path, "") if path.exists() else []
-    log, todo = Log(path, keep=len(done)), train[len(done):]
-    with tqdm(total=len(train), initial=len(done), desc="student", unit="sample") as bar:
+    done = len(path.read_text().splitlines()) // args.batch_size * args.batch_size if path.exists() else 0
+    log, todo = Log(path, keep=done), train[done:]
+    with tqdm(total=len(train), initial=done, desc="student", unit="sample") as bar:
         for i in range(0, len(todo), args.batch_size):
             batch = todo[i:i + args.batch_size]
             said = rollout(vlm, [load_image(s, data) for s in batch], [s["expression"] for s in batch], 0,
@@ -216,9 +223,11 @@ if __name__ == "__main__":
             bar.update(len(batch))
     student = read_jsonl(path, "")
     ious = torch.tensor([row["iou"] for row in student])
-    print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {(ious >= 0.5).float().mean():.3f}; the first boxes beside the truth:")
+    print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {(ious >= 0.5).float().mean():.3f}; "
+          "the first boxes beside the truth:")
     for sample, row in list(zip(train, student))[:3]:
-        print(f"  {sample['expression']!r}: {row['box']}, truth {normalize_box(sample['bbox'], sample['width'], sample['height'])}")
+        truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
+        print(f"  {sample['expression']!r}: {row['box']}, truth {truth}")
     if ious.mean() < 0.1:
         print("warning: the student hardly ever hits; are its boxes in 0..1000, and is the ground truth in pixels?")
 
@@ -235,21 +244,23 @@ if __name__ == "__main__":
             truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
             rows.append({"id": sample["id"], "expression": sample["expression"], "iou": row["iou"], "truth": truth,
                          "boxes": interpolate(row["box"], truth, args.steps)})
-    print(f"filter: {len(rows)} of {len(train)} kept; dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
+    print(f"filter: {len(rows)} of {len(train)} kept; dropped: "
+          + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
 
     # --------------------------------------------------------------------------------------------------------------
     # 5. Traces
     # --------------------------------------------------------------------------------------------------------------
     if args.teacher == "template":
         for row in rows:
-            row["traces"] = [template_trace(row["expression"], row["boxes"], row["truth"], t) for t in range(args.steps + 1)]
+            row["traces"] = [template_trace(row["expression"], row["boxes"], row["truth"], t)
+                             for t in range(args.steps + 1)]
     else:
         samples, rejections = {s["id"]: s for s in train}, Counter()
         path = data / "traces.jsonl"
-        done = read_jsonl(path, "") if path.exists() else []
-        log = Log(path, keep=len(done))
-        with tqdm(total=len(rows), initial=len(done), desc="teacher", unit="sample") as bar:
-            for i in range(len(done), len(rows), args.batch_size):
+        done = len(path.read_text().splitlines()) // args.batch_size * args.batch_size if path.exists() else 0
+        log = Log(path, keep=done)
+        with tqdm(total=len(rows), initial=done, desc="teacher", unit="sample") as bar:
+            for i in range(done, len(rows), args.batch_size):
                 batch = rows[i:i + args.batch_size]
                 images = [load_image(samples[row["id"]], data) for row in batch]
                 generator = torch.Generator(vlm.base.device).manual_seed(args.seed * 1_000_003 + i)

@@ -54,9 +54,12 @@ def flags(phase, doc, **extra):
     for name, (paper, toy, _) in table.items():
         if getattr(args, name) is None:
             setattr(args, name, paper if args.preset == "paper" else toy)
-    for name in ("steps", "max_tokens", "batch_size", "group_size", "updates", "epochs", "grad_accum", "max_pixels"):
-        low = 0 if name == "steps" else 2 if name == "group_size" else 1
-        if name in table and not isinstance(getattr(args, name), str) and getattr(args, name) < low:
+    if phase == "grpo" and not all(t.isdigit() for t in args.steps.split()):
+        parser.error(f"--steps is {args.steps!r}; expected numbers such as 2, 0 or '2 0'")
+    for name, (paper, *_) in table.items():
+        low = 0 if name in ("seed", "beta", "entropy", "temperature", "temperature_first", "warmup", "iou_max") else \
+            2 if name == "group_size" else 1
+        if isinstance(paper, (int, float)) and not getattr(args, name) >= low * (name != "lr"):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
     args.out = Path(args.out or f"runs/{args.preset}")
     if args.model == "toy_base":  # the embedded default lies beside the code, wherever the script is started from
@@ -104,7 +107,7 @@ def load_vlm(args):
     if not os.path.isdir(args.model) and (args.model.startswith((".", "/")) or not args.model.count("/") == 1):
         stop(f"--model {args.model}: no such folder, and not a hub id such as Qwen/Qwen3-VL-4B-Instruct")
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=getattr(torch, args.dtype), llm_int8_skip_modules=["lm_head", "visual"])
+                                  bnb_4bit_compute_dtype=getattr(torch, args.dtype), llm_int8_skip_modules=["lm_head", "model.visual"])
     model = Qwen3VLForConditionalGeneration.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype), use_safetensors=True, attn_implementation="sdpa",
         device_map={"": device()}, **({"quantization_config": four_bit} if args.quantize == "nf4" else {}))
@@ -138,6 +141,7 @@ def add_adapter(vlm, folder, name="default", trainable=False):
     vlm.model.set_adapter(name)
     for n, p in vlm.model.named_parameters():
         p.requires_grad_(trainable and f".{name}." in n)
+    vlm.model.train()  # PEFT has just switched to eval mode; see load_vlm
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ def read_jsonl(path, command):
     if not Path(path).exists():
         stop(f"{path} is missing; first run: {command}")
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as e:
@@ -173,8 +177,10 @@ def read_samples(path, command):
 
     Fields: id, source, image (path relative to the file), width, height, expression, bbox (float pixels x1 y1 x2 y2).
     """
-    samples, problems = read_jsonl(path, command), []
+    samples, problems, seen = read_jsonl(path, command), [], {}
     for number, sample in enumerate(samples, 1):
+        if isinstance(sample, dict) and seen.setdefault(str(sample.get("id")), number) != number:
+            problems.append(f"{path}, line {number}: id {sample.get('id')!r} is on line {seen[str(sample.get('id'))]} too")
         for problem in sample_problems(sample, Path(path).parent):
             problems.append(f"{path}, line {number}: {problem}")
     if problems:
@@ -187,9 +193,11 @@ def read_samples(path, command):
 
 def sample_problems(sample, folder):
     """What is wrong with one sample, a line per problem with field, value and remedy; empty when it is good."""
+    if not isinstance(sample, dict):
+        return [f"{str(sample)[:60]!r} is not a JSON object; see README, \"Your own data\""]
     kinds = {"id": str, "source": str, "image": str, "width": int, "height": int, "expression": str, "bbox": list}
     problems = [f"{name} is {sample.get(name)!r}; expected {kind.__name__}" for name, kind in kinds.items()
-                if not isinstance(sample, dict) or not isinstance(sample.get(name), kind)]
+                if not isinstance(sample.get(name), kind)]
     if problems:
         return problems
     width, height, bbox = sample["width"], sample["height"], sample["bbox"]
@@ -204,7 +212,7 @@ def sample_problems(sample, folder):
         with Image.open(path) as image:
             if image.size != (width, height):
                 problems.append(f"image {path} is {image.size[0]} x {image.size[1]}; the sample says {width} x {height}")
-    except OSError as e:
+    except (OSError, Image.DecompressionBombError) as e:
         problems.append(f"image {path} cannot be opened ({e}); repair the path or the file")
     return problems
 
@@ -245,7 +253,7 @@ def load_checkpoint(path, restart=False):
 
 
 def save_adapter(model, folder, name="default"):
-    """A PEFT adapter folder (adapter_config.json, adapter_model.safetensors), swapped into place as a whole."""
+    """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, each moved into place whole."""
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     model.save_pretrained(temporary, selected_adapters=[name])

@@ -33,6 +33,8 @@ seed_all(args.seed)
 # ------------------------------------------------------------------------------------------------------------------
 samples = {s["id"]: s for s in read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}")}
 rows = read_jsonl(data / "sft.jsonl", f"python make_data.py --preset {args.preset}")
+if len(rows[0]["boxes"]) != args.steps + 1:
+    stop(f"{data / 'sft.jsonl'} holds {len(rows[0]['boxes'])} boxes a trajectory; run make_data.py with --steps {args.steps}")
 per_update = args.batch_size * args.grad_accum
 updates_per_epoch = math.ceil(len(rows) / per_update)
 updates = updates_per_epoch * args.epochs
@@ -45,7 +47,8 @@ vlm.model = get_peft_model(vlm.model, lora_config(args.lora_rank, args.lora_alph
 vlm.model.train()
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-print(f"{len(rows)} trajectories, {updates} updates of {per_update}, {sum(p.numel() for p in parameters):,} LoRA parameters")
+print(f"{len(rows)} trajectories, {updates} updates of {per_update}, "
+      f"{sum(p.numel() for p in parameters):,} LoRA parameters")
 
 
 def learning_rate(update):
@@ -73,7 +76,8 @@ if state:
     set_peft_model_state_dict(vlm.model, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     first_update, logged = state["update"], state["logged"]
-    if first_update == updates:
+    if first_update >= updates:
+        save_adapter(vlm.model, args.out / "sft")
         print(f"{args.out / 'sft'} is finished; --restart begins again")
         raise SystemExit
     print(f"going on after update {first_update}")
@@ -99,7 +103,8 @@ for update in range(first_update, updates):
         loss += micro.item()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(loss + norm):
-        stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[row['id'] for row in chosen]}; lower --lr")
+        stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[row['id'] for row in chosen]}; "
+             "lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(update)
     optimizer.step()

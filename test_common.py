@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="module")
 def vlm():
-    """A small Qwen3-VL with random weights, sharpened so that it does not sample uniformly."""
+    """A small Qwen3-VL with random weights."""
     runtime.quiet()
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()
@@ -221,9 +222,10 @@ def test_entropy_and_logprob_by_hand(vlm):
     ids = torch.tensor([t.ids])
     logits = vlm.base(input_ids=ids, mm_token_type_ids=(ids == vlm.base.config.image_token_id).int(),
                       **vlm.image_processor(images=[picture(32, 32)], return_tensors="pt")).logits[0].double()
+    logits[:, vlm.base.config.image_token_id] = -torch.inf      # never a word
     p = logits[t.predictor].softmax(-1)
     assert torch.allclose(logprob.double(), p[range(len(t.target)), t.target].log(), atol=1e-4)
-    assert torch.allclose(entropy.double(), -(p * p.log()).sum(-1), atol=1e-4)
+    assert torch.allclose(entropy.double(), -(p * p.log()).nansum(-1), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def test_teacher_traces_may_not_leak():
     fault = make_data.trace_fault
     assert fault("The box is too low. I move it up.", "the cat") is None and fault("Number 23 is left.", "player 23") is None
     assert fault("Move it to 312.", "the cat") == "coordinates" and fault("", "the cat") == "empty"
-    assert fault("The ground truth is higher.", "the cat") == "leak" and fault("too low", "the cat") == "sentences"
+    assert fault("The ground truth is higher.", "the cat") == "leak" and fault("It is too low. So I", "the cat") == "unfinished"
 
 
 def test_vlm_teacher_retries_and_counts(vlm):
@@ -361,7 +363,7 @@ def test_the_four_commands(tmp_path):
         assert ran.returncode == 0, ran.stderr
         assert not re.search(r"warn|Traceback|deprecat", ran.stdout + ran.stderr, re.I), ran.stdout + ran.stderr
     text = (out / "results.md").read_text()
-    assert all(row[0] in text for row in evaluate.CONFIGURATIONS) and "Table 2" in text
+    assert all(row[0] in text for row in evaluate.CONFIGURATIONS[:5]) and "Table 2" in text
     assert all((out / f).exists() for f in ("figures/corrections.png", "figures/failures.png", "grpo/adapter_model.safetensors",
                                             "grpo_single/adapter_config.json", "log/grpo.jsonl", "log/sft.jsonl"))
     losses = [json.loads(line) for line in (out / "log/grpo.jsonl").read_text().splitlines()]
@@ -378,6 +380,7 @@ def test_a_killed_run_ends_as_one_that_never_stopped(tmp_path):
     command("sft.py", out, "--epochs", "3", "--restart")
     whole, log = (out / "sft/adapter_model.safetensors").read_bytes(), (out / "log/sft.jsonl").read_text()
     arguments = [sys.executable, HERE / "sft.py", *SMALL["sft.py"].split(), "--epochs", "3", "--max-tokens", "60", "--out", str(out)]
+    shutil.rmtree(out / "sft")
     process = subprocess.Popen([*arguments, "--restart"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = out / "sft.checkpoint"
     checkpoint.unlink()
@@ -386,5 +389,5 @@ def test_a_killed_run_ends_as_one_that_never_stopped(tmp_path):
     process.kill()
     process.wait()
     again = subprocess.run(arguments, capture_output=True, text=True)
-    assert "going on after update" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "going on after update" in again.stdout, again.stdout + again.stderr
     assert (out / "sft/adapter_model.safetensors").read_bytes() == whole and (out / "log/sft.jsonl").read_text() == log
