@@ -30,6 +30,10 @@ def vlm():
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()
     model = toy.make_model(tokenizer, layers=2, vision_layers=2).requires_grad_(False)
+    language = model.model.language_model  # as toy.py begins it, it would repeat its last word
+    language.embed_tokens.weight.normal_(0, 0.08)
+    language.embed_tokens.weight[tokenizer.convert_tokens_to_ids("<|im_end|>")] *= 4  # ends some steps early
+    language.norm.weight.fill_(1.0)
     return VLM(model, tokenizer, toy.make_image_processor())
 
 
