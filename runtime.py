@@ -131,16 +131,16 @@ def lora_config(rank, alpha):
                       target_modules=r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj")
 
 
-def add_adapter(vlm, folder, name="default", trainable=False):
-    """Loads a PEFT adapter (safetensors) onto the model, beside those already there."""
+def add_adapter(vlm, folder, name):
+    """Loads a PEFT adapter (safetensors) onto the model, beside those already there, and makes it the active one."""
     from peft import PeftModel
     if isinstance(vlm.model, PeftModel):
-        vlm.model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+        vlm.model.load_adapter(str(folder), adapter_name=name)
     else:
-        vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), adapter_name=name, is_trainable=trainable)
+        vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), adapter_name=name)
     vlm.model.set_adapter(name)
-    for n, p in vlm.model.named_parameters():
-        p.requires_grad_(trainable and f".{name}." in n)
+    for p in vlm.model.parameters():
+        p.requires_grad_(False)
     vlm.model.train()  # PEFT has just switched to eval mode; see load_vlm
 
 
