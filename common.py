@@ -29,7 +29,6 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "dtype": ("bfloat16", "float32", "of weights and activations; not in the paper"),
         "max_pixels": (1024 * 1024, 1024 * 1024, "larger images are reduced to this area; the paper says native resolution"),
         "steps": (2, 2, "T, refinement steps after step 0"),
-        "max_tokens": (160, 80, "per step"),
         "seed": (0, 0, "of everything random; not in the paper"),
     },
     "make_data": {
@@ -38,6 +37,7 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "test_samples": (505, 505, "likewise, 169 + 168 + 168"),
         "iou_max": (0.85, 0.85, "student predictions above this IoU are discarded (Section 3.2)"),
         "teacher": ("vlm", "template", "vlm: the model writes the traces; template: computed from the geometry"),
+        "max_tokens": (160, 80, "per step"),
         "batch_size": (8, 64, "samples decoded at once; not in the paper"),
     },
     "sft": {
@@ -48,10 +48,12 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "warmup": (0.1, 0.1, "share of the updates with rising learning rate; cosine decay after"),
         "lora_rank": (64, 64, "on all attention and MLP projections of the language model"),
         "lora_alpha": (128, 128, "LoRA scale is alpha / rank"),
+        "save_every": (10, 10, "updates between checkpoints"),
     },
     "grpo": {
         "lr": (2e-6, 1e-4, "constant"),
         "steps": ("2 0", "2 0", "T of each policy to train, one after the other; 0 is Table 1's single-step control"),
+        "max_tokens": (160, 80, "per step"),
         "group_size": (6, 6, "N, trajectories per prompt"),
         "temperature_first": (1.0, 1.0, "at step 0"),
         "temperature": (0.7, 0.7, "at the refinement steps"),
@@ -64,8 +66,10 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "prompts_at_once": (2, 16, "prompts decoded together; not in the paper"),
         "val_every": (25, 20, "updates between validations; not in the paper"),
         "val_prompts": (64, 128, "validation prompts; not in the paper"),
+        "save_every": (5, 5, "updates between checkpoints"),
     },
     "evaluate": {
+        "max_tokens": (160, 80, "per step"),
         "batch_size": (16, 64, "samples decoded at once; not in the paper"),
         "pictures": (6, 6, "rows of each filmstrip"),
     },
@@ -109,6 +113,14 @@ def iou(a, b):
 def box_iou(box, sample):
     """IoU in pixels of a box (0..1000, or None: no valid box, IoU 0) and the ground truth of a sample."""
     return iou(denormalize_box(box, sample["width"], sample["height"]), sample["bbox"]) if box else 0.0
+
+
+def place(box):
+    """Where on the image a box (0..1000) lies, in words."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    row = "upper" if y < 333 else "lower" if y > 667 else ""
+    column = "left" if x < 333 else "right" if x > 667 else ""
+    return f"{row} {column}".strip() or "middle"
 
 
 def format_box(box):
@@ -170,6 +182,14 @@ def draw_overlay(image, box, color=(255, 0, 0), alpha=0.25):
     ImageDraw.Draw(layer).rectangle([x1, y1, x2, y2], fill=(*color, round(255 * alpha)), outline=(*color, 255),
                                     width=max(1, round(min(image.size) / 100)))
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
+
+
+def views(image, boxes):
+    """What the model sees at each step of a trajectory with these T + 1 boxes: the plain image, then box t - 1 on it.
+
+    Every overlay is drawn on the original image, so that a step shows one box, never the boxes before it.
+    """
+    return [draw_overlay(image, box) for box in [None] + boxes[:-1]]
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ to choose; that column is `best of steps` here, and `last step` and `first step`
 those. Table 2 shows the steps themselves.
 
 Reads data/test.jsonl, sft/, grpo/, grpo_single/. Writes results.md, results.json, figures/{corrections,failures}.png,
-log/evaluate.jsonl under --out.
+log/evaluate_*.jsonl under --out.
 """
 
 import json
@@ -18,15 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import IVT_PROMPT, SINGLE_PROMPT, answer_of, box_iou, denormalize_box, rollout
 
-# name in the tables, adapter folder, prompt, whether it refines, the command that makes it ("": not part of Table 1,
+# name in the tables, name of the log, adapter folder, prompt, whether it refines, the command that makes it ("": not part of Table 1,
 # evaluated when it is there)
 CONFIGURATIONS = [
-    ("Base (single-shot)", None, SINGLE_PROMPT, False, ""),
-    ("Base + IVT (no training)", None, IVT_PROMPT, True, ""),
-    ("SFT + IVT", "sft", IVT_PROMPT, True, "python sft.py"),
-    ("SFT + GRPO (single-step)", "grpo_single", IVT_PROMPT, False, "python grpo.py --steps 0"),
-    ("SFT + GRPO + IVT", "grpo", IVT_PROMPT, True, "python grpo.py"),
-    ("GRPO without SFT + IVT", "base_grpo", IVT_PROMPT, True, ""),
+    ("Base (single-shot)", "base", None, SINGLE_PROMPT, False, ""),
+    ("Base + IVT (no training)", "base_ivt", None, IVT_PROMPT, True, ""),
+    ("SFT + IVT", "sft", "sft", IVT_PROMPT, True, "python sft.py"),
+    ("SFT + GRPO (single-step)", "grpo_single", "grpo_single", IVT_PROMPT, False, "python grpo.py --steps 0"),
+    ("SFT + GRPO + IVT", "grpo", "grpo", IVT_PROMPT, True, "python grpo.py"),
+    ("GRPO without SFT + IVT", "base_grpo", "base_grpo", IVT_PROMPT, True, ""),
 ]
 
 
@@ -106,16 +106,16 @@ def report(rows, args, n):
 # Filmstrips: a row per sample, a picture per step, the truth in green, the prediction in red
 # ------------------------------------------------------------------------------------------------------------------
 def filmstrip(items, width=300):
-    """items: (sample, image, trajectory), T + 1 pictures each -> one PIL image."""
+    """items: (sample, image, a line of the log), T + 1 pictures each -> one PIL image."""
     font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
     strips = []
-    for sample, image, trajectory in items:
+    for sample, image, row in items:
         height = round(image.height * width / image.width)
-        columns = len(trajectory.boxes)
+        columns = len(row["boxes"])
         strip = Image.new("RGB", (columns * (width + 12) + 12, height + 150), "white")
         draw = ImageDraw.Draw(strip)
         draw.text((12, 6), sample["expression"], fill="black", font=bold)
-        for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
+        for t, (box, text) in enumerate(zip(row["boxes"], row["texts"])):
             left, panel = 12 + t * (width + 12), image.resize((width, height), Image.LANCZOS)
             pen = ImageDraw.Draw(panel)
             truth = [v * width / sample["width"] for v in sample["bbox"]]
@@ -134,54 +134,50 @@ def filmstrip(items, width=300):
     return sheet
 
 
-def save_png(image, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path.with_suffix(".tmp"), format="PNG")
-    path.with_suffix(".tmp").replace(path)
-
-
 if __name__ == "__main__":
     from pathlib import Path
 
     from tqdm import tqdm
 
-    from runtime import (add_adapter, flags, load_image, load_vlm, minutes, read_samples, seed_all, stop, write_jsonl,
-                         write_text)
+    from runtime import (Log, add_adapter, begin, flags, leave_if_interrupted, load_image, load_vlm, minutes, read_jsonl,
+                         read_samples, seed_all, whole_batches, write_bytes, write_text)
     args = flags("evaluate", __doc__)
     start, data = time.time(), args.out / "data"
     args.model_name = Path(args.model).name
     seed_all(args.seed)
-    samples = read_samples(data / "test.jsonl", f"python make_data.py --preset {args.preset}")
-    images = [load_image(s, data) for s in samples]
-    vlm = load_vlm(args)
+    samples = read_samples(data / "test.jsonl", f"python make_data.py --preset {args.preset}", args.skip_bad)
 
     # --------------------------------------------------------------------------------------------------------------
-    # The configurations of Table 1, on the same samples
+    # The configurations of Table 1, on the same samples; log/evaluate_<name>.jsonl has a line per sample
     # --------------------------------------------------------------------------------------------------------------
-    rows, played, events = {}, {}, []
-    for name, adapter, prompt, refines, command in CONFIGURATIONS:
-        if adapter and not (args.out / adapter / "adapter_model.safetensors").exists():
+    vlm, rows, played = None, {}, {}
+    for name, file, adapter, prompt, refines, command in CONFIGURATIONS:
+        weights = args.out / str(adapter) / "adapter_model.safetensors"
+        if adapter and not weights.exists():
             if command:
                 print(f"{name}: left out, {args.out / adapter} is missing; to add it: {command} --preset {args.preset}")
             continue
-        if adapter:
-            add_adapter(vlm, args.out / adapter, adapter)
-        trajectories = []
-        with tqdm(total=len(samples), desc=name, unit="sample") as bar:
-            for i in range(0, len(samples), args.batch_size):
-                part = samples[i:i + args.batch_size]
-                batch = rollout(vlm, images[i:i + args.batch_size], [s["expression"] for s in part],
-                                args.steps if refines else 0, args.max_tokens, prompt=prompt)
-                for trajectory in batch:
-                    trajectory.images = []  # image tokens of a whole test set would fill a GPU
-                trajectories += batch
-                bar.update(len(part))
-        ious = [[box_iou(box, s) for box in t.boxes] for t, s in zip(trajectories, samples)]
-        valid = [[box is not None for box in t.boxes] for t in trajectories]
+        path = args.out / f"log/evaluate_{file}.jsonl"
+        begin(args, f"evaluate_{file}", data / "test.jsonl", *[weights] * bool(adapter))
+        done = whole_batches(path, args.batch_size, len(samples), args.restart)
+        log = Log(path, keep=done)
+        if done < len(samples):
+            vlm = vlm or load_vlm(args)
+            if adapter:
+                add_adapter(vlm, args.out / adapter, adapter)
+            with tqdm(total=len(samples), initial=done, desc=name, unit="sample") as bar:
+                for i in range(done, len(samples), args.batch_size):
+                    part = samples[i:i + args.batch_size]
+                    batch = rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part],
+                                    args.steps if refines else 0, args.max_tokens, prompt=prompt)
+                    for sample, t in zip(part, batch):
+                        log.write(id=sample["id"], boxes=t.boxes, iou=[round(box_iou(box, sample), 6) for box in t.boxes], texts=t.texts)
+                    bar.update(len(part))
+                    leave_if_interrupted()
+        played[name] = read_jsonl(path, "")
+        ious = [row["iou"] for row in played[name]]
+        valid = [[box is not None for box in row["boxes"]] for row in played[name]]
         rows[name] = {"refines": refines, "table1": table1(ious), "table2": table2(ious, valid)}
-        played[name] = trajectories
-        events += [{"method": name, "id": s["id"], "boxes": t.boxes, "iou": [round(v, 4) for v in row], "texts": t.texts}
-                   for s, t, row in zip(samples, trajectories, ious)]
 
     # --------------------------------------------------------------------------------------------------------------
     # Report
@@ -191,11 +187,10 @@ if __name__ == "__main__":
     write_text(args.out / "results.md", text)
     write_text(args.out / "results.json", json.dumps({"n": len(samples), "seed": args.seed, "model": args.model_name,
                                                       "rows": rows}, indent=1) + "\n")
-    write_jsonl(args.out / "log/evaluate.jsonl", events)
 
     trained = [name for name in ("Base + IVT (no training)", "SFT + IVT", "SFT + GRPO + IVT") if name in rows][-1]
-    order = sorted(range(len(samples)), key=lambda i: box_iou(played[trained][i].boxes[-1], samples[i])
-                   - box_iou(played[trained][i].boxes[0], samples[i]))
+    order = sorted(range(len(samples)), key=lambda i: played[trained][i]["iou"][-1] - played[trained][i]["iou"][0])
     for file, chosen in (("corrections", order[::-1][:args.pictures]), ("failures", order[:args.pictures])):
-        save_png(filmstrip([(samples[i], images[i], played[trained][i]) for i in chosen]), args.out / f"figures/{file}.png")
+        sheet = filmstrip([(samples[i], load_image(samples[i], data), played[trained][i]) for i in chosen])
+        write_bytes(args.out / f"figures/{file}.png", lambda f: sheet.save(f, format="PNG"))
     print(f"pictures of {trained} in {args.out / 'figures'}, tables in {args.out / 'results.md'}, {minutes(start)}")

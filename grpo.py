@@ -24,8 +24,9 @@ from peft import get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
 
 from common import PRESETS, advantages, box_iou, grpo_loss, reward, rollout, trajectory_logprobs
-from runtime import (Log, adapter_state, add_adapter, flags, load_checkpoint, load_image, load_vlm, lora_config, minutes,
-                     read_samples, save_adapter, save_checkpoint, seed_all, stop)
+from runtime import (Log, adapter_state, add_adapter, begin, flags, interrupt, leave_if_interrupted, load_checkpoint, load_image,
+                     load_vlm, lora_config, minutes, read_samples, save_adapter, save_checkpoint, seed_all, stop,
+                     unhealthy)
 
 args = flags("grpo", __doc__, init=("sft", "start from the SFT adapter or from the base model", ("sft", "base")))
 data = args.out / "data"
@@ -33,15 +34,23 @@ data = args.out / "data"
 # ------------------------------------------------------------------------------------------------------------------
 # Data
 # ------------------------------------------------------------------------------------------------------------------
-train = read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}")
-val = read_samples(data / "val.jsonl", f"python make_data.py --preset {args.preset}")[:args.val_prompts]
+train = read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}", args.skip_bad)
+val = read_samples(data / "val.jsonl", f"python make_data.py --preset {args.preset}", args.skip_bad)[:args.val_prompts]
 if args.init == "sft" and not (args.out / "sft/adapter_model.safetensors").exists():
     stop(f"{args.out / 'sft'} is missing; first run: python sft.py --preset {args.preset}")
+
+# What is watched, as means over the last 10 updates: the healthy range (rules of thumb) and what to try outside it
+HEALTHY = {"kl": (0, 0.5, "the policy runs from its reference; lower --lr or raise --beta"),
+           "entropy": (0.01, 3, "low: groups stop differing, raise --entropy; high: a collapse on the way, lower --lr"),
+           "no_signal": (0, 0.7, "most groups have equal rewards and teach nothing; raise --temperature or --group-size"),
+           "valid": (0.9, 1, "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished")}
 
 for steps in map(int, args.steps.split()):  # T of each policy to train
     name = ("" if args.init == "sft" else "base_") + ("grpo" if steps else "grpo_single")
     start = time.time()
     seed_all(args.seed)
+    begin(args, name, data / "train.jsonl", data / "val.jsonl", *[args.out / "sft/adapter_model.safetensors"] * (args.init == "sft"),
+          steps=steps)
 
     # --------------------------------------------------------------------------------------------------------------
     # Model and optimizer: two adapters that begin as the same one, the policy (trained) and the reference (frozen)
@@ -82,33 +91,30 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         first_update, best, logged = state["update"], state["best"], state["logged"]
-        if state["steps"] != steps:
-            stop(f"{checkpoint} is of a run with --steps {state['steps']}, not {steps}; --restart, or another --out")
-        if first_update >= args.updates and state["finished"]:
+        if state["finished"]:
             print(f"{args.out / name} is finished; --restart begins again")
             continue
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr
         print(f"going on after update {first_update}")
     log = Log(args.out / f"log/{name}.jsonl", keep=logged)
 
     # --------------------------------------------------------------------------------------------------------------
     # Training. Validation comes before updates 0, val_every, ... and after the last one.
     # --------------------------------------------------------------------------------------------------------------
-    val_reward = best
+    def save(update, finished=False):
+        save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
+                        generator=generator.get_state(), update=update, best=best, logged=log.rows, finished=finished)
+
+    val_reward, recent, warned = best, [], set()
     bar = tqdm(total=args.updates, initial=first_update, desc=name, unit="update")
     for update in range(first_update, args.updates + 1):
         if update % args.val_every == 0 or update == args.updates:
             # Validation: the mean greedy reward; the best adapter so far is the result of the run
-            save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
-                            generator=generator.get_state(), update=update, best=best, logged=log.rows, steps=steps,
-                            finished=False)
             played = play(val)
             val_reward = sum(reward(t.boxes, s) for t, s in zip(played, val)) / len(val)
             log.write(update=update, val_reward=val_reward, val_iou=iou_per_step(played, val))
             if val_reward > best:
                 best = val_reward
-                save_adapter(vlm.model, args.out / name, "policy")
+                save_adapter(vlm, args.out / name, "policy")
             if update == args.updates:
                 break
 
@@ -146,14 +152,20 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
         optimizer.zero_grad()
 
         # Log
-        log.write(update=update + 1, reward=rewards.mean().item(), reward_std=rewards.std(1, unbiased=False).mean().item(),
-                  no_signal=(rewards.std(1) < 1e-6).float().mean().item(), iou=iou_per_step(played, owner),
-                  valid=sum(b is not None for t in played for b in t.boxes) / len(played) / (steps + 1),
-                  loss=loss, policy=policy, kl=distance, entropy=entropy, grad_norm=norm, tokens=tokens / len(played))
+        row = dict(reward=rewards.mean().item(), reward_std=rewards.std(1, unbiased=False).mean().item(),
+                   no_signal=(rewards.std(1) < 1e-6).float().mean().item(), iou=iou_per_step(played, owner),
+                   valid=sum(b is not None for t in played for b in t.boxes) / len(played) / (steps + 1),
+                   loss=loss, policy=policy, kl=distance, entropy=entropy, grad_norm=norm, tokens=tokens / len(played))
+        log.write(update=update + 1, **row)
+        recent = recent[-9:] + [row]
+        for sentence in unhealthy(recent, HEALTHY, warned):
+            bar.write(sentence)
         bar.set_postfix(reward=f"{rewards.mean():.3f}", val=f"{val_reward:.3f}", kl=f"{distance:.3f}", refresh=False)
         bar.update()
+        if (update + 1) % args.save_every == 0 or interrupt.asked:
+            save(update + 1)
+            leave_if_interrupted()
     bar.close()
-    save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
-                    generator=generator.get_state(), update=args.updates, best=best, logged=log.rows, steps=steps, finished=True)
+    save(args.updates, finished=True)
     print(f"best validation reward {best:.3f}; adapter in {args.out / name}, {minutes(start)}")
 print("next: python evaluate.py")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import (SINGLE_PROMPT, answer_of, box_iou, draw_overlay, format_box, iou, normalize_box, rollout)
+from common import (SINGLE_PROMPT, answer_of, box_iou, draw_overlay, format_box, iou, normalize_box, place, rollout)
 
 
 def split(samples, sizes, seed):
@@ -73,14 +73,6 @@ def interpolate(first, last, steps):
 # ------------------------------------------------------------------------------------------------------------------
 # Teachers. Both give the T + 1 traces of a trajectory; a trace is what stands between <think> and </think>.
 # ------------------------------------------------------------------------------------------------------------------
-def place(box):
-    """Where on the image a box (0..1000) lies, in words."""
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    row = "upper" if y < 333 else "lower" if y > 667 else ""
-    column = "left" if x < 333 else "right" if x > 667 else ""
-    return f"{row} {column}".strip() or "middle"
-
-
 def join(words):
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
@@ -169,12 +161,14 @@ def vlm_traces(vlm, images, rows, args, generator):
 if __name__ == "__main__":
     import torch
 
-    from runtime import (Log, flags, load_image, load_vlm, minutes, read_jsonl, read_samples, seed_all, stop, write_jsonl)
+    from runtime import (Log, begin, flags, leave_if_interrupted, load_image, load_vlm, minutes, read_jsonl, read_samples,
+                         seed_all, stop, whole_batches, write_jsonl)
     args = flags("make_data", __doc__, data=(None, "your own samples: a .jsonl file to split into train, val and test"))
     start, data = time.time(), args.out / "data"
     seed_all(args.seed)
+    begin(args, "make_data", *[args.data] * bool(args.data))
     if (data / "sft.jsonl").exists() and not args.restart:
-        print(f"{data / 'sft.jsonl'} is there already; --restart makes everything again")
+        print(f"{data / 'sft.jsonl'} is finished; --restart makes everything again")
         raise SystemExit
     if args.restart:
         for name in ("train", "val", "test", "student", "traces", "sft"):
@@ -186,7 +180,7 @@ if __name__ == "__main__":
     sizes = {"train": args.train_samples, "val": args.val_samples, "test": args.test_samples}
     if not all((data / f"{side}.jsonl").exists() for side in sizes):
         if args.data:
-            samples = read_samples(args.data, "make_data.py with --data naming an existing file")
+            samples = read_samples(args.data, "make_data.py with --data naming an existing file", args.skip_bad)
             for sample in samples:  # image paths are relative to the file they stand in
                 sample["image"] = str((Path(args.data).parent / sample["image"]).resolve())
         elif args.preset == "toy":
@@ -201,9 +195,6 @@ if __name__ == "__main__":
         for side, rows in sides.items():
             write_jsonl(data / f"{side}.jsonl", rows)
     train = read_samples(data / "train.jsonl", "python make_data.py")
-    for side, size in sizes.items():
-        if len(read_jsonl(data / f"{side}.jsonl", "")) != size:
-            stop(f"{data / f'{side}.jsonl'} holds another number of samples than --{side}-samples {size}; --restart makes all anew")
     print("samples: " + ", ".join(f"{side} {size}" for side, size in sizes.items()))
 
     # --------------------------------------------------------------------------------------------------------------
@@ -211,7 +202,7 @@ if __name__ == "__main__":
     # --------------------------------------------------------------------------------------------------------------
     vlm = load_vlm(args)
     path = data / "student.jsonl"
-    done = len(path.read_text().splitlines()) // args.batch_size * args.batch_size if path.exists() else 0
+    done = whole_batches(path, args.batch_size, len(train))
     log, todo = Log(path, keep=done), train[done:]
     with tqdm(total=len(train), initial=done, desc="student", unit="sample") as bar:
         for i in range(0, len(todo), args.batch_size):
@@ -221,6 +212,7 @@ if __name__ == "__main__":
             for sample, trajectory in zip(batch, said):
                 log.write(id=sample["id"], box=trajectory.boxes[0], iou=box_iou(trajectory.boxes[0], sample))
             bar.update(len(batch))
+            leave_if_interrupted()
     student = read_jsonl(path, "")
     ious = torch.tensor([row["iou"] for row in student])
     print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {(ious >= 0.5).float().mean():.3f}; "
@@ -255,9 +247,8 @@ if __name__ == "__main__":
             row["traces"] = [template_trace(row["expression"], row["boxes"], row["truth"], t)
                              for t in range(args.steps + 1)]
     else:
-        samples, rejections = {s["id"]: s for s in train}, Counter()
-        path = data / "traces.jsonl"
-        done = len(path.read_text().splitlines()) // args.batch_size * args.batch_size if path.exists() else 0
+        samples, path = {s["id"]: s for s in train}, data / "traces.jsonl"
+        done = whole_batches(path, args.batch_size, len(rows))
         log = Log(path, keep=done)
         with tqdm(total=len(rows), initial=done, desc="teacher", unit="sample") as bar:
             for i in range(done, len(rows), args.batch_size):
@@ -265,12 +256,14 @@ if __name__ == "__main__":
                 images = [load_image(samples[row["id"]], data) for row in batch]
                 generator = torch.Generator(vlm.base.device).manual_seed(args.seed * 1_000_003 + i)
                 traces, rejected = vlm_traces(vlm, images, batch, args, generator)
-                rejections += rejected
                 for row, trace in zip(batch, traces):
-                    log.write(id=row["id"], traces=trace)
+                    log.write(id=row["id"], traces=trace, rejected=rejected if row is batch[0] else {})
                 bar.update(len(batch))
+                leave_if_interrupted()
+        rejections = Counter()
         for row, said in zip(rows, read_jsonl(path, "")):
             row["traces"] = said["traces"]
+            rejections.update(said["rejected"])
         print(f"teacher: rejected traces: {dict(rejections) or 'none'}; "
               f"{sum(row['traces'] is None for row in rows)} trajectories dropped")
         rows = [row for row in rows if row["traces"]]

@@ -1,20 +1,26 @@
 """What every script needs and no paper describes: flags, loading a checkpoint, reading samples, files written whole."""
 
 import argparse
+import hashlib
 import json
 import logging
 import math
 import os
 import random
+import re
 import shutil
+import signal
+import struct
 import sys
 import time
 import warnings
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import PRESETS, VLM
 
@@ -26,19 +32,40 @@ def stop(message):
     sys.exit(f"error: {message}")
 
 
+@contextmanager
+def writing(path):
+    """Around every write: a full disk or a folder without permission ends with a message; the last whole file stays."""
+    try:
+        yield
+    except Exception as e:
+        cause = e
+        while not isinstance(cause, OSError) and cause.__context__:  # torch.save wraps what the file system said
+            cause = cause.__context__
+        if not isinstance(cause, OSError) and "IoError" not in str(e):  # safetensors words it so
+            raise
+        stop(f"{path} cannot be written ({getattr(cause, 'strerror', None) or cause}). What was saved before is whole; make room, or "
+             "allow writing there, and the same command goes on")
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Flags
 # ------------------------------------------------------------------------------------------------------------------
+RANGES = {"lr": (1e-9, 1), "warmup": (0, 1), "iou_max": (0, 1), "temperature": (0, 10), "temperature_first": (0, 10),
+          "beta": (0, 100), "entropy": (0, 100), "seed": (0, 2 ** 31 - 1), "group_size": (2, 1000), "steps": (1, 20),
+          "max_pixels": (1024, 10 ** 9)}
+
+
 def flags(phase, doc, **extra):
     """Parses the flags of one phase: --preset, --out, --restart, each row of PRESETS["all"] and PRESETS[phase], `extra`.
 
     extra: name -> (default, help) or (default, help, choices). Prints the resolved configuration. Exits on an unknown
-    flag or a value of the wrong type.
+    flag or a value of the wrong type or out of range.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=("toy", "paper"), default="toy", help="which column of PRESETS (default: toy)")
     parser.add_argument("--out", help="folder of the run (default: runs/<preset>)")
     parser.add_argument("--restart", action="store_true", help="begin this phase again, dropping its last checkpoint")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without the samples that do not pass the checks")
     table = {**PRESETS["all"], **PRESETS[phase]}
     choices = {"quantize": ("nf4", "none"), "dtype": ("bfloat16", "float32"), "teacher": ("vlm", "template"),
                "kl": ("paper", "k3")}
@@ -57,18 +84,75 @@ def flags(phase, doc, **extra):
     if phase == "grpo" and not all(t.isdigit() for t in args.steps.split()):
         parser.error(f"--steps is {args.steps!r}; expected numbers such as 2, 0 or '2 0'")
     for name, (paper, *_) in table.items():
-        low = 0 if name in ("seed", "beta", "entropy", "temperature", "temperature_first", "warmup", "iou_max") else \
-            2 if name == "group_size" else 1
-        if isinstance(paper, (int, float)) and not getattr(args, name) >= low * (name != "lr"):
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
+        low, high = RANGES.get(name, (1, 1_000_000_000))
+        if isinstance(paper, (int, float)) and not low <= getattr(args, name) <= high:  # NaN is in no range
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {low} to {high}")
     args.out = Path(args.out or f"runs/{args.preset}")
     if args.model == "toy_base":  # the embedded default lies beside the code, wherever the script is started from
         args.model = str(HERE / "toy_base")
-    shown = {k: v for k, v in vars(args).items() if k not in ("preset", "out", "restart")}
+    shown = {k: v for k, v in vars(args).items() if k not in ("preset", "out", "restart", "skip_bad")}
     shown["model"] = os.path.relpath(shown["model"]) if os.path.isdir(shown["model"]) else shown["model"]
     print(f"{Path(sys.argv[0]).name} --preset {args.preset} --out {args.out}")
     print("  " + "  ".join(f"{k}={v}" for k, v in shown.items() if v is not None), flush=True)
+    lock(args.out)
+    signal.signal(signal.SIGINT, interrupt)
     return args
+
+
+def lock(folder):
+    """Refuses a second run on one folder. The system drops the lock with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stop(f"another run works in {folder}; wait for it to end, or choose another --out")
+    lock.file = file  # open until the process ends
+
+
+def interrupt(number, frame):
+    """Ctrl-C: the loop of the phase ends after the update at hand, with a checkpoint; a second Ctrl-C ends at once."""
+    if interrupt.asked:
+        raise KeyboardInterrupt
+    interrupt.asked = True
+    print("\nstopping after this update; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+
+
+interrupt.asked = False
+
+
+def leave_if_interrupted():
+    """To be called when everything is saved."""
+    if interrupt.asked:
+        print(f"stopped; to go on: python {' '.join(a for a in sys.argv if a != '--restart')}")
+        sys.exit(130)
+
+
+def begin(args, name, *inputs, **more):
+    """Writes down what `name` is made with, or, when it has begun before, checks that it is made with the same.
+
+    inputs: files it reads, compared by their hash; more: values that are no flags. Exits with the differing values: a
+    run is never continued under another configuration.
+    """
+    path = args.out / f"log/{name}.config.json"
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "restart", "save_every", "skip_bad")}
+    config.update(more, model=os.path.basename(args.model) if os.path.isdir(args.model) else args.model)
+    for file in map(Path, inputs):
+        config[f"{file.parent.name}/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    config = json.loads(json.dumps(config))
+    if path.exists() and not args.restart:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differ = [f"  {k}: {before.get(k)} then, {config.get(k)} now" for k in sorted({*before, *config}) if before.get(k) != config.get(k)]
+        if differ:
+            stop(f"{name} in {args.out} was made otherwise:\n" + "\n".join(differ)
+                 + "\ngive the same values, another --out, or --restart to make it anew")
+    else:
+        write_text(path, json.dumps(config, indent=1) + "\n")
 
 
 def quiet():
@@ -106,6 +190,12 @@ def load_vlm(args):
     quiet()
     if not os.path.isdir(args.model) and (args.model.startswith((".", "/")) or not args.model.count("/") == 1):
         stop(f"--model {args.model}: no such folder, and not a hub id such as Qwen/Qwen3-VL-4B-Instruct")
+    if os.path.isdir(args.model):
+        config = Path(args.model) / "config.json"
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.exists() else None
+        if kind != "qwen3_vl" or not list(Path(args.model).glob("*.safetensors")):
+            stop(f"--model {args.model}: expected a folder with a config.json of model_type qwen3_vl and *.safetensors; "
+                 + (f"found model_type {kind}" if kind != "qwen3_vl" else "found no *.safetensors"))
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=getattr(torch, args.dtype), llm_int8_skip_modules=["lm_head", "model.visual"])
     model = Qwen3VLForConditionalGeneration.from_pretrained(
@@ -132,8 +222,19 @@ def lora_config(rank, alpha):
 
 
 def add_adapter(vlm, folder, name):
-    """Loads a PEFT adapter (safetensors) onto the model, beside those already there, and makes it the active one."""
+    """Loads a PEFT adapter (safetensors) onto the model, beside those already there, and makes it the active one.
+
+    Exits when `folder` is no adapter, or one of another base model (base.json; a folder without it is taken on trust).
+    """
     from peft import PeftModel
+    folder = Path(folder)
+    missing = [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder / f).exists()]
+    if missing:
+        stop(f"{folder} is no adapter folder: {' and '.join(missing)} not there")
+    if (folder / "base.json").exists():
+        made, here = json.loads((folder / "base.json").read_text()), fingerprint(vlm)
+        if made != here:
+            stop(f"{folder} was trained on another base model: {made}; the one loaded (--model) is {here}")
     if isinstance(vlm.model, PeftModel):
         vlm.model.load_adapter(str(folder), adapter_name=name)
     else:
@@ -147,12 +248,21 @@ def add_adapter(vlm, folder, name):
 # ------------------------------------------------------------------------------------------------------------------
 # Files: each is written under a temporary name and moved into place, so that it is there whole or not at all
 # ------------------------------------------------------------------------------------------------------------------
-def write_text(path, text):
+def write_bytes(path, save):
+    """save(file) writes the content of `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def write_text(path, text):
+    write_bytes(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def write_jsonl(path, rows):
@@ -172,102 +282,184 @@ def read_jsonl(path, command):
     return rows
 
 
-def read_samples(path, command):
-    """The samples of a .jsonl file, every line checked before any work starts; problems are reported together.
+def read_samples(path, command, skip_bad=False):
+    """The samples of a .jsonl file, every line and every image checked before any work starts.
 
-    Fields: id, source, image (path relative to the file), width, height, expression, bbox (float pixels x1 y1 x2 y2).
+    Fields: id, source, image (path relative to the file), width, height, expression, bbox (float pixels x1 y1 x2 y2). All
+    problems are reported together and end the program, each with line, field, value and remedy. With `skip_bad` the good
+    samples are returned, the others counted by reason and listed in <file>.skipped.
     """
-    samples, problems, seen = read_jsonl(path, command), [], {}
-    for number, sample in enumerate(samples, 1):
-        if isinstance(sample, dict) and seen.setdefault(str(sample.get("id")), number) != number:
-            problems.append(f"{path}, line {number}: id {sample.get('id')!r} is on line {seen[str(sample.get('id'))]} too")
-        for problem in sample_problems(sample, Path(path).parent):
-            problems.append(f"{path}, line {number}: {problem}")
-    if problems:
+    from tqdm import tqdm
+    path, samples, problems, seen, counts = Path(path), [], [], {}, Counter()
+    if not path.exists():
+        stop(f"{path} is missing; first run: {command}")
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(tqdm(lines, desc=f"checking {path.name}", unit="sample", leave=False, delay=2), 1):
+        sample, found = None, []
+        try:
+            sample = json.loads(line)  # UTF-8, as JSON is
+        except (ValueError, RecursionError) as e:
+            found = [("JSON", f"not JSON ({e}); repair or remove the line: {line[:60]!r}")]
+        found = found or sample_problems(sample, path.parent)
+        if not found and seen.setdefault(sample["id"], number) != number:
+            found = [("id", f"id {sample['id']!r} is on line {seen[sample['id']]} too; give each sample its own")]
+        if found:
+            counts.update({field for field, _ in found})
+            problems += [f"{path}, line {number}: {text}" for _, text in found]
+        else:
+            samples.append(sample)
+    if problems and not skip_bad:
         more = f"\n... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        stop(f"{len(problems)} problems in {path}:\n" + "\n".join(problems[:20]) + more)
+        stop(f"{len(problems)} problems in {path} (--skip-bad goes on without these lines):\n" + "\n".join(problems[:20]) + more)
+    if problems:
+        write_text(path.with_name(path.name + ".skipped"), "\n".join(problems) + "\n")
+        print(f"{path}: {len(lines) - len(samples)} of {len(lines)} samples skipped, by field: {dict(counts)}; listed in {path}.skipped")
     if not samples:
         stop(f"{path} holds no samples; make it again: {command}")
     return samples
 
 
 def sample_problems(sample, folder):
-    """What is wrong with one sample, a line per problem with field, value and remedy; empty when it is good."""
+    """What is wrong with one sample: (field, sentence with value and remedy), one per problem; empty when it is good."""
     if not isinstance(sample, dict):
-        return [f"{str(sample)[:60]!r} is not a JSON object; see README, \"Your own data\""]
+        return [("JSON", f"{str(sample)[:60]!r} is not a JSON object; see README, \"Your own data\"")]
     kinds = {"id": str, "source": str, "image": str, "width": int, "height": int, "expression": str, "bbox": list}
-    problems = [f"{name} is {sample.get(name)!r}; expected {kind.__name__}" for name, kind in kinds.items()
-                if not isinstance(sample.get(name), kind)]
+    problems = [(name, f"{name} is {str(sample.get(name))[:60]!r}; expected {kind.__name__}") for name, kind in kinds.items()
+                if not isinstance(sample.get(name), kind) or isinstance(sample[name], bool)]
     if problems:
         return problems
     width, height, bbox = sample["width"], sample["height"], sample["bbox"]
-    if len(bbox) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in bbox):
-        problems.append(f"bbox is {bbox}; expected four finite numbers [x1, y1, x2, y2] in pixels")
+    if len(bbox) != 4 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in bbox):  # NaN is not below anything
+        problems.append(("bbox", f"bbox is {str(bbox)[:80]}; expected four finite numbers [x1, y1, x2, y2] in pixels"))
     elif not (0 <= bbox[0] < bbox[2] <= width and 0 <= bbox[1] < bbox[3] <= height):
-        problems.append(f"bbox {bbox} is empty, inverted or outside the {width} x {height} image; expected [x1, y1, x2, y2]")
+        problems.append(("bbox", f"bbox {bbox} is empty, inverted or outside the {width} x {height} image; expected "
+                         "[x1, y1, x2, y2] with x1 < x2, y1 < y2"))
     if not sample["expression"].strip():
-        problems.append("expression is empty; say what the box shows")
-    path = folder / sample["image"]
+        problems.append(("expression", "expression is empty; say what the box shows"))
     try:
-        with Image.open(path) as image:
-            if image.size != (width, height):
-                problems.append(f"image {path} is {image.size[0]} x {image.size[1]}; the sample says {width} x {height}")
-    except (OSError, Image.DecompressionBombError) as e:
-        problems.append(f"image {path} cannot be opened ({e}); repair the path or the file")
+        load_image(sample, folder)
+    except ValueError as e:
+        problems.append(("image", str(e)))
     return problems
 
 
 def load_image(sample, folder):
-    with Image.open(Path(folder) / sample["image"]) as image:
-        return image.convert("RGB")
+    """The sample's image as 8-bit RGB, of the size that the sample says. Raises ValueError that names file and remedy.
+
+    Grey, palette and CMYK images are converted, 16-bit ones scaled down, transparency is laid on white. A photo that a
+    camera marked as rotated is turned only if the annotated size says so. Animations, floating-point images, files
+    larger than Pillow's limit against decompression bombs, truncated or foreign ones are refused.
+    """
+    path, size = Path(folder) / sample["image"], (sample["width"], sample["height"])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ValueError(f"image {path} is an animation; save the frame that the box was drawn on")
+                if image.mode == "F":
+                    raise ValueError(f"image {path} has floating-point pixels; save it with 8 bits a channel")
+                if image.size != size and image.size == size[::-1] and image.getexif().get(0x0112, 1) >= 5:
+                    image = ImageOps.exif_transpose(image)
+                if image.size != size:
+                    raise ValueError(f"image {path} is {image.width} x {image.height}; the sample says {size[0]} x {size[1]}; "
+                                     "correct width and height, or the path")
+                image.load()  # decodes: a truncated file shows here
+                if image.mode.startswith("I"):
+                    image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+                if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"image {path} has more pixels than {Image.MAX_IMAGE_PIXELS:,}, Pillow's limit against decompression "
+                         "bombs; reduce the image, its size and its box") from None
+    except (OSError, SyntaxError, ArithmeticError, EOFError, IndexError, struct.error) as e:  # what Pillow's readers raise
+        raise ValueError(f"image {path} cannot be read ({e}); repair the path or the file") from None
 
 
 class Log:
     """A .jsonl log, a line per event, on the disk at once. `keep` rows stay of an earlier run that is resumed."""
 
     def __init__(self, path, keep=0):
-        self.path, path = Path(path), Path(path)
-        rows = path.read_text().splitlines(True)[:keep] if path.exists() else []
-        write_text(path, "".join(rows))
+        self.path = Path(path)
+        rows = self.path.read_text(encoding="utf-8").splitlines(True)[:keep] if keep else []
+        write_text(self.path, "".join(rows))
         self.rows = len(rows)
 
     def write(self, **row):
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}, ensure_ascii=False) + "\n")
         self.rows += 1
+
+
+def whole_batches(path, batch_size, total, restart=False):
+    """How many of the `total` rows of a log stay when a killed run goes on: those of whole batches, so that the others are
+    decoded in the same batches as in a run that never stopped."""
+    rows = Path(path).read_bytes().count(b"\n") if Path(path).exists() and not restart else 0
+    return total if rows >= total else rows // batch_size * batch_size
 
 
 def save_checkpoint(path, **state):
     """All state of a run in one file: adapter, optimizer, random states, place in the data, best so far."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_name(path.name + ".tmp"))
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    write_bytes(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path, restart=False):
     """The state, or None when there is none. weights_only: a checkpoint is data, and loading it runs no code."""
-    if restart and Path(path).exists():
-        Path(path).unlink()
-    return torch.load(path, map_location="cpu", weights_only=True) if Path(path).exists() else None
+    path = Path(path)
+    if restart:
+        path.unlink(missing_ok=True)
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        stop(f"{path} is no checkpoint of this code ({type(e).__name__}); move it away, or --restart")
 
 
-def save_adapter(model, folder, name="default"):
-    """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, each moved into place whole."""
+def save_adapter(vlm, folder, name="default"):
+    """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, each moved into place whole.
+
+    The fingerprint of the base model goes with it, so that the adapter is never put on another one.
+    """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
-    model.save_pretrained(temporary, selected_adapters=[name])
-    if name != "default":  # PEFT puts any other adapter into a subfolder
-        temporary = temporary / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        os.replace(temporary / file, folder / file)
-    shutil.rmtree(folder.with_name(folder.name + ".tmp"))
+    with writing(folder):
+        vlm.model.save_pretrained(temporary, selected_adapters=[name])
+        made = temporary / name if name != "default" else temporary  # PEFT puts any other adapter into a subfolder
+        (made / "base.json").write_text(json.dumps(fingerprint(vlm)) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("base.json", "adapter_config.json", "adapter_model.safetensors"):
+            os.replace(made / file, folder / file)
+        shutil.rmtree(temporary)
+
+
+def fingerprint(vlm):
+    """What tells one base model from another: its shape, and a hash of its norms, which 4-bit loading leaves as they are."""
+    text, digest = vlm.base.config.text_config, hashlib.sha256()
+    for name, p in vlm.base.model.language_model.named_parameters():
+        if name.endswith("norm.weight"):
+            digest.update(p.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
+    return {"layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "vocab_size": text.vocab_size,
+            "norms": digest.hexdigest()[:12]}
 
 
 def adapter_state(model, name="default"):
     from peft import get_peft_model_state_dict
     return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
+
+
+def unhealthy(recent, healthy, warned):
+    """Sentences on the metrics whose mean over `recent` (a list of log rows, 5 at least) has left its range; each once.
+
+    healthy: metric -> (low, high, what to try). warned: the set of metrics already spoken of, which grows.
+    """
+    means = {key: sum(row[key] for row in recent) / len(recent) for key in healthy.keys() - warned} if len(recent) >= 5 else {}
+    out = [f"warning: {key} is {mean:.3f} (healthy: {healthy[key][0]} to {healthy[key][1]}): {healthy[key][2]}"
+           for key, mean in means.items() if not healthy[key][0] <= mean <= healthy[key][1]]
+    warned |= {key for key, mean in means.items() if not healthy[key][0] <= mean <= healthy[key][1]}
+    return out
 
 
 def minutes(start):

@@ -20,9 +20,9 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
 
-from common import IVT_PROMPT, build_trajectory, draw_overlay, encode_images, step_text, trajectory_logprobs
-from runtime import (Log, adapter_state, flags, load_checkpoint, load_image, load_vlm, lora_config, minutes,
-                     read_jsonl, read_samples, save_adapter, save_checkpoint, seed_all, stop)
+from common import IVT_PROMPT, build_trajectory, encode_images, step_text, trajectory_logprobs, views
+from runtime import (Log, adapter_state, begin, flags, interrupt, leave_if_interrupted, load_checkpoint, load_image, load_vlm,
+                     lora_config, minutes, read_jsonl, read_samples, save_adapter, save_checkpoint, seed_all, stop)
 
 args = flags("sft", __doc__)
 start, data = time.time(), args.out / "data"
@@ -31,8 +31,10 @@ seed_all(args.seed)
 # ------------------------------------------------------------------------------------------------------------------
 # Data: the sample and the trajectory of each id
 # ------------------------------------------------------------------------------------------------------------------
-samples = {s["id"]: s for s in read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}")}
+samples = {s["id"]: s for s in read_samples(data / "train.jsonl", f"python make_data.py --preset {args.preset}", args.skip_bad)}
 rows = read_jsonl(data / "sft.jsonl", f"python make_data.py --preset {args.preset}")
+rows = [row for row in rows if row["id"] in samples]
+begin(args, "sft", data / "train.jsonl", data / "sft.jsonl")
 if len(rows[0]["boxes"]) != args.steps + 1:
     stop(f"{data / 'sft.jsonl'} holds {len(rows[0]['boxes'])} boxes a trajectory; run make_data.py with --steps {args.steps}")
 per_update = args.batch_size * args.grad_accum
@@ -62,9 +64,9 @@ def learning_rate(update):
 def example(row):
     """The training sequence of one trajectory: step t sees the overlay of box t - 1, as at inference."""
     image = load_image(samples[row["id"]], data)
-    seen = [draw_overlay(image, box) for box in [None] + row["boxes"][:-1]]
+    seen = encode_images(vlm, views(image, row["boxes"]))
     texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
-    return build_trajectory(vlm, IVT_PROMPT.format(expression=row["expression"]), encode_images(vlm, seen), texts)
+    return build_trajectory(vlm, IVT_PROMPT.format(expression=row["expression"]), seen, texts)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ if state:
     optimizer.load_state_dict(state["optimizer"])
     first_update, logged = state["update"], state["logged"]
     if first_update >= updates:
-        save_adapter(vlm.model, args.out / "sft")
+        save_adapter(vlm, args.out / "sft")
         print(f"{args.out / 'sft'} is finished; --restart begins again")
         raise SystemExit
     print(f"going on after update {first_update}")
@@ -113,10 +115,11 @@ for update in range(first_update, updates):
     log.write(update=update + 1, epoch=epoch + 1, loss=loss, grad_norm=norm, lr=learning_rate(update), tokens=tokens)
     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
     bar.update()
-    if place == updates_per_epoch - 1:  # the end of an epoch
+    if (update + 1) % args.save_every == 0 or update + 1 == updates or interrupt.asked:
         save_checkpoint(checkpoint, adapter=adapter_state(vlm.model), optimizer=optimizer.state_dict(), update=update + 1,
                         logged=log.rows)
+        leave_if_interrupted()
 bar.close()
 
-save_adapter(vlm.model, args.out / "sft")
+save_adapter(vlm, args.out / "sft")
 print(f"loss {loss:.3f}; adapter in {args.out / 'sft'}, {minutes(start)}; next: python grpo.py")

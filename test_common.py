@@ -1,16 +1,22 @@
 """The tests: python -m pytest -q. Behaviour only, on a Qwen3-VL of random weights; the last ones run the real commands."""
 
+import argparse
 import json
 import random
 import re
-import shutil
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 import common
 import evaluate
@@ -18,7 +24,7 @@ import make_data
 import runtime
 import toy
 from common import (IVT_PROMPT, PRESETS, VLM, advantages, box_complete, build_trajectory, draw_overlay, encode_images,
-                    grpo_loss, iou, mrope_positions, normalize_box, parse_box, reward, rollout, trajectory_logprobs)
+                    format_box, grpo_loss, iou, mrope_positions, normalize_box, parse_box, reward, rollout, trajectory_logprobs)
 
 HERE = Path(__file__).resolve().parent
 
@@ -180,6 +186,43 @@ def test_the_last_valid_box_is_drawn(vlm, monkeypatch):
     assert drawn == [None, [1, 2, 30, 40], [1, 2, 30, 40]]
 
 
+def test_sft_shows_what_the_rollout_shows(vlm, monkeypatch):
+    """Step t sees box t - 1, drawn on the original image, in training as in the rollout."""
+    boxes, image = [[0, 0, 300, 300], [500, 500, 900, 900], [100, 100, 200, 900]], picture(48, 64)
+    answers = iter(boxes)
+    monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
+    row, = rollout(vlm, [image], ["x"], 2, 2)
+    trained = encode_images(vlm, common.views(image, boxes))
+    assert len(row.images) == 3 and not torch.equal(row.images[1].embeds, row.images[2].embeds)
+    assert all(torch.allclose(a.embeds, b.embeds, atol=1e-5) for a, b in zip(row.images, trained))
+
+
+def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
+    """NF4 as the phases load it, after decoding and with gradients, against the same weights in float32."""
+    import bitsandbytes as bnb
+    from peft import get_peft_model
+    vlm.base.save_pretrained(tmp_path), vlm.tokenizer.save_pretrained(tmp_path), vlm.image_processor.save_pretrained(tmp_path)
+    loaded = [runtime.load_vlm(argparse.Namespace(model=str(tmp_path), dtype="float32", max_pixels=2 ** 20, quantize=q))
+              for q in ("nf4", "none")]
+    layers = [x.base.model.language_model.layers[1].mlp for x in loaded]
+    assert isinstance(layers[0].down_proj, bnb.nn.Linear4bit)
+    for name, module in loaded[0].base.model.language_model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            whole = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            loaded[1].base.model.language_model.get_submodule(name).weight.data.copy_(whole)
+    gradients = []
+    for x in loaded:
+        torch.manual_seed(0)
+        x.model = get_peft_model(x.model, runtime.lora_config(4, 8)).train()
+        row, = rollout(x, [picture(32, 32)], ["x"], 1, 4)
+        t = build_trajectory(x, "Find it.", encode_images(x, [picture(32, 32)] * 2), TEXTS)
+        trajectory_logprobs(x, [t])[0].mean().backward()
+        gradients.append({n: p.grad for n, p in x.model.named_parameters() if "lora_B" in n})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * 7
+    for name, g in gradients[0].items():
+        assert g.abs().max() > 1e-4 and torch.allclose(g, gradients[1][name], rtol=1e-2, atol=1e-4), name
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Losses
 # ------------------------------------------------------------------------------------------------------------------
@@ -318,23 +361,144 @@ def test_tables_by_hand():
     assert (two["improved"], two["stagnated"], two["degraded"]) == (0.5, 0.25, 0.25) and two["valid"] == [1, 1, 0]
 
 
+GOOD = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10, "expression": "x", "bbox": [0, 0, 5, 5]}
+
+
 def test_bad_samples_are_all_reported_at_once(tmp_path):
     picture(20, 10).save(tmp_path / "a.png")
-    good = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10, "expression": "x", "bbox": [0, 0, 5, 5]}
-    bad = [dict(good, bbox=[5, 0, 0, 5]), dict(good, width=30, bbox=[0, 0, 25, 5]), dict(good, image="b.png"), dict(good, bbox=[0, 0, float("nan"), 1]),
-           {k: v for k, v in good.items() if k != "expression"}]
-    runtime.write_jsonl(tmp_path / "s.jsonl", [good])
-    assert runtime.read_samples(tmp_path / "s.jsonl", "") == [good]
-    runtime.write_jsonl(tmp_path / "s.jsonl", [good] + bad)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    bad = [dict(GOOD, bbox=[5, 0, 0, 5]), dict(GOOD, width=30, bbox=[0, 0, 25, 5]), dict(GOOD, image="b.png"),
+           dict(GOOD, bbox=[0, 0, float("nan"), 1]), {k: v for k, v in GOOD.items() if k != "expression"}, dict(GOOD, image="cut.png"), GOOD]
+    path = tmp_path / "s.jsonl"
+    runtime.write_jsonl(path, [GOOD])
+    assert runtime.read_samples(path, "") == [GOOD]
+    runtime.write_jsonl(path, [GOOD] + bad)
+    path.write_text(path.read_text() + "{oops\n")
     with pytest.raises(SystemExit) as e:
-        runtime.read_samples(tmp_path / "s.jsonl", "")
-    for line, word in enumerate(["inverted", "20 x 10", "cannot be opened", "finite", "expression is None"], 2):
-        assert re.search(f"s.jsonl, line {line}: .*{word}", str(e.value))
+        runtime.read_samples(path, "")
+    for line, words in enumerate(["inverted", "20 x 10", "cannot be read", "finite", "expression is 'None'", "cut.png cannot be read",
+                                  "id '1' is on line 1", "not JSON"], 2):
+        assert re.search(f"s.jsonl, line {line}: .*{words}", str(e.value)), words
+    assert runtime.read_samples(path, "", skip_bad=True) == [GOOD]
+    assert len((tmp_path / "s.jsonl.skipped").read_text().splitlines()) == 8
     with pytest.raises(SystemExit, match="first run: python make_data.py"):
         runtime.read_samples(tmp_path / "none.jsonl", "python make_data.py")
-    (tmp_path / "s.jsonl").write_text('{"id": 1}\n{oops\n')
-    with pytest.raises(SystemExit, match="line 2: not JSON"):
-        runtime.read_samples(tmp_path / "s.jsonl", "")
+
+
+def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):
+    load = lambda name, w=20, h=10: runtime.load_image({"image": name, "width": w, "height": h}, tmp_path)
+    color = Image.new("RGB", (20, 10), (200, 100, 50))
+    for mode, name in (("L", "grey.png"), ("P", "palette.png"), ("CMYK", "cmyk.jpg"), ("1", "bits.png")):
+        color.convert(mode).save(tmp_path / name)
+        assert load(name).mode == "RGB" and load(name).size == (20, 10)
+    assert max(abs(a - b) for a, b in zip(load("cmyk.jpg").getpixel((3, 3)), (200, 100, 50))) < 12
+    Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load("clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(torch.full((10, 20), 128 * 256, dtype=torch.int32).numpy().astype("uint16")).save(tmp_path / "deep.png")
+    assert load("deep.png").getpixel((0, 0)) == (128, 128, 128)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                             # the camera was turned: shown as 10 x 20
+    color.save(tmp_path / "turned.jpg", exif=exif)
+    assert load("turned.jpg").size == (20, 10) and load("turned.jpg", 10, 20).size == (10, 20)
+    color.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 10))])
+    Image.new("F", (20, 10)).save(tmp_path / "float.tiff")
+    color.save(tmp_path / "big.png")
+    for name, words in (("moving.gif", "animation"), ("float.tiff", "floating-point"), ("big.png", "Pillow's limit")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150 if name == "big.png" else 10 ** 9)
+        with pytest.raises(ValueError, match=words):
+            load(name)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.text('{}[]()",:.-0123456789ebox_2d <|think>/\n`'), st.text().map(lambda x: format_box([1, 2, 3, 4])[:20] + x)))
+def test_fuzz_parse_box(text):
+    box = parse_box(text)
+    assert box is None or len(box) == 4 and all(type(v) is int and 0 <= v <= 1000 for v in box) and box[0] <= box[2] and box[1] <= box[3]
+    box_complete(text)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=60), st.builds(
+    lambda field, value: json.dumps(dict(GOOD, **{field: value})).encode(), st.sampled_from(list(GOOD)),
+    st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=4), max_leaves=6))))
+def test_fuzz_the_manifest(tmp_path, line):
+    (tmp_path / "s.jsonl").write_bytes(line)
+    picture(20, 10).save(tmp_path / "a.png")
+    try:
+        assert len(runtime.read_samples(tmp_path / "s.jsonl", "")) == 1
+    except SystemExit as e:
+        assert "problems in" in str(e)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints, models, adapters
+# ------------------------------------------------------------------------------------------------------------------
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil"),))
+
+
+def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runtime.save_checkpoint("c", update=1, weight=torch.ones(3))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))     # what a full disk is to a program
+    try:
+        with pytest.raises(SystemExit, match="c cannot be written .*make room"):
+            runtime.save_checkpoint("c", update=2, weight=torch.ones(100_000))
+        with pytest.raises(SystemExit, match="log cannot be written"):
+            log = runtime.Log("log")
+            for _ in range(3):
+                log.write(text="x" * 60_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert runtime.load_checkpoint("c")["update"] == 1
+    torch.save({"update": Evil()}, "c")
+    with pytest.raises(SystemExit, match="no checkpoint of this code"):
+        runtime.load_checkpoint("c")
+    assert not Path("evil").exists()
+
+
+def test_foreign_models_and_adapters_are_refused(vlm, tmp_path):
+    args = argparse.Namespace(model=str(tmp_path), dtype="float32", max_pixels=2 ** 20, quantize="none")
+    with pytest.raises(SystemExit, match="model_type qwen3_vl"):
+        runtime.load_vlm(args)
+    vlm.base.save_pretrained(tmp_path), vlm.image_processor.save_pretrained(tmp_path)
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), unk_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="tokenizer has no .*image_pad"):
+        runtime.load_vlm(args)
+    vlm.tokenizer.save_pretrained(tmp_path)
+    from peft import get_peft_model
+    one, other = runtime.load_vlm(args), runtime.load_vlm(args)
+    one.model = get_peft_model(one.model, runtime.lora_config(4, 8))
+    runtime.save_adapter(one, tmp_path / "adapter")
+    other.base.model.language_model.norm.weight.data.mul_(2)
+    with pytest.raises(SystemExit, match="another base model"):
+        runtime.add_adapter(other, tmp_path / "adapter", "sft")
+    with pytest.raises(SystemExit, match="adapter_config.json"):
+        runtime.add_adapter(one, tmp_path, "sft")
+
+
+def test_one_run_at_a_time_under_one_configuration(tmp_path):
+    args = argparse.Namespace(out=tmp_path, restart=False, model="m", lr=0.1)
+    runtime.begin(args, "sft")
+    runtime.begin(args, "sft")
+    args.lr = 0.2
+    with pytest.raises(SystemExit, match="lr: 0.1 then, 0.2 now"):
+        runtime.begin(args, "sft")
+    runtime.lock(tmp_path)
+    with pytest.raises(SystemExit, match="another run works in"):
+        runtime.lock(tmp_path)
+
+
+def test_leaving_the_healthy_range_warns_once():
+    healthy, warned = {"kl": (0, 0.5, "lower --lr"), "valid": (0.9, 1, "x")}, set()
+    assert runtime.unhealthy([{"kl": 0.9, "valid": 1.0}] * 4, healthy, warned) == []
+    said = runtime.unhealthy([{"kl": 0.9, "valid": 1.0}] * 5, healthy, warned)
+    assert said == ["warning: kl is 0.900 (healthy: 0 to 0.5): lower --lr"]
+    assert runtime.unhealthy([{"kl": 0.9, "valid": 1.0}] * 5, healthy, warned) == []
 
 
 def test_presets_hold_the_papers_values():
@@ -346,52 +510,102 @@ def test_presets_hold_the_papers_values():
     assert (paper["max_tokens"], paper["iou_max"], paper["quantize"], PRESETS["all"]["steps"][0]) == (160, 0.85, "nf4", 2)
 
 
+def test_what_the_readme_states():
+    text = (HERE / "README.md").read_text()
+    tree = re.search(r"```text\n(README.md .*?)```", text, re.S)[1]
+    assert all((HERE / line.split()[0]).exists() for line in tree.splitlines())
+    packages = re.split(r"\s+", re.search(r"requirements.txt +(torch .*)", tree)[1])
+    assert [re.match(r"\w+", line)[0] for line in (HERE / "requirements.txt").read_text().split()] == packages
+    flags = {"--" + name.replace("_", "-") for table in PRESETS.values() for name in table}
+    own = {"--preset", "--out", "--restart", "--skip-bad", "--data", "--init", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | own
+    assert "python make_data.py && python sft.py && python grpo.py && python evaluate.py" in text
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (HERE / picture).exists()
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The real commands, very small
 # ------------------------------------------------------------------------------------------------------------------
-SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7", "sft.py": "--epochs 1 --batch-size 4",
-         "grpo.py": "--updates 2 --val-every 1 --val-prompts 3 --grad-accum 2 --group-size 2", "evaluate.py": "--pictures 2"}
+SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7 --max-tokens 60", "sft.py": "--epochs 1 --batch-size 4 --save-every 2",
+         "grpo.py": "--updates 2 --val-every 1 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60"}
+
+
+def arguments(script, out):
+    return [sys.executable, HERE / script, *SMALL[script].split(), "--out", str(out)]
 
 
 def command(script, out, *more):
-    return subprocess.run([sys.executable, HERE / script, *SMALL[script].split(), "--max-tokens", "60", "--out", str(out), *more],
-                          capture_output=True, text=True, cwd=out.parent)
+    return subprocess.run([*arguments(script, out), *more], capture_output=True, text=True, cwd=out.parent)
 
 
-def test_the_four_commands(tmp_path):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The four commands, each started once and never stopped: (folder, seconds of each)."""
+    out, seconds = tmp_path_factory.mktemp("whole") / "run", {}
     early = command("sft.py", out)
     assert early.returncode == 1 and "first run: python make_data.py" in early.stderr and "Traceback" not in early.stderr
     for script in SMALL:
+        start = time.time()
         ran = command(script, out)
+        seconds[script] = time.time() - start
         assert ran.returncode == 0, ran.stderr
         assert not re.search(r"warn|Traceback|deprecat", ran.stdout + ran.stderr, re.I), ran.stdout + ran.stderr
+    return out, seconds
+
+
+def test_the_four_commands(run):
+    out, _ = run
     text = (out / "results.md").read_text()
     assert all(row[0] in text for row in evaluate.CONFIGURATIONS[:5]) and "Table 2" in text
     assert all((out / f).exists() for f in ("figures/corrections.png", "figures/failures.png", "grpo/adapter_model.safetensors",
                                             "grpo_single/adapter_config.json", "log/grpo.jsonl", "log/sft.jsonl"))
-    losses = [json.loads(line) for line in (out / "log/grpo.jsonl").read_text().splitlines()]
-    assert sum("reward" in row for row in losses) == 2 and sum("val_reward" in row for row in losses) == 3
+    rows = [json.loads(line) for line in (out / "log/grpo.jsonl").read_text().splitlines()]
+    updates, validations = [r for r in rows if "reward" in r], [r["val_reward"] for r in rows if "val_reward" in r]
+    assert len(updates) == 2 and len(validations) == 3
+    assert updates[0]["kl"] < 1e-5 < updates[1]["kl"]          # the reference is the adapter that training began from
+    saved = load_file(out / "grpo/adapter_model.safetensors")  # the best by validation: here the first or the last
+    best, last = validations.index(max(validations)), runtime.load_checkpoint(out / "grpo.checkpoint")["adapter"]
+    other = {0: load_file(out / "sft/adapter_model.safetensors"), 2: last}.get(best)
+    assert other is None or all(torch.equal(saved[k], other[k]) for k in saved)
     again = command("sft.py", out)
     assert again.returncode == 0 and "is finished" in again.stdout
+    changed = command("sft.py", out, "--epochs", "2")
+    assert changed.returncode == 1 and "epochs: 1 then, 2 now" in changed.stderr
     wrong = command("sft.py", out, "--learning-rate", "1")
     assert wrong.returncode == 2 and "--learning-rate" in wrong.stderr
+    wrong = command("sft.py", out, "--lr", "nan")
+    assert wrong.returncode == 2 and "expected 1e-09 to 1" in wrong.stderr
 
 
-def test_a_killed_run_ends_as_one_that_never_stopped(tmp_path):
-    out = tmp_path / "run"
-    assert command("make_data.py", out).returncode == 0
-    command("sft.py", out, "--epochs", "3", "--restart")
-    whole, log = (out / "sft/adapter_model.safetensors").read_bytes(), (out / "log/sft.jsonl").read_text()
-    arguments = [sys.executable, HERE / "sft.py", *SMALL["sft.py"].split(), "--epochs", "3", "--max-tokens", "60", "--out", str(out)]
-    shutil.rmtree(out / "sft")
-    process = subprocess.Popen([*arguments, "--restart"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = out / "sft.checkpoint"
-    checkpoint.unlink()
-    while process.poll() is None and not checkpoint.exists():
-        pass
-    process.kill()
-    process.wait()
-    again = subprocess.run(arguments, capture_output=True, text=True)
-    assert again.returncode == 0 and "going on after update" in again.stdout, again.stdout + again.stderr
-    assert (out / "sft/adapter_model.safetensors").read_bytes() == whole and (out / "log/sft.jsonl").read_text() == log
+def interrupted(script, out, when, number=signal.SIGKILL):
+    """Starts a command and sends a signal as soon as `when()` is true; returns (exit code, its output)."""
+    process = subprocess.Popen(arguments(script, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not when():
+        time.sleep(0.001)
+    process.send_signal(number)
+    said, _ = process.communicate()
+    return process.returncode, said
+
+
+def test_a_stopped_run_ends_as_one_that_never_stopped(run, tmp_path):
+    """Each phase killed at a random moment, SFT in the middle of a write and by Ctrl-C too."""
+    whole, seconds = run
+    out, seed = tmp_path / "run", random.randrange(10 ** 6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for script in SMALL:
+        if script == "sft.py":
+            temporary = out / "sft.checkpoint.tmp"
+            code, said = interrupted(script, out, temporary.exists)
+            assert code == -signal.SIGKILL and temporary.exists(), said
+            code, said = interrupted(script, out, (out / "sft.checkpoint").exists, signal.SIGINT)
+            assert code == 130 and "to go on: python" in said and "Traceback" not in said, said
+        moment = time.time() + rng.uniform(0.3, 1) * seconds[script]
+        interrupted(script, out, lambda: time.time() > moment)
+        ended = command(script, out)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    files = [f.relative_to(whole) for f in whole.rglob("*") if f.is_file() and f.suffix in (".jsonl", ".json", ".safetensors", ".md", ".png")]
+    assert len(files) > 40
+    for file in files:
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), f"{file}, seed {seed}"
