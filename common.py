@@ -41,13 +41,13 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "batch_size": (8, 64, "samples decoded at once; not in the paper"),
     },
     "sft": {
-        "lr": (2e-5, 1e-3, "peak learning rate"),
-        "epochs": (10, 8, ""),
+        "lr": (2e-5, 2e-3, "peak learning rate"),
+        "epochs": (10, 4, ""),
         "batch_size": (4, 16, "trajectories per forward pass"),
         "grad_accum": (4, 1, "forward passes per update"),
         "warmup": (0.1, 0.1, "share of the updates with rising learning rate; cosine decay after"),
-        "lora_rank": (64, 64, "on all attention and MLP projections of the language model"),
-        "lora_alpha": (128, 128, "LoRA scale is alpha / rank"),
+        "lora_rank": (64, 32, "on all attention and MLP projections of the language model"),
+        "lora_alpha": (128, 64, "LoRA scale is alpha / rank"),
         "save_every": (10, 10, "updates between checkpoints"),
     },
     "grpo": {
