@@ -77,13 +77,14 @@ def join(words):
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def template_trace(expression, boxes, truth, t):
+def template_trace(boxes, truth, t):
     """The trace of step t, from the geometry alone: what is wrong with box t - 1, and how to get to box t.
 
+    The description is not repeated: a model as small as the toy's copies it wrongly, and then finds what it wrote.
     Sizes and shifts count from a tenth of the true box on; directions are all the student could see for itself.
     """
     if t == 0:  # forward reasoning: why this region, whatever it is (Section 3.2)
-        return f"I look for {expression}. I see it at the {place(boxes[0])}."
+        return f"I look for the object. I see it at the {place(boxes[0])}."
     before, after = boxes[t - 1], boxes[t]
     width, height = truth[2] - truth[0], truth[3] - truth[1]
 
@@ -93,7 +94,7 @@ def template_trace(expression, boxes, truth, t):
     dx, dy = across(before, truth, 0, width), across(before, truth, 1, height)
     moves = ["right"] * (dx > 0.1) + ["left"] * (dx < -0.1) + ["down"] * (dy > 0.1) + ["up"] * (dy < -0.1)
     if iou(before, truth) == 0:
-        return (f"The red box is on the wrong object. I see {expression} at the {place(truth)}. "
+        return (f"The red box is on the wrong object. I see the target at the {place(truth)}. "
                 f"I move the box {join(moves or ['there'])}.")
     wider, taller = width / max(before[2] - before[0], 1), height / max(before[3] - before[1], 1)
     faults = (["too far left"] * (dx > 0.1) + ["too far right"] * (dx < -0.1) + ["too high"] * (dy > 0.1)
@@ -244,7 +245,7 @@ if __name__ == "__main__":
     # --------------------------------------------------------------------------------------------------------------
     if args.teacher == "template":
         for row in rows:
-            row["traces"] = [template_trace(row["expression"], row["boxes"], row["truth"], t)
+            row["traces"] = [template_trace(row["boxes"], row["truth"], t)
                              for t in range(args.steps + 1)]
     else:
         samples, path = {s["id"]: s for s in train}, data / "traces.jsonl"

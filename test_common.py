@@ -283,13 +283,13 @@ def test_interpolation():
 
 
 def test_template_traces_say_what_the_geometry_is():
-    truth, say = [400, 400, 600, 600], lambda before, after: make_data.template_trace("the cat", [before, after], [400, 400, 600, 600], 1)
+    truth, say = [400, 400, 600, 600], lambda before, after: make_data.template_trace([before, after], [400, 400, 600, 600], 1)
     assert say([360, 400, 560, 600], truth) == "The red box is too far left. I move it right."
     assert say([400, 440, 600, 560], truth) == "The red box is too short. I make it taller."
-    assert say([100, 700, 200, 800], truth) == ("The red box is on the wrong object. I see the cat at the middle. "
+    assert say([100, 700, 200, 800], truth) == ("The red box is on the wrong object. I see the target at the middle. "
                                                 "I move the box right and up.")
     assert say(truth, truth) == "The red box fits well. I keep it."
-    assert make_data.template_trace("the cat", [[0, 0, 100, 100]], truth, 0) == "I look for the cat. I see it at the upper left."
+    assert make_data.template_trace([[0, 0, 100, 100]], truth, 0) == "I look for the object. I see it at the upper left."
 
 
 def test_teacher_traces_may_not_leak():
