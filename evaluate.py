@@ -182,6 +182,8 @@ if __name__ == "__main__":
     # --------------------------------------------------------------------------------------------------------------
     # Report
     # --------------------------------------------------------------------------------------------------------------
+    if vlm is None:
+        print("every row was evaluated before; --restart begins again")
     text = report(rows, args, len(samples))
     print("\n" + text)
     write_text(args.out / "results.md", text)

@@ -455,10 +455,12 @@ def unhealthy(recent, healthy, warned):
 
     healthy: metric -> (low, high, what to try). warned: the set of metrics already spoken of, which grows.
     """
-    means = {key: sum(row[key] for row in recent) / len(recent) for key in healthy.keys() - warned} if len(recent) >= 5 else {}
-    out = [f"warning: {key} is {mean:.3f} (healthy: {healthy[key][0]} to {healthy[key][1]}): {healthy[key][2]}"
-           for key, mean in means.items() if not healthy[key][0] <= mean <= healthy[key][1]]
-    warned |= {key for key, mean in means.items() if not healthy[key][0] <= mean <= healthy[key][1]}
+    out = []
+    for key in healthy.keys() - warned if len(recent) >= 5 else ():
+        (low, high, advice), mean = healthy[key], sum(row[key] for row in recent) / len(recent)
+        if not low <= mean <= high:
+            warned.add(key)
+            out.append(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
     return out
 
 

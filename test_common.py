@@ -528,7 +528,7 @@ def test_what_the_readme_states():
 # The real commands, very small
 # ------------------------------------------------------------------------------------------------------------------
 SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7 --max-tokens 60", "sft.py": "--epochs 1 --batch-size 4 --save-every 2",
-         "grpo.py": "--updates 2 --val-every 1 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60"}
+         "grpo.py": "--updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60"}
 
 
 def arguments(script, out):
@@ -562,12 +562,12 @@ def test_the_four_commands(run):
                                             "grpo_single/adapter_config.json", "log/grpo.jsonl", "log/sft.jsonl"))
     rows = [json.loads(line) for line in (out / "log/grpo.jsonl").read_text().splitlines()]
     updates, validations = [r for r in rows if "reward" in r], [r["val_reward"] for r in rows if "val_reward" in r]
-    assert len(updates) == 2 and len(validations) == 3
+    assert len(updates) == 2 and len(validations) == 2
     assert updates[0]["kl"] < 1e-5 < updates[1]["kl"]          # the reference is the adapter that training began from
     saved = load_file(out / "grpo/adapter_model.safetensors")  # the best by validation: here the first or the last
     best, last = validations.index(max(validations)), runtime.load_checkpoint(out / "grpo.checkpoint")["adapter"]
-    other = {0: load_file(out / "sft/adapter_model.safetensors"), 2: last}.get(best)
-    assert other is None or all(torch.equal(saved[k], other[k]) for k in saved)
+    other = last if best else load_file(out / "sft/adapter_model.safetensors")
+    assert all(torch.equal(saved[k], other[k]) for k in saved)
     again = command("sft.py", out)
     assert again.returncode == 0 and "is finished" in again.stdout
     changed = command("sft.py", out, "--epochs", "2")

@@ -363,7 +363,8 @@ def conversation(rng, low, high, images=1, questions=4, where=0.07, frames=True,
     """A chat about `images` scenes: segments ("text", str), ("image", (PIL, objects, frames)), ("expression", (str, box)) and
     ("answer", str: what is learnt).
 
-    With `think`, a chat may begin with the IVT prompt, and a sentence before the box. A later image is, one time in two, the scene before it once more: like a video, or a picture someone drew on.
+    With `think`, a chat may begin with the IVT prompt, and a sentence before the box. A later image is, one time in two, the
+    scene before it once more: like a video, or a picture someone drew on.
     """
     segments, objects = [], None
     for i in range(images):
@@ -461,27 +462,27 @@ WORDS = [*COLORS, *KINDS, *SIZES]
 
 
 def tower_loss(model, tokenizer, heads, features, scenes):
-    """features [images * tokens, width], scenes: (objects, frames) of each image -> (loss, its parts: words, digits).
+    """features [images * tokens, width], scenes: (objects, frames) of each image -> (loss, its parts: of the words, of each head).
 
     The words of the object that a token shows are read off it by their own embeddings, as in SigLIP (arXiv:2303.15343,
     Section 3.2): that puts a red object near the word "red", and attention can begin with what is alike.
     """
     label = torch.from_numpy(np.stack([token_labels(*scene) for scene in scenes])).transpose(0, 1).flatten(1, 2)  # [2, tokens, 11]
-    said = torch.zeros(label.shape[1], len(WORDS))
+    shown = torch.zeros(label.shape[1], len(WORDS))
     offset = 0
     for part, size in enumerate((len(COLORS), len(KINDS), len(SIZES))):
         here = label[0, :, part] >= 0
-        said[here, offset + label[0, here, part]] = 1.0
+        shown[here, offset + label[0, here, part]] = 1.0
         offset += size
     ids = tokenizer.convert_tokens_to_ids(["\u0120" + word for word in WORDS])              # byte-level BPE: a space begins them
     embeddings = model.get_input_embeddings().weight[ids]                                    # [16, width]
     logits = features.float() @ embeddings.T / embeddings.shape[1] ** 0.5 - 3.0
-    words = torch.nn.functional.binary_cross_entropy_with_logits(logits, said) * len(WORDS)
+    words = torch.nn.functional.binary_cross_entropy_with_logits(logits, shown) * len(WORDS)
     target = [*label[0, :, 3:].T, torch.where(label[1, :, 0] < 0, len(FRAMES), label[1, :, 0]), *label[1, :, 3:].T]
-    digits = torch.stack([torch.nn.functional.cross_entropy(said, t, ignore_index=-1) if (t >= 0).any() else said.sum() * 0
+    told = torch.stack([torch.nn.functional.cross_entropy(said, t, ignore_index=-1) if (t >= 0).any() else said.sum() * 0
                           for said, t in zip(heads(features).float().split(HEADS, -1), target)])
     weights = torch.tensor([1.0] * 8 + [2.0] + [0.5] * 8) / 10
-    return 0.5 * words + (digits * weights).sum(), words, digits
+    return 0.5 * words + (told * weights).sum(), words, told
 
 
 def train_vision(model, tokenizer, processor, batches, seed):
@@ -502,9 +503,9 @@ def train_vision(model, tokenizer, processor, batches, seed):
         batch = processor(images=images, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
             features = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"]).pooler_output
-            loss, words, digits = tower_loss(model, tokenizer, heads, features, scenes)
+            loss, words, told = tower_loss(model, tokenizer, heads, features, scenes)
         update(steps, parameters, loss, i / batches)
-        bar.set_postfix(words=f"{words:.2f}", digit1=f"{digits[:4].mean():.2f}", digit2=f"{digits[4:8].mean():.2f}", refresh=False)
+        bar.set_postfix(words=f"{words:.2f}", digit1=f"{told[:4].mean():.2f}", digit2=f"{told[4:8].mean():.2f}", refresh=False)
 
 
 def train_language(model, tokenizer, processor, batches, seed, think=False):
