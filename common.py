@@ -22,11 +22,11 @@ from transformers import DynamicCache
 # Hyperparameters. The `paper` column is the paper's Section 4.1 and 3.3; where the paper is silent the help says
 # "not in the paper". Every row is a flag of its phase: `python sft.py --lr 1e-4`.
 # ------------------------------------------------------------------------------------------------------------------
-PRESETS = {  # phase -> name -> (paper, toy, help)
+PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
     "all": {
         "model": ("Qwen/Qwen3-VL-4B-Instruct", "toy_base", "checkpoint folder or hub id of the base model"),
-        "quantize": ("nf4", "none", "nf4 (4-bit, double quantisation) or none"),
-        "dtype": ("bfloat16", "float32", "of weights and activations; not in the paper"),
+        "quantize": ("nf4", "none", "4-bit with double quantisation, or none", ("nf4", "none")),
+        "dtype": ("bfloat16", "float32", "of weights and activations; not in the paper", ("bfloat16", "float32")),
         "max_pixels": (1024 * 1024, 1024 * 1024, "larger images are reduced to this area; the paper says native resolution"),
         "steps": (2, 2, "T, refinement steps after step 0"),
         "seed": (0, 0, "of everything random; not in the paper"),
@@ -36,7 +36,12 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "val_samples": (510, 510, "likewise"),
         "test_samples": (505, 505, "likewise, 169 + 168 + 168"),
         "iou_max": (0.85, 0.85, "student predictions above this IoU are discarded (Section 3.2)"),
-        "teacher": ("vlm", "template", "vlm: the model writes the traces; template: computed from the geometry"),
+        "start": ("student", "student", "step-0 boxes: the student's predictions, or the truth perturbed at random (what the paper "
+                  "first tried)", ("student", "perturbed")),
+        "keep": ("errors", "errors", "errors: the filter above; all: what it discards is kept too, as trajectories that hold still "
+                 "(not in the paper)", ("errors", "all")),
+        "path": ("linear", "linear", "linear interpolation; direct: at the truth from step 1 on (not in the paper)", ("linear", "direct")),
+        "teacher": ("vlm", "template", "vlm: the model writes the traces; template: computed from the geometry", ("vlm", "template")),
         "max_tokens": (160, 80, "per step"),
         "batch_size": (8, 64, "samples decoded at once; not in the paper"),
     },
@@ -48,6 +53,8 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "warmup": (0.1, 0.1, "share of the updates with rising learning rate; cosine decay after"),
         "lora_rank": (64, 32, "on all attention and MLP projections of the language model"),
         "lora_alpha": (128, 64, "LoRA scale is alpha / rank"),
+        "first_step": ("all", "all", "supervise step 0 in all trajectories, or only where the student was right (IoU 0.5 and more; not "
+                       "in the paper)", ("all", "right")),
         "save_every": (10, 10, "updates between checkpoints"),
     },
     "grpo": {
@@ -59,7 +66,8 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
         "temperature": (0.7, 0.7, "at the refinement steps"),
         "beta": (0.04, 0.04, "weight of the KL term"),
         "entropy": (0.01, 0.01, "lambda, weight of the entropy bonus"),
-        "kl": ("paper", "paper", "paper: mean |log pi - log ref|; k3: the unbiased, non-negative estimator"),
+        "kl": ("paper", "paper", "paper: mean |log pi - log ref|; k3: the unbiased, non-negative estimator", ("paper", "k3")),
+        "reward": ("simple", "simple", "simple: Eq. 3; six: the composite that the paper tried first (Section 3.4)", ("simple", "six")),
         "grad_accum": (8, 8, "prompts per update"),
         "updates": (300, 20, "300 x 8 is one pass over 2,400 prompts; not in the paper"),
         "batch_size": (6, 24, "trajectories per forward pass of the update; not in the paper"),
@@ -71,6 +79,8 @@ PRESETS = {  # phase -> name -> (paper, toy, help)
     "evaluate": {
         "max_tokens": (160, 80, "per step"),
         "batch_size": (16, 64, "samples decoded at once; not in the paper"),
+        "longest": (6, 6, "steps that an IVT row is played to, for the tables of adaptive refinement; not in the paper"),
+        "temperature": (1.0, 1.0, "of the control row that samples T + 1 single-shot answers; not in the paper"),
         "pictures": (6, 6, "rows of each filmstrip"),
     },
 }
@@ -465,6 +475,21 @@ def trajectory_logprobs(vlm, trajectories):
 def reward(boxes, sample):
     """Eq. 3: IoU of the final step's box and the ground truth + 0.1 * share of the steps that gave a valid box."""
     return box_iou(boxes[-1], sample) + 0.1 * sum(box is not None for box in boxes) / len(boxes)
+
+
+def six_component_reward(boxes, sample):
+    """The kind of reward that Section 3.4 advises against: improvement, convergence, efficiency, format, and penalties for
+    regression and stagnation. The paper names these six and says that they had 15 parameters; terms and weights are ours.
+    """
+    ious, steps = [box_iou(box, sample) for box in boxes], len(boxes) - 1
+    moves = [b - a for a, b in zip(ious, ious[1:])]
+    improvement = ious[-1] - ious[0]
+    convergence = sum(ious[-1] >= threshold for threshold in (0.5, 0.7, 0.9)) / 3
+    efficiency = 1 - min((t for t, v in enumerate(ious) if v >= 0.7), default=steps + 1) / (steps + 1)  # how early it is good
+    valid = sum(box is not None for box in boxes) / len(boxes)
+    regression = sum(max(0, -move - 0.01) for move in moves)
+    stagnation = sum(a == b and v < 0.7 for a, b, v in zip(boxes, boxes[1:], ious[1:])) / max(1, steps)
+    return 0.5 * improvement + 0.3 * convergence + 0.2 * efficiency + 0.1 * valid - 0.5 * regression - 0.2 * stagnation
 
 
 def advantages(rewards, eps=1e-4):

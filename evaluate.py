@@ -1,198 +1,517 @@
-"""Phase 3: the paper's Tables 1 and 2 on the test samples, and pictures of the trajectories (Section 4).
+"""Phase 3: what the trained model does on the test samples: the paper's tables with their uncertainty, and pictures (Section 4).
 
     python evaluate.py                       after make_data.py, sft.py and grpo.py; a missing policy leaves its row out
+    python evaluate.py --ablations           adds the rows that ask whether the overlay matters; --compare adds other runs' rows
+    python evaluate.py --image photo.jpg --expression "the cat on the left"      your own picture
+    python evaluate.py --from-predictions theirs.jsonl                           scores any system's boxes, without a model
 
-All decoding is greedy. Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth
-to choose; that column is `best of steps` here, and `last step` and `first step` stand beside it, since a user has only
-those. Table 2 shows the steps themselves.
+All decoding is greedy, except in the control row that samples T + 1 single-shot answers. IVT rows are played to
+`--longest` steps; since a greedy trajectory of T steps is the beginning of a longer one, every smaller T is read off it.
 
-Reads data/test.jsonl, sft/, grpo/, grpo_single/. Writes results.md, results.json, figures/{corrections,failures}.png,
+Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth to choose: `best of steps`
+here. The other choices are a user's: first step, last step, last valid box, and the medoid, the box with the highest mean
+IoU to the others. Every number has a 95 percent bootstrap interval over the samples; differences are paired.
+
+Reads data/test.jsonl, sft/, grpo/, grpo_single/. Writes results.md, results.json (every number), figures/*.png,
 log/evaluate_*.jsonl under --out.
 """
 
+import functools
 import json
 import textwrap
 import time
+from collections import defaultdict
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common import IVT_PROMPT, SINGLE_PROMPT, answer_of, box_iou, denormalize_box, rollout
+from common import IVT_PROMPT, SINGLE_PROMPT, answer_of, box_iou, denormalize_box, draw_overlay, iou, rollout
 
-# name in the tables, name of the log, adapter folder, prompt, whether it refines, the command that makes it ("": not part of Table 1,
-# evaluated when it is there)
+BASE, CONTROL = "Base (single-shot)", "Base (single-shot), T + 1 samples"
+# name in the tables, name of the log, adapter folder, prompt, kind of decoding, the command that makes the adapter ("": the
+# row is no part of the paper's tables, and there when its adapter is)
 CONFIGURATIONS = [
-    ("Base (single-shot)", "base", None, SINGLE_PROMPT, False, ""),
-    ("Base + IVT (no training)", "base_ivt", None, IVT_PROMPT, True, ""),
-    ("SFT + IVT", "sft", "sft", IVT_PROMPT, True, "python sft.py"),
-    ("SFT + GRPO (single-step)", "grpo_single", "grpo_single", IVT_PROMPT, False, "python grpo.py --steps 0"),
-    ("SFT + GRPO + IVT", "grpo", "grpo", IVT_PROMPT, True, "python grpo.py"),
-    ("GRPO without SFT + IVT", "base_grpo", "base_grpo", IVT_PROMPT, True, ""),
+    (BASE, "base", None, SINGLE_PROMPT, "single", ""),
+    (CONTROL, "base_samples", None, SINGLE_PROMPT, "samples", ""),
+    ("Base + IVT (no training)", "base_ivt", None, IVT_PROMPT, "ivt", ""),
+    ("SFT + IVT", "sft", "sft", IVT_PROMPT, "ivt", "python sft.py"),
+    ("SFT + GRPO (single-step)", "grpo_single", "grpo_single", IVT_PROMPT, "single", "python grpo.py --steps 0"),
+    ("SFT + GRPO + IVT", "grpo", "grpo", IVT_PROMPT, "ivt", "python grpo.py"),
+    ("GRPO without SFT + IVT", "base_grpo", "base_grpo", IVT_PROMPT, "ivt", ""),
+    ("SFT + GRPO, six-component reward + IVT", "grpo_six", "grpo_six", IVT_PROMPT, "ivt", ""),
 ]
+METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Metrics. `ious` is a list of S samples, each a list of T + 1 IoUs with the ground truth; an invalid box counts 0.
+# Numbers with intervals. S samples; `ious` is [S, T + 1], IoU with the ground truth, 0 where a box is not valid.
 # ------------------------------------------------------------------------------------------------------------------
-def accuracy(values):
-    """Acc@0.5, @0.7, @0.9 (share of IoU >= threshold) and mean IoU of one IoU per sample (Section 4.1, "Metrics")."""
-    return {**{f"acc{t}": sum(v >= t for v in values) / len(values) for t in (0.5, 0.7, 0.9)},
-            "iou": sum(values) / len(values)}
+@functools.lru_cache(maxsize=64)
+def resamples(n, count=10_000):
+    """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights [count, n] that sum to 1.
+
+    The same draws for all rows, seeded: what is computed with them on two rows is paired.
+    """
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), count).astype(np.float32) / n
 
 
-def table1(ious):
-    """The three ways to choose one box of a trajectory: the paper's, which needs the truth, and two that do not."""
-    return {"best of steps": accuracy([max(row) for row in ious]), "last step": accuracy([row[-1] for row in ious]),
-            "first step": accuracy([row[0] for row in ious])}
+def estimate(values):
+    """values [S] or [S, K], one per sample -> [3] or [K, 3]: mean, 2.5th and 97.5th percentile of the resampled means."""
+    values = np.asarray(values, np.float32)
+    low, high = np.percentile(resamples(len(values)) @ values, (2.5, 97.5), axis=0)
+    return np.stack([values.mean(0), low, high], -1).astype(float).round(6).tolist()
 
 
-def table2(ious, valid, threshold=0.01):
-    """Mean IoU and valid-box rate per step; the share of samples whose last IoU differs from the first by > threshold."""
-    n, steps = len(ious), len(ious[0])
-    change = [row[-1] - row[0] for row in ious]
-    improved, degraded = sum(c > threshold for c in change) / n, sum(c < -threshold for c in change) / n
-    return {"iou": [sum(row[t] for row in ious) / n for t in range(steps)], "delta": sum(change) / n,
-            "improved": improved, "stagnated": 1 - improved - degraded, "degraded": degraded,
-            "valid": [sum(row[t] for row in valid) / n for t in range(steps)]}
+def metrics(ious):
+    """[S] IoU of one box per sample -> [S, 4], whose means are Acc@0.5, @0.7, @0.9 (IoU >= threshold) and mean IoU."""
+    return np.stack([ious >= 0.5, ious >= 0.7, ious >= 0.9, ious], 1)
 
 
-def findings(rows):
-    """The paper's three findings as hypotheses on these rows: a list of (sentence, numbers, whether it holds)."""
-    out, get = [], lambda name, way="best of steps": rows[name]["table1"][way] if name in rows else None
-    base, naive, sft = get("Base (single-shot)"), get("Base + IVT (no training)"), get("SFT + IVT")
-    if naive:
-        out.append(("Untrained, IVT falls far below single-shot (Acc@0.5, 10 points or more)",
-                    f"{base['acc0.5']:.3f} -> {naive['acc0.5']:.3f}", naive["acc0.5"] <= base["acc0.5"] - 0.1))
-    if sft:
-        out.append(("SFT + IVT passes the base on every metric (best of steps, as in the paper)",
-                    ", ".join(f"{base[k]:.3f} -> {sft[k]:.3f}" for k in base), all(sft[k] > base[k] for k in base)))
-        last = get("SFT + IVT", "last step")
-        out.append(("... and still does when the last step is scored, which needs no ground truth",
-                    ", ".join(f"{base[k]:.3f} -> {last[k]:.3f}" for k in base), all(last[k] > base[k] for k in base)))
-    if sft and "SFT + GRPO + IVT" in rows:
-        a, b = (rows[name]["table2"]["delta"] for name in ("SFT + IVT", "SFT + GRPO + IVT"))
-        out.append(("GRPO cuts the decline from step 0 to step T at least by half", f"{a:+.3f} -> {b:+.3f}",
-                    a < 0 and b > a / 2))
+def changes(ious, threshold=0.01):
+    """First to last step -> a dict of estimates: n, IoU first and last, delta, shares improved, stagnated, degraded."""
+    change = ious[:, -1] - ious[:, 0]
+    names = ("first", "last", "delta", "improved", "stagnated", "degraded")
+    values = (ious[:, 0], ious[:, -1], change, change > threshold, abs(change) <= threshold, change < -threshold)
+    return {"n": len(ious), **dict(zip(names, estimate(np.stack(values, 1))))}
+
+
+def choices(ious, boxes):
+    """Ways to choose one box of each trajectory: name -> [S] IoU of the chosen one. Only the first one needs the truth.
+
+    The medoid is the valid box whose mean IoU to the other valid ones is highest, the latest of equals.
+    """
+    last_valid, medoid = [], []
+    for row, seen in zip(ious, boxes):
+        valid = [t for t, box in enumerate(seen) if box]
+        agreement = [sum(iou(seen[t], seen[k]) for k in valid) for t in valid]
+        last_valid.append(row[valid[-1]] if valid else 0.0)
+        medoid.append(row[max(zip(agreement, valid))[1]] if valid else 0.0)
+    return {"best of steps": ious.max(1), "last step": ious[:, -1], "first step": ious[:, 0],
+            "last valid": np.array(last_valid), "medoid": np.array(medoid)}
+
+
+def strata(samples, first):
+    """Groups of the samples: name -> {stratum: [S] bool}. By IoU at step 0 (Section 4.3), source, and size of the object
+    (thirds of the test samples by the share of the image that the true box covers)."""
+    area = np.array([(b[2] - b[0]) * (b[3] - b[1]) / s["width"] / s["height"] for s in samples for b in [s["bbox"]]])
+    small, large = np.quantile(area, (1 / 3, 2 / 3))
+    sources = np.array([s["source"] for s in samples])
+    return {"step-0 IoU": {"hard, below 0.5": first < 0.5, "medium": (first >= 0.5) & (first < 0.75), "easy, from 0.75": first >= 0.75},
+            "source": {s: sources == s for s in sorted(set(sources.tolist()))},
+            "size": {"small third": area <= small, "middle": (area > small) & (area <= large), "large third": area > large}}
+
+
+def stop_step(boxes, threshold, longest):
+    """Adaptive refinement: the first step t >= 1 whose box agrees with that of t - 1 (IoU above threshold), else `longest`."""
+    for t in range(1, longest + 1):
+        if boxes[t] and boxes[t - 1] and iou(boxes[t], boxes[t - 1]) > threshold:
+            return t
+    return longest
+
+
+def adaptive(ious, rows, thresholds=(0.5, 0.7, 0.8, 0.9, 0.95, 1.0)):
+    """Every threshold (1.0: never stop early) with every T from 0 to the longest, each read off the one longest run.
+
+    -> a list of {"threshold", "T", the four metrics of the box it stops at, "steps": mean refinements done, "cost": tokens
+    that pass through the model, relative to step 0 alone}.
+    """
+    read, out = np.array([row["read"] for row in rows], float), []
+    for threshold in thresholds:
+        for T in range(ious.shape[1]):
+            stop = np.array([stop_step(row["boxes"], threshold, T) for row in rows])
+            at = np.arange(len(rows)), stop
+            out.append({"threshold": threshold, "T": T, **dict(zip(METRICS, estimate(metrics(ious[at])))),
+                        "steps": stop.mean().item(), "cost": (read[at].sum() / read[:, 0].sum()).item()})
     return out
 
 
-def report(rows, args, n):
-    """The tables as Markdown."""
-    ways = ("best of steps", "last step", "first step")
-    lines = [f"{n} test samples, T = {args.steps}, greedy, seed {args.seed}, model `{args.model_name}`", "",
-             "**Table 1.** Acc@0.5 / Acc@0.7 / Acc@0.9 / mean IoU. The paper scores the best of the steps, which needs the "
-             "ground truth to choose; the last and the first step do not.", "",
-             "| Method | IVT | " + " | ".join(ways) + " |", "|---|---|" + "---|" * len(ways)]
-    for name, row in rows.items():
-        cells = [" / ".join(f"{v:.3f}" for v in row["table1"][way].values()) for way in ways]
-        if not row["refines"]:
-            cells[1:] = ["", ""]  # one step: the same box
-        lines.append(f"| {name} | {'yes' if row['refines'] else 'no'} | " + " | ".join(cells) + " |")
-    lines += ["", "**Table 2.** Mean IoU per step, the change from first to last, samples that improve, stagnate or degrade "
-              "(by more than 0.01), valid boxes per step.", "",
-              "| Method | " + " | ".join(f"step {t}" for t in range(args.steps + 1))
-              + " | delta | improved | stagnated | degraded | valid |", "|---|" + "---|" * (args.steps + 6)]
-    for name, row in rows.items():
-        if row["refines"]:
-            t = row["table2"]
-            lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" for v in t["iou"]) + f" | {t['delta']:+.3f} | "
-                         + " | ".join(f"{100 * t[k]:.1f}%" for k in ("improved", "stagnated", "degraded"))
-                         + " | " + " / ".join(f"{v:.3f}" for v in t["valid"]) + " |")
-    lines += ["", "**The paper's findings here**", ""]
-    lines += [f"- {'holds' if holds else 'DOES NOT HOLD'}: {text}: {numbers}" for text, numbers, holds in findings(rows)]
-    return "\n".join(lines) + "\n"
+def analyse(samples, played, steps):
+    """All tables: name -> rows of the log (boxes, read, texts) becomes a dict of estimates, as results.json holds it."""
+    out = {"table1": {}, "differences": {}, "table2": {}, "strata": {}, "adaptive": {}}
+    full = {name: np.array([[box_iou(box, s) for box in row["boxes"]] for s, row in zip(samples, rows)])
+            for name, rows in played.items()}
+    base = metrics(full[next(iter(full))][:, 0])  # the first row, the base model's single-shot answer
+    for name, rows in played.items():
+        ious, boxes = full[name][:, :steps + 1], [row["boxes"][:steps + 1] for row in rows]
+        chosen = choices(ious, boxes) if ious.shape[1] > 1 else {"its only box": ious[:, 0]}
+        out["table1"][name] = {way: dict(zip(METRICS, estimate(metrics(v)))) for way, v in chosen.items()}
+        out["differences"][name] = {way: dict(zip(METRICS, estimate(metrics(v) - base))) for way, v in chosen.items()}
+        if ious.shape[1] == 1 or name == CONTROL:
+            continue
+        repeats = [all(box == row[0] for box in row) for row in boxes]
+        out["table2"][name] = {"iou": estimate(ious), **changes(ious), "repeats": estimate(repeats),
+                               "valid": estimate([[box is not None for box in row] for row in boxes]),
+                               "all steps": estimate(full[name])}
+        out["strata"][name] = {group: {stratum: changes(ious[mask]) for stratum, mask in parts.items() if mask.any()}
+                               for group, parts in strata(samples, ious[:, 0]).items()}
+        if all("read" in row for row in rows):
+            out["adaptive"][name] = adaptive(full[name], rows)
+    out["findings"] = findings(out, full, steps)
+    return out
+
+
+def findings(results, full, steps):
+    """The paper's findings as hypotheses on these rows: (sentence, numbers, verdict). What holds has its interval on its side;
+    what has only its mean there is not settled."""
+    out = []
+
+    def judge(sentence, values, numbers=""):
+        means, lows = [v[0] for v in values], [v[1] for v in values]
+        verdict = "holds" if min(lows) > 0 else "NOT SETTLED" if min(means) > 0 else "DOES NOT HOLD"
+        out.append((sentence, numbers or ", ".join(f"{v[0]:+.3f} [{v[1]:+.3f}, {v[2]:+.3f}]" for v in values), verdict))
+
+    naive, sft, grpo = "Base + IVT (no training)", "SFT + IVT", "SFT + GRPO + IVT"
+    for way in ("best of steps", "last step"):
+        if naive in full:
+            mean, low, high = results["differences"][naive][way]["Acc@0.5"]
+            judge(f"Untrained, IVT falls 10 points or more below single-shot in Acc@0.5 ({way})", [[-mean - 0.1, -high - 0.1]],
+                  f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    for way in ("best of steps", "last step"):
+        if sft in full:
+            judge(f"SFT + IVT passes single-shot on every metric ({way})", list(results["differences"][sft][way].values()))
+    if sft in full:
+        mean, low, high = results["table2"][sft]["delta"]
+        judge("SFT declines from step 0 to step T", [[-mean, -high]], f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+    if sft in full and grpo in full:
+        a, b = (full[name][:, steps] - full[name][:, 0] for name in (sft, grpo))
+        judge("GRPO's change from step 0 to step T is better than SFT's", [estimate(b - a)])
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Filmstrips: a row per sample, a picture per step, the truth in green, the prediction in red
+# The report, in Markdown
 # ------------------------------------------------------------------------------------------------------------------
-def filmstrip(items, width=300):
-    """items: (sample, image, a line of the log), T + 1 pictures each -> one PIL image."""
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
-    strips = []
+def cell(value, sign=""):
+    mean, low, high = value
+    mark = " *" if sign and (low > 0 or high < 0) else ""
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]{mark}"
+
+
+def table(head, rows):
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"] + ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+
+
+def report(results):
+    """results.md: Tables 1 and 2 and the verdicts first, then what goes beyond them."""
+    steps, refined = results["steps"], list(results["table2"])
+    lines = [f"{results['n']} test samples, T = {steps}, greedy, seed {results['seed']}, model `{results['model']}`. "
+             "[low, high]: 95 percent bootstrap interval over the samples; *: the interval of a difference excludes zero.", ""]
+    for title, key, sign in (("Table 1", "table1", ""), ("Table 1, differences from the base's single-shot answer, paired", "differences", "+")):
+        rows = [(name, way, *(cell(row[m], sign) for m in METRICS)) for name, ways in results[key].items()
+                for way, row in ways.items() if not sign or name != next(iter(results[key]))]
+        lines += [f"**{title}.** Best of steps, the paper's choice, needs the ground truth; the others do not.", "",
+                  *table(("Method", "box", *METRICS), rows)]
+    if CONTROL in results["table1"] and refined:
+        name = refined[-1]
+        a, b = (results["table1"][n]["best of steps"]["mean IoU"][0] for n in (CONTROL, name))
+        lines += [f"With the truth as judge, {steps + 1} sampled single-shot answers of the untrained model reach mean IoU {a:.3f} and "
+                  f"{name} {b:.3f}: " + ("a best-of column rewards having several boxes, not refining one."
+                                         if a >= b else "refining one box gives more than sampling several."), ""]
+    lines += ["**Table 2.** Mean IoU per step; change from first to last; share that improves, stagnates or degrades (by more than "
+              "0.01); share whose boxes all repeat step 0; valid boxes per step.", "",
+              *table(("Method", *(f"step {t}" for t in range(steps + 1)), "delta", "improved", "stagnated", "degraded", "repeats", "valid"),
+                     [(name, *map(cell, row["iou"]), cell(row["delta"], "+"),
+                       *(cell(row[k]) for k in ("improved", "stagnated", "degraded", "repeats")),
+                       " / ".join(f"{v[0]:.3f}" for v in row["valid"])) for name, row in results["table2"].items()]),
+              "**The paper's findings here**", "",
+              *(f"- {verdict}: {sentence}: {numbers}" for sentence, numbers, verdict in results["findings"]), ""]
+    if refined:
+        name = refined[-1]
+        lines += [f"**Strata** of {name}. By step-0 IoU, some of the change is chance: what was unluckily low can only rise.", "",
+                  *table(("by", "stratum", "n", "step 0", f"step {steps}", "delta", "improved", "degraded"),
+                         [(group, stratum, row["n"], cell(row["first"]), cell(row["last"]), cell(row["delta"], "+"), cell(row["improved"]),
+                           cell(row["degraded"])) for group, parts in results["strata"][name].items() for stratum, row in parts.items()])]
+    if results["adaptive"]:
+        name = list(results["adaptive"])[-1]
+        rows, longest = results["adaptive"][name], max(row["T"] for row in results["adaptive"][name])
+        lines += [f"**Adaptive refinement** of {name}: stop when a box agrees with the one before it (IoU above the threshold), after T "
+                  "steps at most. Cost: tokens through the model, relative to step 0 alone.", "",
+                  *table(("stop above", "T", "Acc@0.5", "mean IoU", "steps", "cost"),
+                         [("never" if row["threshold"] == 1 else row["threshold"], row["T"], cell(row["Acc@0.5"]), cell(row["mean IoU"]),
+                           f"{row['steps']:.2f}", f"{row['cost']:.2f}") for row in rows
+                          if row["threshold"] == 1 or row["T"] in (steps, longest)])]
+    if results["ablations"]:
+        lines += ["**Ablations.** Same test samples. Validation IoU at step 0: before and after GRPO.", "",
+                  *table(("Run", "step 0", f"step {steps}", "delta", "repeats", "Acc@0.5, last step", "validation, step 0"),
+                         [(name, cell(row["first"]), cell(row["last"]), cell(row["delta"], "+"), cell(row["repeats"]), cell(row["Acc@0.5"]),
+                           " -> ".join(f"{v:.3f}" for v in row["validation"])) for name, row in results["ablations"].items()])]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------------
+def filmstrip(items, title, width=320):
+    """items: (sample, image, row of the log with boxes and texts) -> one PIL image: a row per sample, a picture per step.
+
+    A sample without "bbox" has no truth to show.
+    """
+    small, font, bold = (ImageFont.load_default(size) for size in (12, 14, 16))
+    gap, columns = 14, max(len(row["boxes"]) for _, _, row in items)
+    strips = [Image.new("RGB", (columns * (width + gap) + gap, 34), "white")]
+    pen = ImageDraw.Draw(strips[0])
+    pen.text((gap, 8), title, fill="black", font=bold)
+    x = gap + 30 + pen.textlength(title, font=bold)
+    for color, word in (((0, 170, 0), "ground truth"), ((255, 0, 0), "prediction")):
+        pen.rectangle((x, 12, x + 16, 24), outline=color, width=3)
+        pen.text((x + 22, 9), word, fill="black", font=font)
+        x += 130
     for sample, image, row in items:
-        height = round(image.height * width / image.width)
-        columns = len(row["boxes"])
-        strip = Image.new("RGB", (columns * (width + 12) + 12, height + 150), "white")
+        # whole multiples of a small image's pixels stay sharp
+        scale = max(1, width // image.width) if image.width <= width else width / image.width
+        size = round(image.width * scale), round(image.height * scale)
+        panel = image.resize(size, Image.NEAREST if scale >= 1 else Image.LANCZOS)
+        strip = Image.new("RGB", (strips[0].width, size[1] + 160), "white")
         draw = ImageDraw.Draw(strip)
-        draw.text((12, 6), sample["expression"], fill="black", font=bold)
+        draw.line((gap, 2, strip.width - gap, 2), fill=(210, 210, 210))
+        draw.text((gap, 10), sample["expression"], fill="black", font=bold)
         for t, (box, text) in enumerate(zip(row["boxes"], row["texts"])):
-            left, panel = 12 + t * (width + 12), image.resize((width, height), Image.LANCZOS)
-            pen = ImageDraw.Draw(panel)
-            truth = [v * width / sample["width"] for v in sample["bbox"]]
-            pen.rectangle(truth, outline=(0, 190, 0), width=3)
+            left, shown = gap + t * (width + gap), panel.copy()
+            pen = ImageDraw.Draw(shown)
+            if "bbox" in sample:
+                pen.rectangle([v * scale for v in sample["bbox"]], outline=(0, 170, 0), width=3)
             if box:
-                pen.rectangle(denormalize_box(box, width, height), outline=(255, 0, 0), width=3)
-            strip.paste(panel, (left, 30))
-            head = f"step {t}: IoU {box_iou(box, sample):.2f}" if box else f"step {t}: no valid box"
-            draw.text((left, height + 36), head, fill="black", font=bold)
+                pen.rectangle(denormalize_box(box, *size), outline=(255, 0, 0), width=3)
+            strip.paste(shown, (left, 36))
+            head = f"step {t}" + ("" if box else ": no valid box")
+            if box and "bbox" in sample:
+                head += f": IoU {box_iou(box, sample):.2f}"
+            draw.text((left, size[1] + 42), head, fill="black", font=font)
             trace = text.removesuffix(answer_of(text)).replace("<think>", "").replace("</think>", "").strip()
-            draw.text((left, height + 58), "\n".join(textwrap.wrap(trace, width // 7)[:5]), fill=(70, 70, 70), font=font)
+            draw.text((left, size[1] + 64), "\n".join(textwrap.wrap(trace, width // 7)[:6]), fill=(70, 70, 70), font=small)
         strips.append(strip)
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, sum(s.height for s in strips[:i])))
+    sheet, y = Image.new("RGB", (strips[0].width, sum(s.height for s in strips)), "white"), 0
+    for strip in strips:
+        sheet.paste(strip, (0, y))
+        y += strip.height
     return sheet
 
 
+def charts(results):
+    """The paper's Figure 1 (bars), IoU per step, and IoU against cost, as {name: matplotlib figure}; {} without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return {}
+    bars, curve, cost = (Figure(figsize=(7, 4), layout="constrained") for _ in range(3))
+    axes, names = bars.subplots(), list(results["table1"])
+    for i, name in enumerate(names):
+        row = next(iter(results["table1"][name].values()))  # best of steps, as the paper
+        mean, low, high = np.array([row[m] for m in METRICS]).T
+        at = np.arange(4) + (i - len(names) / 2 + 0.5) * 0.8 / len(names)
+        axes.bar(at, mean, 0.8 / len(names), yerr=(mean - low, high - mean), label=name, capsize=2, error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(4), METRICS)
+    axes.set_title("Best of steps, 95 percent intervals", fontsize=10)
+    axes.legend(fontsize=7, ncols=2, loc="upper right", framealpha=0.9)
+    axes.set_ylim(0, 1.25)
+    axes = curve.subplots()
+    for name, row in results["table2"].items():
+        mean, low, high = np.array(row["all steps"]).T
+        axes.plot(mean, marker="o", label=name)
+        axes.fill_between(range(len(mean)), low, high, alpha=0.15)
+    axes.set(xlabel="step", ylabel="mean IoU")
+    axes.legend(fontsize=7)
+    axes = cost.subplots()
+    for threshold in sorted({row["threshold"] for rows in list(results["adaptive"].values())[-1:] for row in rows}):
+        rows = [row for row in list(results["adaptive"].values())[-1] if row["threshold"] == threshold]
+        axes.plot([row["cost"] for row in rows], [row["mean IoU"][0] for row in rows], marker=".",
+                  label="never stop early" if threshold == 1 else f"stop above IoU {threshold}")
+    axes.set(xlabel="cost (tokens through the model, step 0 alone = 1)", ylabel="mean IoU")
+    axes.legend(fontsize=7)
+    return {"bars": bars, "steps": curve, "adaptive": cost}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Does the overlay matter? What is shown at step t instead of box t - 1; each draws on a copy of the image
+# ------------------------------------------------------------------------------------------------------------------
+def box_elsewhere(image, box):
+    """The overlay of a random box: what changes is whether the red box is the model's own."""
+    rng = np.random.default_rng([1] + (box or []))
+    x1, y1 = rng.integers(0, 700, 2).tolist()
+    w, h = rng.integers(100, 300, 2).tolist()
+    return draw_overlay(image, [x1, y1, x1 + w, y1 + h])
+
+
+def random_text(image, box):
+    """Red letters all over the image, and no box."""
+    rng, image = np.random.default_rng([2] + (box or [])), image.copy()
+    size = max(8, image.height // 8)
+    for _ in range(12):
+        at = rng.integers(0, [image.width, image.height]).tolist()
+        word = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 5))
+        ImageDraw.Draw(image).text(at, word, fill=(255, 0, 0), font=ImageFont.load_default(size), anchor="mm")
+    return image
+
+
+OVERLAYS = {"no overlay": lambda image, box: image, "random text": random_text, "a box elsewhere": box_elsewhere}
+
+
+def read_predictions(path, samples):
+    """A file of predictions -> {method: its rows, in the order of the samples}; the first method is compared against.
+
+    A line: {"method", "id", "boxes": T + 1 boxes in 0..1000 or null}, and, if known, "texts". Raises ValueError with line,
+    value and remedy.
+    """
+    played, place = {}, {s["id"]: i for i, s in enumerate(samples)}
+    for number, row in enumerate((json.loads(line) for line in open(path, encoding="utf-8")), 1):
+        where = f"{path}, line {number}"
+        if not isinstance(row, dict) or not {"method", "id", "boxes"} <= row.keys():
+            raise ValueError(f'{where}: expected {{"method", "id", "boxes"}}; found {str(row)[:80]}')
+        if row["id"] not in place:
+            raise ValueError(f"{where}: id {row['id']!r} is not in test.jsonl; give the ids of that file")
+        for box in row["boxes"]:
+            if box is not None and not (len(box) == 4 and all(0 <= v <= 1000 for v in box) and box[0] < box[2] and box[1] < box[3]):
+                raise ValueError(f"{where}: box {box}; expected [x1, y1, x2, y2] in 0..1000 with x1 < x2, y1 < y2, or null")
+        rows = played.setdefault(row["method"], [None] * len(samples))
+        if rows[place[row["id"]]]:
+            raise ValueError(f"{where}: a second line for {row['method']!r} and id {row['id']!r}; give one")
+        rows[place[row["id"]]] = {"texts": [""] * len(row["boxes"]), **row}
+    for method, rows in played.items():
+        if None in rows or len({len(row["boxes"]) for row in rows}) != 1:
+            raise ValueError(f"{path}: {method!r} has {len(rows) - rows.count(None)} of the {len(samples)} test samples; all are "
+                             "needed, each with the same number of boxes")
+    return played
+
+
 if __name__ == "__main__":
+    import re
     from pathlib import Path
 
+    import torch
+    from PIL import ImageOps
     from tqdm import tqdm
 
     from runtime import (Log, add_adapter, begin, flags, leave_if_interrupted, load_image, load_vlm, minutes, read_jsonl,
-                         read_samples, seed_all, whole_batches, write_bytes, write_text)
-    args = flags("evaluate", __doc__)
+                         read_samples, seed_all, stop, whole_batches, write_bytes, write_jsonl, write_text)
+    own = dict(ablations=(False, "add rows with other overlays than the predicted box"), compare=((), "folders of other runs, for rows"),
+               image=(None, "a picture of yours, instead of the test samples"), expression=(None, "what to find in it"),
+               predictions=(None, "write every trajectory of every row to this .jsonl file"),
+               from_predictions=(None, "score the boxes in this .jsonl file; no model is loaded"))
+    args = flags("evaluate", __doc__, **own)
     start, data = time.time(), args.out / "data"
-    args.model_name = Path(args.model).name
     seed_all(args.seed)
-    samples = read_samples(data / "test.jsonl", f"python make_data.py --preset {args.preset}", args.skip_bad)
 
     # --------------------------------------------------------------------------------------------------------------
-    # The configurations of Table 1, on the same samples; log/evaluate_<name>.jsonl has a line per sample
+    # One picture of your own
     # --------------------------------------------------------------------------------------------------------------
-    vlm, rows, played = None, {}, {}
-    for name, file, adapter, prompt, refines, command in CONFIGURATIONS:
-        weights = args.out / str(adapter) / "adapter_model.safetensors"
-        if adapter and not weights.exists():
-            if command:
-                print(f"{name}: left out, {args.out / adapter} is missing; to add it: {command} --preset {args.preset}")
-            continue
+    if args.image:
+        folder = next((args.out / a for a in ("grpo", "sft") if (args.out / a / "adapter_model.safetensors").exists()), None)
+        if not args.expression or not folder:
+            stop("--image wants --expression \"what to find\"" if folder else f"{args.out} has no adapter; first run: python sft.py")
+        try:
+            with Image.open(args.image) as picture:
+                width, height = ImageOps.exif_transpose(picture).size
+            sample = {"image": str(Path(args.image).resolve()), "width": width, "height": height, "expression": args.expression}
+            picture = load_image(sample, "/")
+        except (OSError, ValueError) as e:
+            stop(f"--image {args.image}: {e}")
+        vlm = load_vlm(args)
+        add_adapter(vlm, folder, "policy")
+        [played] = rollout(vlm, [picture], [args.expression], args.steps, args.max_tokens)
+        for t, (box, text) in enumerate(zip(played.boxes, played.texts)):
+            pixels = [round(v, 1) for v in denormalize_box(box, width, height)] if box else "no valid box"
+            print(f"step {t}: {pixels}\n  {text.strip()}")
+        path = args.out / f"figures/{Path(args.image).stem}.png"
+        sheet = filmstrip([(sample, picture, {"boxes": played.boxes, "texts": played.texts})], folder.name)
+        write_bytes(path, lambda f: sheet.save(f, format="PNG"))
+        print(f"{folder} on {args.image}: {path}")
+        raise SystemExit
+
+    # --------------------------------------------------------------------------------------------------------------
+    # The rows, on the same samples; log/evaluate_<name>.jsonl has a line per sample
+    # --------------------------------------------------------------------------------------------------------------
+    samples = read_samples(data / "test.jsonl", f"python make_data.py --preset {args.preset}", args.skip_bad)
+    vlm, played, others, longest = None, {}, {}, max(args.steps, args.longest)
+
+    def play(name, file, adapter, prompt, kind, overlay=draw_overlay):
+        """The rows of log/evaluate_<file>.jsonl, those that are there and those that are still to be played."""
+        global vlm
         path = args.out / f"log/evaluate_{file}.jsonl"
-        begin(args, f"evaluate_{file}", data / "test.jsonl", *[weights] * bool(adapter))
+        begin(args, f"evaluate_{file}", data / "test.jsonl", *[args.out / str(adapter) / "adapter_model.safetensors"] * bool(adapter),
+              ignore=[*own, "pictures", "steps"], longest=longest, **{"samples": args.steps + 1} if kind == "samples" else {})
         done = whole_batches(path, args.batch_size, len(samples), args.restart)
         log = Log(path, keep=done)
         if done < len(samples):
             vlm = vlm or load_vlm(args)
             if adapter:
                 add_adapter(vlm, args.out / adapter, adapter)
-            with tqdm(total=len(samples), initial=done, desc=name, unit="sample") as bar:
-                for i in range(done, len(samples), args.batch_size):
-                    part = samples[i:i + args.batch_size]
-                    batch = rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part],
-                                    args.steps if refines else 0, args.max_tokens, prompt=prompt)
-                    for sample, t in zip(part, batch):
-                        log.write(id=sample["id"], boxes=t.boxes, iou=[round(box_iou(box, sample), 6) for box in t.boxes], texts=t.texts)
-                    bar.update(len(part))
-                    leave_if_interrupted()
-        played[name] = read_jsonl(path, "")
-        ious = [row["iou"] for row in played[name]]
-        valid = [[box is not None for box in row["boxes"]] for row in played[name]]
-        rows[name] = {"refines": refines, "table1": table1(ious), "table2": table2(ious, valid)}
+        with tqdm(total=len(samples), initial=done, desc=name, unit="sample", disable=done == len(samples)) as bar:
+            for i in range(done, len(samples), args.batch_size):
+                part = samples[i:i + args.batch_size]
+                generator = torch.Generator(vlm.base.device).manual_seed(args.seed * 1_000_003 + i)
+                how = dict(group_size=args.steps + 1, temperatures=(args.temperature,) * 2) if kind == "samples" else {}
+                batch = rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part],
+                                longest if kind == "ivt" else 0, args.max_tokens, prompt, generator=generator, overlay=overlay, **how)
+                size = len(batch) // len(part)
+                for j, sample in enumerate(part):
+                    group = batch[j * size:(j + 1) * size]  # one trajectory, or T + 1 single-shot ones
+                    boxes = [box for t in group for box in t.boxes]
+                    log.write(id=sample["id"], boxes=boxes, iou=[round(box_iou(box, sample), 6) for box in boxes],
+                              texts=[text for t in group for text in t.texts], **steps_of(group))
+                bar.update(len(part))
+                leave_if_interrupted()
+        return read_jsonl(path, "")
+
+    def steps_of(group):
+        """log pi of each step's text, and how many tokens of its sequence a step has read when it ends."""
+        each = [[(t.logprob[m], t.predictor[m] + 1) for m in range(len(t.target)) if t.step[m] == k] for t in group for k in range(len(t.boxes))]
+        return {"logprob": [round(sum(p for p, _ in step), 4) for step in each], "read": [step[-1][1] for step in each]}
+
+    if args.from_predictions:
+        try:
+            played = read_predictions(args.from_predictions, samples)
+        except (OSError, ValueError, TypeError) as e:
+            stop(str(e))
+    for name, file, adapter, prompt, kind, command in CONFIGURATIONS * (not played):
+        if not adapter or (args.out / adapter / "adapter_model.safetensors").exists():
+            played[name] = play(name, file, adapter, prompt, kind)
+        elif command:
+            print(f"{name}: left out, {args.out / adapter} is missing; to add it: {command} --preset {args.preset}")
+    trained = [name for name in ("Base + IVT (no training)", "SFT + IVT", "SFT + GRPO + IVT") if name in played]
+    trained = trained[-1] if trained else list(played)[-1]
+    if args.ablations and not args.from_predictions:
+        _, file, adapter, prompt, kind, _ = next(row for row in CONFIGURATIONS if row[0] == trained)
+        for word, overlay in OVERLAYS.items():
+            others[f"{trained}, {word}"] = play(word, f"{file}_{word.replace(' ', '_')}", adapter, prompt, kind, overlay)
+    for folder in map(Path, args.compare):
+        for name, file, *_ in CONFIGURATIONS[3:]:
+            rows = read_jsonl(folder / f"log/evaluate_{file}.jsonl", f"python evaluate.py --out {folder}") if \
+                (folder / f"log/evaluate_{file}.jsonl").exists() else []
+            if rows and [row["id"] for row in rows] != [s["id"] for s in samples]:
+                stop(f"{folder} was evaluated on other test samples; make its data with the same --seed and sizes")
+            if rows and len(rows[0]["boxes"]) > 1:
+                others[f"{folder.name}: {name}"] = rows
 
     # --------------------------------------------------------------------------------------------------------------
     # Report
     # --------------------------------------------------------------------------------------------------------------
-    if vlm is None:
+    if vlm is None and not args.from_predictions:
         print("every row was evaluated before; --restart begins again")
-    text = report(rows, args, len(samples))
+    results = {"n": len(samples), "seed": args.seed, "steps": args.steps, "model": Path(args.model).name, **analyse(samples, played, args.steps),
+               "ablations": {}}
+    for name, rows in {**{n: played[n] for n in results["table2"]}, **others}.items() if others else ():
+        ious = np.array([row["iou"][:args.steps + 1] for row in rows])
+        file = next((c[1] for c in CONFIGURATIONS if name.endswith(c[0])), "")
+        folder = next((Path(f) for f in args.compare if name.startswith(f"{Path(f).name}: ")), args.out)
+        log = folder / f"log/{file}.jsonl"
+        seen = [row["val_iou"][0] for row in read_jsonl(log, "") if "val_iou" in row] if log.exists() else []
+        results["ablations"][name] = {**changes(ious), "Acc@0.5": estimate(ious[:, -1] >= 0.5), "validation": seen[:1] + seen[-1:],
+                                      "repeats": estimate([all(b == row["boxes"][0] for b in row["boxes"][:args.steps + 1]) for row in rows])}
+    text = report(results)
     print("\n" + text)
     write_text(args.out / "results.md", text)
-    write_text(args.out / "results.json", json.dumps({"n": len(samples), "seed": args.seed, "model": args.model_name,
-                                                      "rows": rows}, indent=1) + "\n")
+    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    if args.predictions:
+        write_jsonl(args.predictions, [{"method": name, **row} for name, rows in played.items() for row in rows])
 
-    trained = [name for name in ("Base + IVT (no training)", "SFT + IVT", "SFT + GRPO + IVT") if name in rows][-1]
-    order = sorted(range(len(samples)), key=lambda i: played[trained][i]["iou"][-1] - played[trained][i]["iou"][0])
-    for file, chosen in (("corrections", order[::-1][:args.pictures]), ("failures", order[:args.pictures])):
-        sheet = filmstrip([(samples[i], load_image(samples[i], data), played[trained][i]) for i in chosen])
+    rows = played[trained]
+    gain = sorted(range(len(samples)), key=lambda i: box_iou(rows[i]["boxes"][args.steps], samples[i]) - box_iou(rows[i]["boxes"][0], samples[i]))
+    for file, title, chosen in (("corrections", "largest gain", gain[::-1]), ("failures", "largest loss", gain), ("first", "first of the test set", range(len(samples)))):
+        cut = [{k: rows[i][k][:args.steps + 1] for k in ("boxes", "texts")} for i in chosen[:args.pictures]]
+        sheet = filmstrip([(samples[i], load_image(samples[i], data), row) for i, row in zip(chosen, cut)], f"{trained}: {title}")
         write_bytes(args.out / f"figures/{file}.png", lambda f: sheet.save(f, format="PNG"))
-    print(f"pictures of {trained} in {args.out / 'figures'}, tables in {args.out / 'results.md'}, {minutes(start)}")
+    drawn = charts(results)
+    for name, figure in drawn.items():
+        write_bytes(args.out / f"figures/{name}.png", lambda f: figure.savefig(f, format="png", dpi=150))
+    print(f"pictures of {trained} in {args.out / 'figures'}, tables in {args.out / 'results.md'}, {minutes(start)}"
+          + ("" if drawn else "; with matplotlib installed, charts too"))

@@ -2,7 +2,8 @@
 
     python sft.py && python grpo.py          trains SFT + GRPO + IVT, then the single-step control of Table 1
     python grpo.py --steps 0                 the single-step control alone (likewise --steps 2)
-    python grpo.py --init base               GRPO without SFT (Section 4.2, "SFT is the key enabler")
+    python grpo.py --init base --steps 2     GRPO without SFT (Section 4.2, "SFT is the key enabler")
+    python grpo.py --reward six --steps 2    the composite reward that Section 3.4 advises against
 
 Each update: 8 prompts, N = 6 trajectories each, sampled at temperature 1.0 (step 0) and 0.7 (refinement); the reward is
 the final box's IoU + 0.1 * share of valid steps; the advantage is the reward against its group; one gradient step. The
@@ -11,8 +12,8 @@ reference of the KL term is a second, frozen copy of the adapter that training s
 Where the paper is silent: log-probabilities are the model's own, at temperature 1, in the loss; AdamW at a constant rate,
 gradients clipped to norm 1; validation is greedy. "Gradient accumulation over 8 steps" is read as 8 prompts per update.
 
-Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ and base_grpo_single/ for --init
-base), a PEFT adapter, the best by validation reward; log/<name>.jsonl and <name>.checkpoint under --out.
+Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ for --init base, grpo_six/ for --reward
+six), a PEFT adapter, the best by validation reward; log/<name>.jsonl and <name>.checkpoint under --out.
 """
 
 import math
@@ -23,7 +24,7 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
 
-from common import PRESETS, advantages, box_iou, grpo_loss, reward, rollout, trajectory_logprobs
+from common import PRESETS, advantages, box_iou, grpo_loss, reward, rollout, six_component_reward, trajectory_logprobs
 from runtime import (Log, adapter_state, add_adapter, begin, flags, interrupt, leave_if_interrupted, load_checkpoint, load_image,
                      load_vlm, lora_config, minutes, read_samples, save_adapter, save_checkpoint, seed_all, stop,
                      unhealthy)
@@ -45,8 +46,10 @@ HEALTHY = {"kl": (0, 0.5, "the policy runs from its reference; lower --lr or rai
            "no_signal": (0, 0.7, "most groups have equal rewards and teach nothing; raise --temperature or --group-size"),
            "valid": (0.9, 1, "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished")}
 
+score = reward if args.reward == "simple" else six_component_reward
+
 for steps in map(int, args.steps.split()):  # T of each policy to train
-    name = ("" if args.init == "sft" else "base_") + ("grpo" if steps else "grpo_single")
+    name = ("" if args.init == "sft" else "base_") + ("grpo" if steps else "grpo_single") + ("" if args.reward == "simple" else "_six")
     start = time.time()
     seed_all(args.seed)
     begin(args, name, data / "train.jsonl", data / "val.jsonl", *[args.out / "sft/adapter_model.safetensors"] * (args.init == "sft"),
@@ -127,7 +130,7 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
 
         # Reward and advantage
         owner = [sample for sample in samples for _ in range(args.group_size)]
-        rewards = torch.tensor([reward(t.boxes, s) for t, s in zip(played, owner)]).view(-1, args.group_size)  # [P, N]
+        rewards = torch.tensor([score(t.boxes, s) for t, s in zip(played, owner)]).view(-1, args.group_size)  # [P, N]
         advantage = advantages(rewards).flatten().tolist()                                                  # P * N
 
         # Update

@@ -5,9 +5,10 @@
 
 1. Samples: a 1:1:1 mixture of the sources, split by image into train, val and test.
 2. Student: the base model's greedy single-shot box for every training sample, a realistic, model-own error.
-3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve. A prediction without a valid box
-   cannot be interpolated and is dropped too.
-4. Trajectory: T + 1 boxes on a straight line from the student's box to the ground truth.
+3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve (`--keep all`: they are kept and hold
+   still). A prediction without a valid box cannot be interpolated and is dropped too.
+4. Trajectory: T + 1 boxes on a straight line from the student's box (`--start perturbed`: from a box at random) to the
+   ground truth (`--path direct`: at the truth from step 1 on).
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at step 0, the overlay of
    box t - 1 at step t.
 
@@ -17,6 +18,7 @@ small model can write them. `--teacher vlm` is the paper's.
 Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl under --out.
 """
 
+import math
 import random
 import re
 import time
@@ -61,6 +63,17 @@ def split(samples, sizes, seed):
                              + ", ".join(f"{n} of {s}" for s, n in wanted.items() if n))
         rng.shuffle(out[side])
     return out
+
+
+def perturb(rng, box, iou_max):
+    """A box (0..1000) moved and stretched at random until its IoU with the original is at most iou_max, but above 0.1."""
+    x1, y1, x2, y2 = box
+    while True:
+        dx, dy, kx, ky = (rng.gauss(0, 0.3) for _ in range(4))
+        x, y, w, h = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1), (x2 - x1) * math.exp(kx), (y2 - y1) * math.exp(ky)
+        out = [min(1000, max(0, round(v))) for v in (x - w / 2, y - h / 2, x + w / 2, y + h / 2)]
+        if 0.1 < iou(out, box) <= iou_max:
+            return out
 
 
 def interpolate(first, last, steps):
@@ -231,12 +244,17 @@ if __name__ == "__main__":
     for sample, row in zip(train, student):
         if row["box"] is None:
             dropped["no valid box"] += 1
-        elif row["iou"] > args.iou_max:
+        elif row["iou"] > args.iou_max and args.keep == "errors":
             dropped[f"IoU above {args.iou_max}"] += 1
         else:
             truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
-            rows.append({"id": sample["id"], "expression": sample["expression"], "iou": row["iou"], "truth": truth,
-                         "boxes": interpolate(row["box"], truth, args.steps)})
+            first, last = row["box"], truth
+            if row["iou"] > args.iou_max:
+                last = first  # holds still
+            elif args.start == "perturbed":
+                first = perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
+            boxes = interpolate(first, last, args.steps) if args.path == "linear" else [first] + [last] * args.steps
+            rows.append({"id": sample["id"], "expression": sample["expression"], "iou": box_iou(first, sample), "truth": last, "boxes": boxes})
     print(f"filter: {len(rows)} of {len(train)} kept; dropped: "
           + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
 

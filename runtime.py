@@ -58,7 +58,7 @@ RANGES = {"lr": (1e-9, 1), "warmup": (0, 1), "iou_max": (0, 1), "temperature": (
 def flags(phase, doc, **extra):
     """Parses the flags of one phase: --preset, --out, --restart, each row of PRESETS["all"] and PRESETS[phase], `extra`.
 
-    extra: name -> (default, help) or (default, help, choices). Prints the resolved configuration. Exits on an unknown
+    extra: name -> (default, help) or (default, help, choices); False makes a switch, () a list of values. Prints the resolved configuration. Exits on an unknown
     flag or a value of the wrong type or out of range.
     """
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
@@ -67,18 +67,16 @@ def flags(phase, doc, **extra):
     parser.add_argument("--restart", action="store_true", help="begin this phase again, dropping its last checkpoint")
     parser.add_argument("--skip-bad", action="store_true", help="go on without the samples that do not pass the checks")
     table = {**PRESETS["all"], **PRESETS[phase]}
-    choices = {"quantize": ("nf4", "none"), "dtype": ("bfloat16", "float32"), "teacher": ("vlm", "template"),
-               "kl": ("paper", "k3")}
-    for name, (paper, toy, text) in table.items():
+    for name, (paper, toy, text, *choices) in table.items():
         both = f"{paper}" if paper == toy else f"paper: {paper}, toy: {toy}"
-        parser.add_argument("--" + name.replace("_", "-"), type=type(paper), choices=choices.get(name),
+        parser.add_argument("--" + name.replace("_", "-"), type=type(paper), choices=choices[0] if choices else None,
                             help=f"{text} ({both})".strip())
     for name, (default, text, *choice) in extra.items():
-        kind = dict(type=type(default)) if default is not None else {}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, choices=choice[0] if choice else None,
-                            **kind)
+        kind = {"action": "store_true"} if default is False else {"nargs": "+"} if default == () else \
+            {"choices": choice[0] if choice else None}
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
     args = parser.parse_args()
-    for name, (paper, toy, _) in table.items():
+    for name, (paper, toy, *_) in table.items():
         if getattr(args, name) is None:
             setattr(args, name, paper if args.preset == "paper" else toy)
     if phase == "grpo" and not all(t.isdigit() for t in args.steps.split()):
@@ -93,7 +91,7 @@ def flags(phase, doc, **extra):
     shown = {k: v for k, v in vars(args).items() if k not in ("preset", "out", "restart", "skip_bad")}
     shown["model"] = os.path.relpath(shown["model"]) if os.path.isdir(shown["model"]) else shown["model"]
     print(f"{Path(sys.argv[0]).name} --preset {args.preset} --out {args.out}")
-    print("  " + "  ".join(f"{k}={v}" for k, v in shown.items() if v is not None), flush=True)
+    print("  " + "  ".join(f"{k}={v}" for k, v in shown.items() if v not in (None, False, ())), flush=True)
     lock(args.out)
     signal.signal(signal.SIGINT, interrupt)
     return args
@@ -133,14 +131,14 @@ def leave_if_interrupted():
         sys.exit(130)
 
 
-def begin(args, name, *inputs, **more):
+def begin(args, name, *inputs, ignore=(), **more):
     """Writes down what `name` is made with, or, when it has begun before, checks that it is made with the same.
 
-    inputs: files it reads, compared by their hash; more: values that are no flags. Exits with the differing values: a
-    run is never continued under another configuration.
+    inputs: files it reads, compared by their hash; ignore: flags that do not change it; more: values that are no flags. Exits
+    with the differing values: a run is never continued under another configuration.
     """
     path = args.out / f"log/{name}.config.json"
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "restart", "save_every", "skip_bad")}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "restart", "save_every", "skip_bad", *ignore)}
     config.update(more, model=os.path.basename(args.model) if os.path.isdir(args.model) else args.model)
     for file in map(Path, inputs):
         config[f"{file.parent.name}/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]

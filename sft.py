@@ -7,7 +7,7 @@ instruction, step 2. Cross-entropy on the reasoning and the boxes alone; the pro
 instructions are context. LoRA on the attention and MLP projections of the language model; everything else is frozen, so
 the image tokens are constants.
 
-No departure from the paper's recipe. The toy preset has its own learning rate, epochs and batch (common.py, PRESETS).
+No departure from the paper's recipe by default; `--first-step right` is one. The toy preset has its own learning rate, epochs and batch (common.py, PRESETS).
 
 Reads data/train.jsonl, data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint under --out.
 """
@@ -66,7 +66,11 @@ def example(row):
     image = load_image(samples[row["id"]], data)
     seen = encode_images(vlm, views(image, row["boxes"]))
     texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
-    return build_trajectory(vlm, IVT_PROMPT.format(expression=row["expression"]), seen, texts)
+    out = build_trajectory(vlm, IVT_PROMPT.format(expression=row["expression"]), seen, texts)
+    if args.first_step == "right" and row["iou"] < 0.5:  # the mistake stays in the context, to be corrected, and is not learnt
+        start = out.step.index(1)
+        out.predictor, out.target, out.step = out.predictor[start:], out.target[start:], out.step[start:]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -352,13 +353,58 @@ def test_no_expression_is_ambiguous():
 # Phase 3, files, inputs
 # ------------------------------------------------------------------------------------------------------------------
 def test_tables_by_hand():
-    ious = [[0.4, 0.9, 0.5], [0.7, 0.7, 0.705], [0.9, 0.2, 0.0], [0.0, 0.0, 0.1]]
-    one = evaluate.table1(ious)
-    assert one["best of steps"] == pytest.approx({"acc0.5": 0.75, "acc0.7": 0.75, "acc0.9": 0.5, "iou": (0.9 + 0.705 + 0.9 + 0.1) / 4})
-    assert one["last step"]["acc0.5"] == 0.5 and one["first step"]["acc0.9"] == 0.25
-    two = evaluate.table2(ious, [[True, True, False]] * 4)
-    assert two["iou"] == pytest.approx([0.5, 0.45, 0.32625]) and two["delta"] == pytest.approx(-0.17375)
-    assert (two["improved"], two["stagnated"], two["degraded"]) == (0.5, 0.25, 0.25) and two["valid"] == [1, 1, 0]
+    ious = np.array([[0.4, 0.9, 0.5], [0.7, 0.7, 0.705], [0.9, 0.2, 0.0], [0.0, 0.0, 0.1]])
+    a, b, far = [0, 0, 500, 500], [0, 0, 500, 450], [600, 600, 900, 900]
+    chosen = evaluate.choices(ious, [[far, a, b], [a, a, a], [a, b, None], [None, None, None]])
+    assert chosen["best of steps"].tolist() == [0.9, 0.705, 0.9, 0.1] and chosen["first step"].tolist() == [0.4, 0.7, 0.9, 0.0]
+    assert chosen["last step"].tolist() == [0.5, 0.705, 0.0, 0.1] and chosen["last valid"].tolist() == [0.5, 0.705, 0.2, 0.0]
+    assert chosen["medoid"].tolist() == [0.5, 0.705, 0.2, 0.0]         # a and b agree, the later one counts
+    assert evaluate.metrics(ious[:, 0]).mean(0).tolist() == pytest.approx([0.5, 0.5, 0.25, 0.5])
+    two = evaluate.changes(ious)
+    assert [two[k][0] for k in ("first", "last", "delta")] == pytest.approx([0.5, 0.32625, -0.17375])
+    assert [two[k][0] for k in ("improved", "stagnated", "degraded")] == [0.5, 0.25, 0.25] and two["n"] == 4
+
+
+def test_intervals_against_known_answers():
+    hits = np.arange(500) < 400
+    mean, low, high = evaluate.estimate(hits)
+    half = 1.96 * (0.8 * 0.2 / 500) ** 0.5                             # the normal approximation of a share
+    assert mean == pytest.approx(0.8) and low == pytest.approx(0.8 - half, abs=0.004) and high == pytest.approx(0.8 + half, abs=0.004)
+    noise = np.random.default_rng(1).random(500)
+    assert evaluate.estimate((noise + 0.03) - noise) == pytest.approx([0.03] * 3, abs=1e-4)     # paired: what both share cancels
+    assert evaluate.estimate(hits) == evaluate.estimate(hits.reshape(-1, 1))[0]                 # seeded
+
+
+def test_strata_and_adaptive_stopping():
+    samples = [dict(GOOD, source="ab"[i % 2], bbox=[0, 0, 2 + i, 4], width=20, height=10) for i in range(6)]
+    parts = evaluate.strata(samples, np.array([0.2, 0.49, 0.5, 0.74, 0.75, 1.0]))
+    assert [v.sum() for v in parts["step-0 IoU"].values()] == [2, 2, 2] and [v.sum() for v in parts["source"].values()] == [3, 3]
+    assert parts["size"]["small third"].tolist() == [True] * 2 + [False] * 4
+    a, near, far = [0, 0, 100, 100], [0, 0, 100, 90], [500, 500, 600, 600]
+    assert evaluate.stop_step([a, far, near, near, near], 0.8, 4) == 3 and evaluate.stop_step([a, near, far], 0.8, 2) == 1
+    assert evaluate.stop_step([a, None, a, a], 0.8, 2) == 2 and evaluate.stop_step([a, a, a], 1.0, 2) == 2
+    rows = [{"boxes": [far, a, a], "read": [100, 150, 200]}, {"boxes": [a, a, far], "read": [100, 150, 200]}]
+    at = {(r["threshold"], r["T"]): r for r in evaluate.adaptive(np.array([[0, 0.6, 0.6], [0.8, 0.8, 0]]), rows)}
+    assert (at[0.9, 2]["steps"], at[0.9, 2]["cost"], at[0.9, 2]["mean IoU"][0]) == pytest.approx((1.5, 1.75, 0.7))
+    assert (at[1.0, 2]["steps"], at[1.0, 2]["mean IoU"][0], at[0.5, 0]["cost"]) == pytest.approx((2, 0.3, 1))
+
+
+def test_a_file_of_predictions_is_scored_or_refused(tmp_path):
+    samples = [dict(GOOD, id=str(i)) for i in range(2)]                 # the truth: [0, 0, 250, 500]
+    right, half = [0, 0, 250, 500], [0, 0, 250, 250]
+    rows = [{"method": m, "id": i, "boxes": boxes} for m, i, boxes in
+            (("one", "1", [right]), ("one", "0", [half]), ("two", "0", [half, right]), ("two", "1", [None, right]))]
+    path = tmp_path / "p.jsonl"
+    runtime.write_jsonl(path, rows)
+    results = evaluate.analyse(samples, evaluate.read_predictions(path, samples), 1)
+    assert results["table1"]["one"]["its only box"]["mean IoU"][0] == 0.75
+    assert results["table2"]["two"]["iou"][0][0] == 0.25 and results["table2"]["two"]["iou"][1][0] == 1
+    assert results["differences"]["two"]["last step"]["mean IoU"][0] == 0.25
+    for bad, words in ((dict(rows[0], id="7"), "line 5: id '7'"), (rows[0], "second line for 'one'"), (dict(rows[0], method="x"), "1 of the 2"),
+                       (dict(rows[0], boxes=[[5, 0, 0, 5]], id="1"), "line 5: box"), ({"id": "1"}, "expected")):
+        runtime.write_jsonl(path, rows + [bad])
+        with pytest.raises(ValueError, match=words):
+            evaluate.read_predictions(path, samples)
 
 
 GOOD = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10, "expression": "x", "bbox": [0, 0, 5, 5]}
@@ -528,7 +574,7 @@ def test_what_the_readme_states():
 # The real commands, very small
 # ------------------------------------------------------------------------------------------------------------------
 SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7 --max-tokens 60", "sft.py": "--epochs 1 --batch-size 4 --save-every 2",
-         "grpo.py": "--updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60"}
+         "grpo.py": "--updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60 --longest 3"}
 
 
 def arguments(script, out):

@@ -508,9 +508,9 @@ def train_vision(model, tokenizer, processor, batches, seed):
         bar.set_postfix(words=f"{words:.2f}", digit1=f"{told[:4].mean():.2f}", digit2=f"{told[4:8].mean():.2f}", refresh=False)
 
 
-def train_language(model, tokenizer, processor, batches, seed, think=False):
-    """Stage 2, on conversations: at first two and three objects told apart by color and kind, then up to five and several images.
-    Stage 3 (`think`): the last of these, at a lower rate, some with a thought before the box.
+def train_language(model, tokenizer, processor, batches, seed):
+    """Stage 2, on conversations: at first two and three objects told apart by color and kind, then up to five, at last several
+    images, and some questions that want a thought before the box.
 
     First digits weigh more in the loss: to know the object is to know them; of the other digits the image token tells most.
     """
@@ -527,8 +527,6 @@ def train_language(model, tokenizer, processor, batches, seed, think=False):
     rest = [x for x in named if x[0] not in taken]
     steps = optimizers([(tower, 0.01, 1e-3), (rest, 0.02, 1.5e-3), (fast, 0, 5e-3),
                         ([("heads.embed", p) for p in [*heads.parameters(), *finder.parameters()]], 0, 2e-3)])
-    for group in (group for optimizer in steps for group in optimizer.param_groups):
-        group["peak"] *= 0.4 if think else 1
     parameters = [*model.parameters(), *heads.parameters(), *finder.parameters()]
     pad, special = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids
     tokens = (SIDE // PATCH // 2) ** 2
@@ -536,16 +534,14 @@ def train_language(model, tokenizer, processor, batches, seed, think=False):
     picture = special(["<|vision_start|>"] + ["<|image_pad|>"] * tokens + ["<|vision_end|>"])
     bar, recent = tqdm(range(batches), desc="language", unit="batch"), []
     for i in bar:
-        if think:
-            chat, images = dict(low=2, high=5, questions=2, think=True), rng.choice((1, 1, 2))
-        elif i < 0.2 * batches:  # told apart by color and kind: words of size and place are easier, and would hide these
+        if i < 0.2 * batches:  # told apart by color and kind: words of size and place are easier, and would hide these
             chat, images = dict(low=2, high=3, questions=2, where=0.0, frames=False, sources=SOURCES[:1], distractors=False), 1
         elif i < 0.35 * batches:
             chat, images = dict(low=2, high=4, questions=2, where=0.0), 1
         elif i < 0.6 * batches:
             chat, images = dict(low=2, high=5, questions=3), 1
         else:
-            chat, images = dict(low=2, high=5, questions=2), rng.choice((1, 1, 2, 3))
+            chat, images = dict(low=2, high=5, questions=2, think=True), rng.choice((1, 1, 2, 3))
         rows, labels, shown, sought = [], [], [], []
         for _ in range({1: 40, 2: 20, 3: 14}[images]):
             row, label = [], []
@@ -575,7 +571,7 @@ def train_language(model, tokenizer, processor, batches, seed, think=False):
         last = torch.nn.functional.rms_norm(seen["hidden"][list(row), list(at)].float(), (width,))        # [expressions, width]
         found = torch.nn.functional.cross_entropy(finder(last).view(-1, 8, 10).transpose(1, 2), torch.tensor(known), reduction="none")
         found = 4 * found[:, :4].mean() + found[:, 4:].mean()
-        update(steps, parameters, (each * weight).sum() / weight.sum() + (0.3 if think or i > 0.35 * batches else 1) * found + 0.3 * told, i / batches)
+        update(steps, parameters, (each * weight).sum() / weight.sum() + (0.3 if i > 0.35 * batches else 1) * found + 0.3 * told, i / batches)
         recent = recent[-49:] + [(found.item(), each[before == opening].mean().item(), each[before == comma].mean().item(), words.item())]
         found, first, other, words = (sum(v) / len(v) for v in zip(*recent))
         bar.set_postfix(found=f"{found:.2f}", first=f"{first:.2f}", other=f"{other:.2f}", words=f"{words:.2f}", refresh=False)
@@ -590,8 +586,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--folder", default=str(Path(__file__).parent / "toy_base"), help="where the checkpoint goes")
     parser.add_argument("--vision-batches", type=int, default=1000)
-    parser.add_argument("--language-batches", type=int, default=2000)
-    parser.add_argument("--thinking-batches", type=int, default=350)
+    parser.add_argument("--language-batches", type=int, default=2300)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet()
@@ -603,7 +598,6 @@ if __name__ == "__main__":
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     train_vision(model, tokenizer, processor, args.vision_batches, args.seed + 3)
     train_language(model, tokenizer, processor, args.language_batches, args.seed + 1)
-    train_language(model, tokenizer, processor, args.thinking_batches, args.seed + 2, think=True)
     model.half().save_pretrained(args.folder)  # safetensors
     tokenizer.save_pretrained(args.folder)
     processor.save_pretrained(args.folder)
