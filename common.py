@@ -27,6 +27,7 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
         "model": ("Qwen/Qwen3-VL-4B-Instruct", "toy_base", "checkpoint folder or hub id of the base model"),
         "quantize": ("nf4", "none", "4-bit with double quantisation, or none", ("nf4", "none")),
         "dtype": ("bfloat16", "float32", "of weights and activations; not in the paper", ("bfloat16", "float32")),
+        "checkpointing": ("on", "off", "gradient checkpointing in training passes; not in the paper", ("on", "off")),
         "max_pixels": (1024 * 1024, 1024 * 1024, "larger images are reduced to this area; the paper says native resolution"),
         "steps": (2, 2, "T, refinement steps after step 0"),
         "seed": (0, 0, "of everything random; not in the paper"),
@@ -80,7 +81,7 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
         "max_tokens": (160, 80, "per step"),
         "batch_size": (16, 64, "samples decoded at once; not in the paper"),
         "longest": (6, 6, "steps that an IVT row is played to, for the tables of adaptive refinement; not in the paper"),
-        "temperature": (1.0, 1.0, "of the control row that samples T + 1 single-shot answers; not in the paper"),
+        "control_temperature": (1.0, 1.0, "of the control row that samples T + 1 single-shot answers; not in the paper"),
         "pictures": (6, 6, "rows of each filmstrip"),
     },
 }
@@ -212,6 +213,7 @@ class VLM:
     model: torch.nn.Module
     tokenizer: object
     image_processor: object
+    checkpointing: bool = False  # whether a pass that trains recomputes activations instead of keeping them
 
     @property
     def base(self):  # LoRA lives inside the layers, so calling the wrapped model runs the active adapter
@@ -330,6 +332,8 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
     `images`: the ImageTokens of all rows, row after row. With a `cache` the K tokens are appended to it.
     """
     base = vlm.base
+    for layer in base.model.language_model.layers:  # a checkpointed layer does not write to the cache
+        layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
     embeds = base.model.language_model.embed_tokens(ids)                                         # [B, K, D]
     place = ids == base.config.image_token_id                                                    # [B, K]
     visual = {}
@@ -375,10 +379,12 @@ def pad_pieces(vlm, pieces, images, starts):
 # ------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0),
-            generator=None, overlay=draw_overlay):
+            seeds=None, overlay=draw_overlay):
     """Runs `group_size` trajectories for each of P (image, expression) pairs; returns P * group_size Trajectories.
 
     images: PIL, RGB. steps: T; 0 is single-shot. max_tokens: per step. temperatures: at step 0 and after; 0 is greedy.
+    seeds: P integers, for temperatures above 0: what a prompt samples depends on its own seed alone, not on the prompts that
+    share its batch, or on the number of processes.
     overlay: draws box t - 1 on the image for step t. A step ends at a complete box, at the end-of-turn token (which is
     a target but never enters the context) or at max_tokens. Without a valid box the last valid one is drawn, else none.
 
@@ -399,6 +405,7 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
     pictures = [image for image in images for _ in range(group_size)]
     rows = [Trajectory(ids=list(p), images=[i]) for p, i in zip(prompts, first) for _ in range(group_size)]
     drawn = [None] * len(rows)                                                                   # last valid boxes
+    dice = [torch.Generator(device) for _ in seeds or ()]
 
     for t in range(steps + 1):
         if t > 0:
@@ -412,12 +419,15 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
                 row.ids += piece
                 row.images.append(image)
         temperature = temperatures[min(t, 1)]
+        for die, seed in zip(dice, seeds or ()):
+            die.manual_seed(seed * 64 + t)
         step_ids, text, complete = [[] for _ in rows], [""] * len(rows), [False] * len(rows)
         live = torch.ones(len(rows), dtype=torch.bool, device=device)
         for k in range(max_tokens):
             logits = text_logits(vlm, last)                                                      # [B, V]
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            if temperature > 0:  # a race of exponential clocks is a categorical draw
+                clocks = torch.cat([torch.empty(group_size, logits.shape[1], device=device).exponential_(generator=d) for d in dice])
+                token = ((logits / temperature).softmax(-1) / clocks).argmax(-1)                 # [B]
             else:
                 token = logits.argmax(-1)                                                        # [B]
             logprob = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()

@@ -381,23 +381,31 @@ if __name__ == "__main__":
     from PIL import ImageOps
     from tqdm import tqdm
 
-    from runtime import (Log, add_adapter, begin, flags, leave_if_interrupted, load_image, load_vlm, minutes, read_jsonl,
-                         read_samples, seed_all, stop, whole_batches, write_bytes, write_jsonl, write_text)
+    from runtime import (RANK, Log, add_adapter, barrier, begin, flags, gather, leave_if_interrupted, load_image, load_vlm, memory_for,
+                         minutes, read_jsonl, read_samples, save_merged, seed_all, share, stop, whole_batches, write_bytes, write_jsonl,
+                         write_text)
     own = dict(ablations=(False, "add rows with other overlays than the predicted box"), compare=((), "folders of other runs, for rows"),
                image=(None, "a picture of yours, instead of the test samples"), expression=(None, "what to find in it"),
                predictions=(None, "write every trajectory of every row to this .jsonl file"),
-               from_predictions=(None, "score the boxes in this .jsonl file; no model is loaded"))
+               from_predictions=(None, "score the boxes in this .jsonl file; no model is loaded"),
+               merge=(None, "write base and best adapter as one checkpoint to this folder, for other engines"))
     args = flags("evaluate", __doc__, **own)
     start, data = time.time(), args.out / "data"
     seed_all(args.seed)
 
     # --------------------------------------------------------------------------------------------------------------
-    # One picture of your own
+    # The best adapter of the run alone: merged into its base, or on a picture of your own
     # --------------------------------------------------------------------------------------------------------------
+    folder = next((args.out / a for a in ("grpo", "sft") if (args.out / a / "adapter_model.safetensors").exists()), None)
+    if (args.merge or args.image) and not folder:
+        stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
+    if args.merge:
+        save_merged(args, folder, args.merge)
+        print(f"{folder} merged into {args.model}: {args.merge}")
+        raise SystemExit
     if args.image:
-        folder = next((args.out / a for a in ("grpo", "sft") if (args.out / a / "adapter_model.safetensors").exists()), None)
-        if not args.expression or not folder:
-            stop("--image wants --expression \"what to find\"" if folder else f"{args.out} has no adapter; first run: python sft.py")
+        if not args.expression:
+            stop('--image wants --expression "what to find"')
         try:
             with Image.open(args.image) as picture:
                 width, height = ImageOps.exif_transpose(picture).size
@@ -435,21 +443,26 @@ if __name__ == "__main__":
             vlm = vlm or load_vlm(args)
             if adapter:
                 add_adapter(vlm, args.out / adapter, adapter)
-        with tqdm(total=len(samples), initial=done, desc=name, unit="sample", disable=done == len(samples)) as bar:
+        how = dict(group_size=args.steps + 1, temperatures=(args.control_temperature,) * 2) if kind == "samples" else {}
+        with tqdm(total=len(samples), initial=done, desc=name, unit="sample", disable=RANK > 0 or done == len(samples)) as bar:
             for i in range(done, len(samples), args.batch_size):
                 part = samples[i:i + args.batch_size]
-                generator = torch.Generator(vlm.base.device).manual_seed(args.seed * 1_000_003 + i)
-                how = dict(group_size=args.steps + 1, temperatures=(args.temperature,) * 2) if kind == "samples" else {}
-                batch = rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part],
-                                longest if kind == "ivt" else 0, args.max_tokens, prompt, generator=generator, overlay=overlay, **how)
-                size = len(batch) // len(part)
-                for j, sample in enumerate(part):
+                mine = share(list(enumerate(part, i)))
+                with memory_for(part, "--max-pixels or --batch-size"):
+                    batch = rollout(vlm, [load_image(s, data) for _, s in mine], [s["expression"] for _, s in mine],
+                                    longest if kind == "ivt" else 0, args.max_tokens, prompt,
+                                    seeds=[args.seed * 1_000_003 + number for number, _ in mine], overlay=overlay, **how) if mine else []
+                size, rows = how.get("group_size", 1), []
+                for j, (_, sample) in enumerate(mine):
                     group = batch[j * size:(j + 1) * size]  # one trajectory, or T + 1 single-shot ones
                     boxes = [box for t in group for box in t.boxes]
-                    log.write(id=sample["id"], boxes=boxes, iou=[round(box_iou(box, sample), 6) for box in boxes],
-                              texts=[text for t in group for text in t.texts], **steps_of(group))
+                    rows.append(dict(id=sample["id"], boxes=boxes, iou=[round(box_iou(box, sample), 6) for box in boxes],
+                                     texts=[text for t in group for text in t.texts], **steps_of(group)))
+                for row in gather(rows):
+                    log.write(**row)
                 bar.update(len(part))
                 leave_if_interrupted()
+        barrier()
         return read_jsonl(path, "")
 
     def steps_of(group):

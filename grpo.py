@@ -24,12 +24,14 @@ import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
 
-from common import PRESETS, advantages, box_iou, grpo_loss, reward, rollout, six_component_reward, trajectory_logprobs
-from runtime import (Log, adapter_state, add_adapter, begin, flags, interrupt, leave_if_interrupted, load_checkpoint, load_image,
-                     load_vlm, lora_config, minutes, read_samples, save_adapter, save_checkpoint, seed_all, stop,
-                     unhealthy)
+from common import (IVT_PROMPT, PRESETS, advantages, box_iou, build_trajectory, encode_images, grpo_loss, reward, rollout,
+                    six_component_reward, trajectory_logprobs)
+from runtime import (RANK, Log, adapter_state, add_adapter, begin, divides, flags, gather, interrupted, leave_if_interrupted,
+                     load_checkpoint, load_image, load_vlm, lora_config, memory_for, minutes, probe, read_samples, save_adapter,
+                     save_checkpoint, seed_all, share, stop, sum_gradients, unhealthy)
 
 args = flags("grpo", __doc__, init=("sft", "start from the SFT adapter or from the base model", ("sft", "base")))
+divides(args.grad_accum, "--grad-accum")
 data = args.out / "data"
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -69,20 +71,25 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that takes gradients
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    generator = torch.Generator(vlm.base.device).manual_seed(args.seed)
 
-    def play(samples, group_size=1, temperatures=(0.0, 0.0)):
-        """Trajectories of the current policy, `group_size` for each sample, a few prompts at a time."""
+    def play(samples, group_size=1, temperatures=(0.0, 0.0), first=0):
+        """Trajectories of the current policy, `group_size` for each sample, a few prompts at a time. first: the number of
+        the first sample in the run, which seeds what is sampled for it."""
         out = []
         for i in range(0, len(samples), args.prompts_at_once):
             part = samples[i:i + args.prompts_at_once]
             out += rollout(vlm, [load_image(s, data) for s in part], [s["expression"] for s in part], steps,
-                           args.max_tokens, group_size=group_size, temperatures=temperatures, generator=generator)
+                           args.max_tokens, group_size=group_size, temperatures=temperatures,
+                           seeds=[args.seed * 1_000_003 + first + i + j for j in range(len(part))])
         return out
 
-    def iou_per_step(played, samples):
-        """Mean IoU of each step; the reward does not see it, the log does (Section 3.4, "Advantage scoring")."""
-        return [round(sum(box_iou(t.boxes[k], s) for t, s in zip(played, samples)) / len(played), 4) for k in range(steps + 1)]
+    def facts(played, samples, score):
+        """Of the trajectories of all processes: rewards [P * N], valid boxes, tokens, and the mean IoU of each step. The reward
+        does not see the IoU of the steps, the log does (Section 3.4, "Advantage scoring")."""
+        rows = gather([(score(t.boxes, s), [box_iou(box, s) for box in t.boxes], sum(box is not None for box in t.boxes), len(t.target))
+                       for t, s in zip(played, samples)])
+        rewards, ious, valid, tokens = zip(*rows)
+        return torch.tensor(rewards), sum(valid), sum(tokens), [round(sum(v) / len(rows), 4) for v in zip(*ious)]
 
     # --------------------------------------------------------------------------------------------------------------
     # Resume
@@ -92,7 +99,6 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     if state:
         set_peft_model_state_dict(vlm.model, state["adapter"], adapter_name="policy")
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
         first_update, best, logged = state["update"], state["best"], state["logged"]
         if state["finished"]:
             print(f"{args.out / name} is finished; --restart begins again")
@@ -105,16 +111,23 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     # --------------------------------------------------------------------------------------------------------------
     def save(update, finished=False):
         save_checkpoint(checkpoint, adapter=adapter_state(vlm.model, "policy"), optimizer=optimizer.state_dict(),
-                        generator=generator.get_state(), update=update, best=best, logged=log.rows, finished=finished)
+                        update=update, best=best, logged=log.rows, finished=finished)
 
+    advice = "--max-pixels, --batch-size, --prompts-at-once or --max-tokens"
+    largest = max(train, key=lambda s: s["width"] * s["height"])
+    text = vlm.tokenizer.decode([vlm.encode(" the")[0]] * args.max_tokens)  # a step of the greatest length
+    with memory_for([largest], advice):
+        image = encode_images(vlm, [load_image(largest, data)]) * (steps + 1)
+        longest = build_trajectory(vlm, IVT_PROMPT.format(expression=largest["expression"]), image, [text] * (steps + 1))
+    probe(vlm, [longest] * args.batch_size, [largest], advice)
     val_reward, recent, warned = best, [], set()
-    bar = tqdm(total=args.updates, initial=first_update, desc=name, unit="update")
+    bar = tqdm(total=args.updates, initial=first_update, desc=name, unit="update", disable=RANK > 0)
     for update in range(first_update, args.updates + 1):
         if update % args.val_every == 0 or update == args.updates:
             # Validation: the mean greedy reward; the best adapter so far is the result of the run
-            played = play(val)
-            val_reward = sum(reward(t.boxes, s) for t, s in zip(played, val)) / len(val)
-            log.write(update=update, val_reward=val_reward, val_iou=iou_per_step(played, val))
+            rewards, _, _, ious = facts(play(share(val)), share(val), reward)
+            val_reward = rewards.mean().item()
+            log.write(update=update, val_reward=val_reward, val_iou=ious)
             if val_reward > best:
                 best = val_reward
                 save_adapter(vlm, args.out / name, "policy")
@@ -126,26 +139,32 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
         for i in range(update * args.grad_accum, (update + 1) * args.grad_accum):
             order = random.Random(f"{args.seed} {i // len(train)}").sample(range(len(train)), len(train))
             samples.append(train[order[i % len(train)]])
-        played = play(samples, args.group_size, (args.temperature_first, args.temperature))  # P * N, prompt after prompt
+        mine = share(samples)
+        owner = [sample for sample in mine for _ in range(args.group_size)]
+        with memory_for(mine, advice):
+            played = play(mine, args.group_size, (args.temperature_first, args.temperature), update * args.grad_accum + RANK * len(mine))
 
-        # Reward and advantage
-        owner = [sample for sample in samples for _ in range(args.group_size)]
-        rewards = torch.tensor([score(t.boxes, s) for t, s in zip(played, owner)]).view(-1, args.group_size)  # [P, N]
-        advantage = advantages(rewards).flatten().tolist()                                                  # P * N
+        # Reward and advantage, of the trajectories of all processes
+        rewards, valid, tokens, ious = facts(played, owner, score)
+        rewards = rewards.view(-1, args.group_size)                                                         # [P, N]
+        advantage = share(advantages(rewards).flatten().tolist())                                           # of each in `played`
 
         # Update
-        tokens, sums = sum(len(t.target) for t in played), torch.zeros(4)
+        sums = torch.zeros(4)
         for i in range(0, len(played), args.batch_size):
             batch = played[i:i + args.batch_size]
-            with torch.no_grad():
-                vlm.model.set_adapter("reference")
-                ref_logprob, _ = trajectory_logprobs(vlm, batch)                                            # [M]
-                vlm.model.set_adapter("policy")
-            logprob, entropy = trajectory_logprobs(vlm, batch)                                              # [M], [M]
-            of_token = torch.tensor([a for a, t in zip(advantage[i:], batch) for _ in t.target])            # [M]
-            terms = grpo_loss(logprob, ref_logprob, of_token.to(logprob), entropy, args.beta, args.entropy, args.kl)
-            (terms[0] / tokens).backward()
+            with memory_for(owner[i:i + args.batch_size], advice):
+                with torch.no_grad():
+                    vlm.model.set_adapter("reference")
+                    ref_logprob, _ = trajectory_logprobs(vlm, batch)                                        # [M]
+                    vlm.model.set_adapter("policy")
+                logprob, entropy = trajectory_logprobs(vlm, batch)                                          # [M], [M]
+                of_token = torch.tensor([a for a, t in zip(advantage[i:], batch) for _ in t.target])        # [M]
+                terms = grpo_loss(logprob, ref_logprob, of_token.to(logprob), entropy, args.beta, args.entropy, args.kl)
+                (terms[0] / tokens).backward()
             sums += torch.tensor([term.item() for term in terms]) / tokens
+        sum_gradients(parameters)
+        sums = torch.tensor(gather([sums.tolist()])).sum(0)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         loss, policy, distance, entropy = sums.tolist()
         if not math.isfinite(loss + norm):
@@ -156,16 +175,16 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
 
         # Log
         row = dict(reward=rewards.mean().item(), reward_std=rewards.std(1, unbiased=False).mean().item(),
-                   no_signal=(rewards.std(1) < 1e-6).float().mean().item(), iou=iou_per_step(played, owner),
-                   valid=sum(b is not None for t in played for b in t.boxes) / len(played) / (steps + 1),
-                   loss=loss, policy=policy, kl=distance, entropy=entropy, grad_norm=norm, tokens=tokens / len(played))
+                   no_signal=(rewards.std(1) < 1e-6).float().mean().item(), iou=ious,
+                   valid=valid / rewards.numel() / (steps + 1), loss=loss, policy=policy, kl=distance, entropy=entropy,
+                   grad_norm=norm, tokens=tokens / rewards.numel())
         log.write(update=update + 1, **row)
         recent = recent[-9:] + [row]
         for sentence in unhealthy(recent, HEALTHY, warned):
             bar.write(sentence)
         bar.set_postfix(reward=f"{rewards.mean():.3f}", val=f"{val_reward:.3f}", kl=f"{distance:.3f}", refresh=False)
         bar.update()
-        if (update + 1) % args.save_every == 0 or interrupt.asked:
+        if (update + 1) % args.save_every == 0 or interrupted():
             save(update + 1)
             leave_if_interrupted()
     bar.close()

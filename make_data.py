@@ -145,7 +145,7 @@ def trace_fault(trace, expression):
     return None
 
 
-def vlm_traces(vlm, images, rows, args, generator):
+def vlm_traces(vlm, images, rows, args, seeds):
     """The paper's teacher for a batch of rows: prompts a VLM for each step, checks the trace, asks again up to twice.
 
     Returns (traces, rejections): a list of T + 1 traces per row, None where a step stayed unusable, and a Counter of
@@ -160,7 +160,7 @@ def vlm_traces(vlm, images, rows, args, generator):
             prompts = [(TEACHER_STEP if t else TEACHER_FIRST).format(expression=rows[i]["expression"],
                                                                     box=format_box(rows[i]["boxes"][t])) for i in todo]
             seen = [draw_overlay(images[i], rows[i]["boxes"][t - 1] if t else None) for i in todo]
-            said = rollout(vlm, seen, prompts, 0, args.max_tokens, prompt="{expression}", generator=generator,
+            said = rollout(vlm, seen, prompts, 0, args.max_tokens, prompt="{expression}", seeds=[seeds[i] + attempt for i in todo],
                            temperatures=(0.0 if attempt == 0 else 0.7,) * 2)
             for i, trajectory in zip(todo, said):
                 trace = " ".join(answer_of(trajectory.texts[0]).split())
@@ -175,16 +175,17 @@ def vlm_traces(vlm, images, rows, args, generator):
 if __name__ == "__main__":
     import torch
 
-    from runtime import (Log, begin, flags, leave_if_interrupted, load_image, load_vlm, minutes, read_jsonl, read_samples,
-                         seed_all, stop, whole_batches, write_jsonl)
-    args = flags("make_data", __doc__, data=(None, "your own samples: a .jsonl file to split into train, val and test"))
+    from runtime import (RANK, Log, barrier, begin, flags, gather, leave_if_interrupted, load_image, load_vlm, memory_for, minutes,
+                         read_jsonl, read_samples, seed_all, share, stop, whole_batches, write_jsonl)
+    args = flags("make_data", __doc__, data=(None, "your own samples: a .jsonl file to split into train, val and test"),
+                 teacher_model=(None, "another checkpoint for --teacher vlm (default: --model, as in the paper)"))
     start, data = time.time(), args.out / "data"
     seed_all(args.seed)
     begin(args, "make_data", *[args.data] * bool(args.data))
     if (data / "sft.jsonl").exists() and not args.restart:
         print(f"{data / 'sft.jsonl'} is finished; --restart makes everything again")
         raise SystemExit
-    if args.restart:
+    if args.restart and not RANK:
         for name in ("train", "val", "test", "student", "traces", "sft"):
             (data / f"{name}.jsonl").unlink(missing_ok=True)
 
@@ -192,7 +193,7 @@ if __name__ == "__main__":
     # 1. Samples
     # --------------------------------------------------------------------------------------------------------------
     sizes = {"train": args.train_samples, "val": args.val_samples, "test": args.test_samples}
-    if not all((data / f"{side}.jsonl").exists() for side in sizes):
+    if not RANK and not all((data / f"{side}.jsonl").exists() for side in sizes):
         if args.data:
             samples = read_samples(args.data, "make_data.py with --data naming an existing file", args.skip_bad)
             for sample in samples:  # image paths are relative to the file they stand in
@@ -208,6 +209,7 @@ if __name__ == "__main__":
             stop(f"{e}; give more samples or lower --train-samples, --val-samples, --test-samples")
         for side, rows in sides.items():
             write_jsonl(data / f"{side}.jsonl", rows)
+    barrier()
     train = read_samples(data / "train.jsonl", "python make_data.py")
     print("samples: " + ", ".join(f"{side} {size}" for side, size in sizes.items()))
 
@@ -217,16 +219,19 @@ if __name__ == "__main__":
     vlm = load_vlm(args)
     path = data / "student.jsonl"
     done = whole_batches(path, args.batch_size, len(train))
-    log, todo = Log(path, keep=done), train[done:]
-    with tqdm(total=len(train), initial=done, desc="student", unit="sample") as bar:
-        for i in range(0, len(todo), args.batch_size):
-            batch = todo[i:i + args.batch_size]
-            said = rollout(vlm, [load_image(s, data) for s in batch], [s["expression"] for s in batch], 0,
-                           args.max_tokens, prompt=SINGLE_PROMPT)
-            for sample, trajectory in zip(batch, said):
-                log.write(id=sample["id"], box=trajectory.boxes[0], iou=box_iou(trajectory.boxes[0], sample))
+    log, advice = Log(path, keep=done), "--max-pixels or --batch-size"
+    with tqdm(total=len(train), initial=done, desc="student", unit="sample", disable=RANK > 0) as bar:
+        for i in range(done, len(train), args.batch_size):
+            batch = train[i:i + args.batch_size]
+            mine = share(batch)
+            with memory_for(mine, advice):
+                said = rollout(vlm, [load_image(s, data) for s in mine], [s["expression"] for s in mine], 0,
+                               args.max_tokens, prompt=SINGLE_PROMPT) if mine else []
+            for sample, box in zip(batch, gather([trajectory.boxes[0] for trajectory in said])):
+                log.write(id=sample["id"], box=box, iou=box_iou(box, sample))
             bar.update(len(batch))
             leave_if_interrupted()
+    barrier()
     student = read_jsonl(path, "")
     ious = torch.tensor([row["iou"] for row in student])
     print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {(ious >= 0.5).float().mean():.3f}; "
@@ -266,19 +271,28 @@ if __name__ == "__main__":
             row["traces"] = [template_trace(row["boxes"], row["truth"], t)
                              for t in range(args.steps + 1)]
     else:
+        if args.teacher_model:
+            vlm = None  # its memory goes before another model comes
+            vlm = load_vlm(args, args.teacher_model)
         samples, path = {s["id"]: s for s in train}, data / "traces.jsonl"
         done = whole_batches(path, args.batch_size, len(rows))
         log = Log(path, keep=done)
-        with tqdm(total=len(rows), initial=done, desc="teacher", unit="sample") as bar:
+        with tqdm(total=len(rows), initial=done, desc="teacher", unit="sample", disable=RANK > 0) as bar:
             for i in range(done, len(rows), args.batch_size):
-                batch = rows[i:i + args.batch_size]
-                images = [load_image(samples[row["id"]], data) for row in batch]
-                generator = torch.Generator(vlm.base.device).manual_seed(args.seed * 1_000_003 + i)
-                traces, rejected = vlm_traces(vlm, images, batch, args, generator)
-                for row, trace in zip(batch, traces):
-                    log.write(id=row["id"], traces=trace, rejected=rejected if row is batch[0] else {})
+                batch = list(enumerate(rows))[i:i + args.batch_size]
+                numbers, mine = zip(*share(batch)) if share(batch) else ((), ())
+                seen = [samples[row["id"]] for row in mine]
+                with memory_for(seen, advice):
+                    traces, rejected = vlm_traces(vlm, [load_image(s, data) for s in seen], mine, args,
+                                                  [args.seed * 1_000_003 + 3 * number for number in numbers])
+                told = [dict(id=row["id"], traces=trace, rejected={}) for row, trace in zip(mine, traces)]
+                for row in told[:1]:
+                    row["rejected"] = rejected  # the counts of a batch stand in its first line
+                for row in gather(told):
+                    log.write(**row)
                 bar.update(len(batch))
                 leave_if_interrupted()
+        barrier()
         rejections = Counter()
         for row, said in zip(rows, read_jsonl(path, "")):
             row["traces"] = said["traces"]

@@ -1,6 +1,8 @@
 """What every script needs and no paper describes: flags, loading a checkpoint, reading samples, files written whole."""
 
 import argparse
+import atexit
+import datetime
 import hashlib
 import json
 import logging
@@ -20,11 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from common import PRESETS, VLM
+from common import PRESETS, VLM, trajectory_logprobs
 
 HERE = Path(__file__).resolve().parent
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 def stop(message):
@@ -50,7 +54,7 @@ def writing(path):
 # ------------------------------------------------------------------------------------------------------------------
 # Flags
 # ------------------------------------------------------------------------------------------------------------------
-RANGES = {"lr": (1e-9, 1), "warmup": (0, 1), "iou_max": (0, 1), "temperature": (0, 10), "temperature_first": (0, 10),
+RANGES = {"lr": (1e-9, 1), "warmup": (0, 1), "iou_max": (0, 1), "temperature": (0, 10), "temperature_first": (0, 10), "control_temperature": (0.01, 10),
           "beta": (0, 100), "entropy": (0, 100), "seed": (0, 2 ** 31 - 1), "group_size": (2, 1000), "steps": (1, 20),
           "max_pixels": (1024, 10 ** 9)}
 
@@ -85,6 +89,7 @@ def flags(phase, doc, **extra):
         low, high = RANGES.get(name, (1, 1_000_000_000))
         if isinstance(paper, (int, float)) and not low <= getattr(args, name) <= high:  # NaN is in no range
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {low} to {high}")
+    start_processes()
     args.out = Path(args.out or f"runs/{args.preset}")
     if args.model == "toy_base":  # the embedded default lies beside the code, wherever the script is started from
         args.model = str(HERE / "toy_base")
@@ -99,6 +104,8 @@ def flags(phase, doc, **extra):
 
 def lock(folder):
     """Refuses a second run on one folder. The system drops the lock with the process, however that ends."""
+    if RANK:
+        return
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -124,9 +131,14 @@ def interrupt(number, frame):
 interrupt.asked = False
 
 
+def interrupted():
+    """Whether any process was asked to stop: all of them have to leave at the same update."""
+    return any(gather([interrupt.asked]))
+
+
 def leave_if_interrupted():
     """To be called when everything is saved."""
-    if interrupt.asked:
+    if interrupted():
         print(f"stopped; to go on: python {' '.join(a for a in sys.argv if a != '--restart')}")
         sys.exit(130)
 
@@ -138,6 +150,8 @@ def begin(args, name, *inputs, ignore=(), **more):
     with the differing values: a run is never continued under another configuration.
     """
     path = args.out / f"log/{name}.config.json"
+    if RANK:
+        return barrier()  # the first process checks and writes; when it refuses, torchrun ends the others
     config = {k: v for k, v in vars(args).items() if k not in ("out", "restart", "save_every", "skip_bad", *ignore)}
     config.update(more, model=os.path.basename(args.model) if os.path.isdir(args.model) else args.model)
     for file in map(Path, inputs):
@@ -151,6 +165,96 @@ def begin(args, name, *inputs, ignore=(), **more):
                  + "\ngive the same values, another --out, or --restart to make it anew")
     else:
         write_text(path, json.dumps(config, indent=1) + "\n")
+    barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Several processes (`torchrun --nproc-per-node 8 sft.py`): each does its share of every batch; the first one writes
+# ------------------------------------------------------------------------------------------------------------------
+def start_processes():
+    """Joins the processes that torchrun started; alone, does nothing."""
+    if WORLD == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
+    atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def device():
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier():
+    """Waits until all processes are here: what the first one wrote can be read."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def share(items):
+    """This process's part of a list: the parts in the order of the processes are the list."""
+    size = -(-len(items) // WORLD)
+    return items[RANK * size:(RANK + 1) * size]
+
+
+def gather(items):
+    """The lists of all processes, one after the other, in every process: what they made of their shares, in order."""
+    if WORLD == 1:
+        return items
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_gradients(parameters):
+    """Adds up the gradients of all processes. Each has divided its loss by the tokens of the whole update, so the sum is the
+    gradient of the whole update, as one process would have computed it."""
+    if WORLD > 1:
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
+
+
+def divides(count, flag):
+    """Stops unless each process gets the same number: with the same global batch, N processes train as one does."""
+    if count % WORLD:
+        stop(f"{flag} is {count}, not a multiple of the {WORLD} processes; give a multiple, or start fewer")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def memory_for(samples, advice):
+    """Around what may run out of memory: ends with the ids of the samples, their image sizes, and the flags to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        seen = ", ".join(f"{s['id']} ({s['width']} x {s['height']})" for s in samples[:4]) + (", ..." if len(samples) > 4 else "")
+        stop(f"out of memory with the samples {seen}; lower {advice}. What was saved before is whole: the same command with the "
+             "lower value and --restart begins again")
+
+
+def probe(vlm, batch, samples, advice):
+    """One forward and backward pass over the largest batch of the run, before any work; prints what it takes and leaves."""
+    with memory_for(samples, advice):
+        logprobs, _ = trajectory_logprobs(vlm, batch)
+        (-logprobs.mean()).backward()
+        vlm.model.zero_grad()
+    if torch.cuda.is_available():
+        peak, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
+    else:
+        try:
+            import resource
+        except ImportError:  # not on Windows
+            return
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    longest = max(len(t.ids) for t in batch)
+    print(f"largest batch, forward and backward: {len(batch)} x {longest} tokens, peak {peak / 2 ** 30:.1f} GiB, {free / 2 ** 30:.1f} GiB free")
 
 
 def quiet():
@@ -171,45 +275,52 @@ def seed_all(seed):
     torch.manual_seed(seed)
 
 
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------------------------------
-def load_vlm(args):
-    """The base checkpoint as a VLM: any Qwen3-VL folder or hub id, in safetensors; no code of the checkpoint is run.
+def load_vlm(args, name=None, quantize=None):
+    """A base checkpoint (name: a folder or hub id, --model if None) as a VLM, in safetensors; no code of the checkpoint is run.
 
     Tokenizer and image processor are loaded apart: Qwen3-VL's processor class needs torchvision for videos, which have
-    no place here. `size` of the image processor is a pair of pixel areas. Weights are frozen.
+    no place here. `size` of the image processor is a pair of pixel areas.
+
+    All weights are frozen. Of what PEFT's `prepare_model_for_kbit_training` does beside that, norms stay in bf16, since
+    Qwen3-VL's compute in float32 whatever they are stored in, and inputs need no gradient, since checkpointing is not
+    reentrant. PEFT keeps the LoRA weights in float32. The vision tower and the output layer are not quantised. Attention is
+    PyTorch's SDPA: the flash-attn package's kernel takes padding at the left alone, and a rollout pads inside the cache.
     """
+    name = name or args.model
     from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
     quiet()
-    if not os.path.isdir(args.model) and (args.model.startswith((".", "/")) or not args.model.count("/") == 1):
-        stop(f"--model {args.model}: no such folder, and not a hub id such as Qwen/Qwen3-VL-4B-Instruct")
-    if os.path.isdir(args.model):
-        config = Path(args.model) / "config.json"
+    if not os.path.isdir(name) and (name.startswith((".", "/")) or not name.count("/") == 1):
+        stop(f"--model {name}: no such folder, and not a hub id such as Qwen/Qwen3-VL-4B-Instruct")
+    if os.path.isdir(name):
+        config = Path(name) / "config.json"
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.exists() else None
-        if kind != "qwen3_vl" or not list(Path(args.model).glob("*.safetensors")):
-            stop(f"--model {args.model}: expected a folder with a config.json of model_type qwen3_vl and *.safetensors; "
+        if kind != "qwen3_vl" or not list(Path(name).glob("*.safetensors")):
+            stop(f"--model {name}: expected a folder with a config.json of model_type qwen3_vl and *.safetensors; "
                  + (f"found model_type {kind}" if kind != "qwen3_vl" else "found no *.safetensors"))
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=getattr(torch, args.dtype), llm_int8_skip_modules=["lm_head", "model.visual"])
-    model = Qwen3VLForConditionalGeneration.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), use_safetensors=True, attn_implementation="sdpa",
-        device_map={"": device()}, **({"quantization_config": four_bit} if args.quantize == "nf4" else {}))
+    try:
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            name, dtype=getattr(torch, args.dtype), use_safetensors=True, attn_implementation="sdpa",
+            device_map={"": device()}, **({"quantization_config": four_bit} if (quantize or args.quantize) == "nf4" else {}))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    except OSError as e:  # no network, no such repository, a file that is not there
+        stop(f"--model {name} cannot be loaded: {str(e).splitlines()[0]}")
     model.requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     missing = [t for t in ("<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
                if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]
     if missing:
-        stop(f"{args.model}: its tokenizer has no {', '.join(missing)}; a Qwen3-VL checkpoint is expected")
-    processor = AutoImageProcessor.from_pretrained(args.model, backend="pil")
+        stop(f"{name}: its tokenizer has no {', '.join(missing)}; a Qwen3-VL checkpoint is expected")
     processor.size = {"shortest_edge": min(processor.size["shortest_edge"], args.max_pixels), "longest_edge": args.max_pixels}
     # Train mode throughout: there is no dropout to switch off, and on some CPUs bitsandbytes repacks a 4-bit layer that
     # runs in eval mode for inference alone, after which its gradients are wrong.
-    return VLM(model.train(), tokenizer, processor)
+    if args.checkpointing == "on":  # each layer's activations are computed again in the backward pass instead of being kept
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return VLM(model.train(), tokenizer, processor, args.checkpointing == "on")
 
 
 def lora_config(rank, alpha):
@@ -250,6 +361,8 @@ def write_bytes(path, save):
     """save(file) writes the content of `path`."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
+    if RANK:
+        return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -386,9 +499,10 @@ class Log:
         self.rows = len(rows)
 
     def write(self, **row):
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}, ensure_ascii=False) + "\n")
         self.rows += 1
+        if not RANK:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}, ensure_ascii=False) + "\n")
 
 
 def whole_batches(path, batch_size, total, restart=False):
@@ -406,9 +520,9 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path, restart=False):
     """The state, or None when there is none. weights_only: a checkpoint is data, and loading it runs no code."""
     path = Path(path)
-    if restart:
+    if restart and not RANK:
         path.unlink(missing_ok=True)
-    if not path.exists():
+    if restart or not path.exists():
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -423,6 +537,8 @@ def save_adapter(vlm, folder, name="default"):
     """
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
+    if RANK:
+        return
     with writing(folder):
         vlm.model.save_pretrained(temporary, selected_adapters=[name])
         made = temporary / name if name != "default" else temporary  # PEFT puts any other adapter into a subfolder
@@ -431,6 +547,16 @@ def save_adapter(vlm, folder, name="default"):
         for file in ("base.json", "adapter_config.json", "adapter_model.safetensors"):
             os.replace(made / file, folder / file)
         shutil.rmtree(temporary)
+
+
+def save_merged(args, adapter, folder):
+    """Base and adapter as one plain checkpoint folder, in --dtype and never in 4 bits: merging is an addition to the weights."""
+    vlm = load_vlm(args, quantize="none")
+    add_adapter(vlm, adapter, "policy")
+    with writing(folder):
+        vlm.model.merge_and_unload().save_pretrained(folder)
+        vlm.tokenizer.save_pretrained(folder)
+        vlm.image_processor.save_pretrained(folder)
 
 
 def fingerprint(vlm):

@@ -21,10 +21,12 @@ from peft import get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
 
 from common import IVT_PROMPT, build_trajectory, encode_images, step_text, trajectory_logprobs, views
-from runtime import (Log, adapter_state, begin, flags, interrupt, leave_if_interrupted, load_checkpoint, load_image, load_vlm,
-                     lora_config, minutes, read_jsonl, read_samples, save_adapter, save_checkpoint, seed_all, stop)
+from runtime import (RANK, Log, adapter_state, begin, divides, flags, gather, interrupted, leave_if_interrupted, load_checkpoint,
+                     load_image, load_vlm, lora_config, memory_for, minutes, probe, read_jsonl, read_samples, save_adapter,
+                     save_checkpoint, seed_all, share, stop, sum_gradients)
 
 args = flags("sft", __doc__)
+divides(args.grad_accum, "--grad-accum")
 start, data = time.time(), args.out / "data"
 seed_all(args.seed)
 
@@ -92,21 +94,28 @@ log = Log(args.out / "log/sft.jsonl", keep=logged)
 # ------------------------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------------------------
-bar = tqdm(total=updates, initial=first_update, desc="sft", unit="update")
+advice = "--max-pixels or --batch-size (and raise --grad-accum as much)"
+largest = max(rows, key=lambda row: (samples[row["id"]]["width"] * samples[row["id"]]["height"], len(str(row))))
+probe(vlm, [example(largest)] * args.batch_size, [samples[largest["id"]]], advice)
+bar = tqdm(total=updates, initial=first_update, desc="sft", unit="update", disable=RANK > 0)
 for update in range(first_update, updates):
     epoch, place = divmod(update, updates_per_epoch)
     order = random.Random(f"{args.seed} {epoch}").sample(range(len(rows)), len(rows))
     chosen = [rows[i] for i in order[place * per_update:(place + 1) * per_update]]
-    batch = [example(row) for row in chosen]
+    mine = share(chosen)
+    batch = [example(row) for row in mine]
 
-    # Every generated token of the update weighs the same, whichever micro-batch it is in: divided by the tokens of the
-    # whole update, accumulation equals one large batch.
-    tokens, loss = sum(len(t.target) for t in batch), 0.0
+    # Every generated token of the update weighs the same, whichever micro-batch or process it is in: divided by the
+    # tokens of the whole update, accumulation equals one large batch.
+    tokens, loss = sum(gather([sum(len(t.target) for t in batch)])), 0.0
     for i in range(0, len(batch), args.batch_size):
-        logprobs, _ = trajectory_logprobs(vlm, batch[i:i + args.batch_size])  # [M]
-        micro = -logprobs.sum() / tokens
-        micro.backward()
+        with memory_for([samples[row["id"]] for row in mine[i:i + args.batch_size]], advice):
+            logprobs, _ = trajectory_logprobs(vlm, batch[i:i + args.batch_size])  # [M]
+            micro = -logprobs.sum() / tokens
+            micro.backward()
         loss += micro.item()
+    sum_gradients(parameters)
+    loss = sum(gather([loss]))
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not math.isfinite(loss + norm):
         stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {[row['id'] for row in chosen]}; "
@@ -119,7 +128,7 @@ for update in range(first_update, updates):
     log.write(update=update + 1, epoch=epoch + 1, loss=loss, grad_norm=norm, lr=learning_rate(update), tokens=tokens)
     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
     bar.update()
-    if (update + 1) % args.save_every == 0 or update + 1 == updates or interrupt.asked:
+    if (update + 1) % args.save_every == 0 or update + 1 == updates or interrupted():
         save_checkpoint(checkpoint, adapter=adapter_state(vlm.model), optimizer=optimizer.state_dict(), update=update + 1,
                         logged=log.rows)
         leave_if_interrupted()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import re
 import resource
@@ -157,14 +158,15 @@ def test_loss_mask_token_by_token(vlm):
 def test_cached_decoding_equals_one_full_pass(vlm):
     images = [picture(96, 80), picture(48, 144, 1), picture(32, 32, 2)]
     expressions = ["the cat", "a much longer description of a dog that sits", "x"]
-    rows = rollout(vlm, images, expressions, 2, 24, group_size=2, temperatures=(1.0, 0.7),
-                   generator=torch.Generator().manual_seed(0))
+    rows = rollout(vlm, images, expressions, 2, 24, group_size=2, temperatures=(1.0, 0.7), seeds=[3, 1, 2])
     lengths = [sum(s == t for s in r.step) for r in rows for t in range(3)]
     assert len(rows) == 6 and all(len(r.images) == len(r.texts) == 3 for r in rows)
     assert rows[0].ids != rows[1].ids and len({len(r.ids) for r in rows}) > 1 and len(set(lengths)) > 1, lengths
     logprob, entropy = trajectory_logprobs(vlm, rows)
     sampled = torch.tensor([p for r in rows for p in r.logprob])
     assert (logprob - sampled).abs().max() < 1e-4 and (entropy > 0).all()
+    alone = rollout(vlm, images[1:2], expressions[1:2], 2, 24, group_size=2, temperatures=(1.0, 0.7), seeds=[1])
+    assert [r.target for r in alone] == [r.target for r in rows[2:4]]  # what it samples does not depend on its batch
     for r in rows:  # the end of turn is a target, and never enters the context
         assert vlm.token("<|im_end|>") not in r.ids[r.predictor[0] + 1:]
 
@@ -199,12 +201,12 @@ def test_sft_shows_what_the_rollout_shows(vlm, monkeypatch):
 
 
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
-    """NF4 as the phases load it, after decoding and with gradients, against the same weights in float32."""
+    """NF4 with gradient checkpointing, as the paper preset loads it, after decoding, against the same weights in float32."""
     import bitsandbytes as bnb
     from peft import get_peft_model
     vlm.base.save_pretrained(tmp_path), vlm.tokenizer.save_pretrained(tmp_path), vlm.image_processor.save_pretrained(tmp_path)
-    loaded = [runtime.load_vlm(argparse.Namespace(model=str(tmp_path), dtype="float32", max_pixels=2 ** 20, quantize=q))
-              for q in ("nf4", "none")]
+    loaded = [runtime.load_vlm(argparse.Namespace(model=str(tmp_path), dtype="float32", max_pixels=2 ** 20, quantize=q, checkpointing=c))
+              for q, c in (("nf4", "on"), ("none", "off"))]
     layers = [x.base.model.language_model.layers[1].mlp for x in loaded]
     assert isinstance(layers[0].down_proj, bnb.nn.Linear4bit)
     for name, module in loaded[0].base.model.language_model.named_modules():
@@ -250,6 +252,14 @@ def test_reward_and_advantage_by_hand():
     assert torch.allclose(a, torch.tensor([[-0.5, 0.5, 0], [0, 0, 0]]) / (deviation + 1e-4), atol=1e-6)
 
 
+def test_the_composite_reward_by_hand():
+    sample, good, poor = {"width": 100, "height": 100, "bbox": [0, 0, 50, 100]}, [0, 0, 500, 1000], [0, 0, 1000, 1000]
+    score = common.six_component_reward                # the IoU of poor is 0.5
+    assert score([poor, good, good], sample) == pytest.approx(0.5 * 0.5 + 0.3 + 0.2 * (1 - 1 / 3) + 0.1)
+    assert score([poor, poor, poor], sample) == pytest.approx(0.3 / 3 + 0.1 - 0.2)
+    assert score([good, poor, None], sample) == pytest.approx(-0.5 + 0.2 + 0.1 * 2 / 3 - 0.5 * (0.49 + 0.49))
+
+
 def test_each_term_of_the_grpo_loss_by_hand():
     logprob, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
     advantage, entropy = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.25])
@@ -283,6 +293,12 @@ def test_interpolation():
     assert make_data.interpolate([0, 0, 100, 100], [100, 50, 300, 101], 2) == [[0, 0, 100, 100], [50, 25, 200, 100], [100, 50, 300, 101]]
 
 
+def test_perturbed_boxes_keep_to_the_filter():
+    rng, box = random.Random(0), [400, 300, 600, 900]
+    ious = [iou(make_data.perturb(rng, box, 0.85), box) for _ in range(50)]
+    assert 0.1 < min(ious) and max(ious) <= 0.85 and max(ious) - min(ious) > 0.3
+
+
 def test_template_traces_say_what_the_geometry_is():
     truth, say = [400, 400, 600, 600], lambda before, after: make_data.template_trace([before, after], [400, 400, 600, 600], 1)
     assert say([360, 400, 560, 600], truth) == "The red box is too far left. I move it right."
@@ -303,7 +319,7 @@ def test_teacher_traces_may_not_leak():
 def test_vlm_teacher_retries_and_counts(vlm):
     import argparse
     rows = [{"expression": "the cat", "boxes": [[0, 0, 100, 100]] * 2}]
-    traces, rejected = make_data.vlm_traces(vlm, [picture(32, 32)], rows, argparse.Namespace(steps=1, max_tokens=4), None)
+    traces, rejected = make_data.vlm_traces(vlm, [picture(32, 32)], rows, argparse.Namespace(steps=1, max_tokens=4), [0] * len(rows))
     assert traces == [None] and sum(rejected.values()) == 6     # random words: two steps, three tries each
 
 
@@ -506,7 +522,7 @@ def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
 
 
 def test_foreign_models_and_adapters_are_refused(vlm, tmp_path):
-    args = argparse.Namespace(model=str(tmp_path), dtype="float32", max_pixels=2 ** 20, quantize="none")
+    args = argparse.Namespace(model=str(tmp_path), dtype="float32", max_pixels=2 ** 20, quantize="none", checkpointing="off")
     with pytest.raises(SystemExit, match="model_type qwen3_vl"):
         runtime.load_vlm(args)
     vlm.base.save_pretrained(tmp_path), vlm.image_processor.save_pretrained(tmp_path)
@@ -537,6 +553,12 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
     runtime.lock(tmp_path)
     with pytest.raises(SystemExit, match="another run works in"):
         runtime.lock(tmp_path)
+
+
+def test_running_out_of_memory_names_the_sample_and_the_flag(capsys):
+    with pytest.raises(SystemExit, match=r"1 \(20 x 10\); lower --batch-size"):
+        with runtime.memory_for([GOOD], "--batch-size"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_leaving_the_healthy_range_warns_once():
@@ -573,8 +595,8 @@ def test_what_the_readme_states():
 # ------------------------------------------------------------------------------------------------------------------
 # The real commands, very small
 # ------------------------------------------------------------------------------------------------------------------
-SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7 --max-tokens 60", "sft.py": "--epochs 1 --batch-size 4 --save-every 2",
-         "grpo.py": "--updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60 --longest 3"}
+SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7 --max-tokens 60", "sft.py": "--epochs 1 --batch-size 2 --grad-accum 2 --save-every 2",
+         "grpo.py": "--updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60 --longest 3 --ablations"}
 
 
 def arguments(script, out):
@@ -622,6 +644,45 @@ def test_the_four_commands(run):
     assert wrong.returncode == 2 and "--learning-rate" in wrong.stderr
     wrong = command("sft.py", out, "--lr", "nan")
     assert wrong.returncode == 2 and "expected 1e-09 to 1" in wrong.stderr
+
+
+def test_predictions_of_others_and_a_picture_of_your_own(run):
+    out, _ = run
+    before, own, file = json.loads((out / "results.json").read_text()), out.parent / "own", out.parent / "p.jsonl"
+    assert len(before["ablations"]) == 3 + 3 and (out / "log/evaluate_grpo_random_text.jsonl").exists()
+    assert command("evaluate.py", out, "--predictions", str(file)).returncode == 0
+    (own / "data").mkdir(parents=True)
+    for name in ("test.jsonl", "images"):
+        (own / "data" / name).symlink_to(out / "data" / name)
+    scored = command("evaluate.py", own, "--from-predictions", str(file))
+    assert scored.returncode == 0, scored.stderr
+    after = json.loads((own / "results.json").read_text())
+    assert all(after[k] == before[k] for k in ("table1", "table2", "differences", "strata", "adaptive", "findings")) and before["table2"]
+    picture(90, 70).save(out.parent / "photo.png")
+    shown = command("evaluate.py", out, "--image", str(out.parent / "photo.png"), "--expression", "the red star")
+    assert shown.returncode == 0 and "step 2: " in shown.stdout and (out / "figures/photo.png").exists(), shown.stderr
+    merged = command("evaluate.py", out, "--merge", str(out.parent / "merged"))
+    assert merged.returncode == 0 and load_file(out.parent / "merged/model.safetensors"), merged.stderr
+    refused = command("evaluate.py", out, "--image", "none.png", "--expression", "x")
+    assert refused.returncode == 1 and "none.png" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_two_processes_do_what_one_does(run, tmp_path):
+    """The same global batches, shared by two processes: the same boxes, and losses up to rounding."""
+    one, _ = run
+    out = tmp_path / "run"
+    for script in SMALL:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511"]
+        ran = subprocess.run(start + [str(a) for a in arguments(script, out)[1:]], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert ran.returncode == 0, ran.stderr
+    read = lambda folder, name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    assert read(out, "data/student.jsonl") == read(one, "data/student.jsonl")
+    for name in ("log/sft.jsonl", "log/grpo.jsonl", "log/grpo_single.jsonl"):
+        rows = list(zip(read(out, name), read(one, name), strict=True))
+        assert all(a.keys() == b.keys() and a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4) for a, b in rows for k in a), rows
+    assert [row["id"] for row in read(out, "log/evaluate_grpo.jsonl")] == [row["id"] for row in read(one, "log/evaluate_grpo.jsonl")]
+    odd = subprocess.run([*start, HERE / "sft.py", "--grad-accum", "3", "--out", out], capture_output=True, text=True)
+    assert odd.returncode != 0 and "not a multiple of the 2 processes" in odd.stderr
 
 
 def interrupted(script, out, when, number=signal.SIGKILL):
