@@ -2,6 +2,7 @@
 
     python make_data.py                                   the toy's world of scenes
     python make_data.py --data my.jsonl                   your own samples (README, "Your own data")
+    python make_data.py --preset paper --refcocog DIR --refadv DIR --refl4 DIR --coco DIR     (README, "The paper's data")
 
 1. Samples: a 1:1:1 mixture of the sources, split by image into train, val and test.
 2. Student: the base model's greedy single-shot box for every training sample, a realistic, model-own error.
@@ -18,46 +19,246 @@ small model can write them. `--teacher vlm` is the paper's.
 Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl under --out.
 """
 
+import json
 import math
+import pickle
 import random
 import re
+import shlex
+import tarfile
 import time
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from common import (SINGLE_PROMPT, answer_of, box_iou, draw_overlay, format_box, iou, normalize_box, place, rollout)
+from runtime import (RANK, Log, barrier, begin, flags, gather, leave_if_interrupted, load_image, load_vlm, memory_for, minutes,
+                     read_jsonl, read_samples, seed_all, share, stop, whole_batches, write_bytes, write_jsonl)
+
+# ------------------------------------------------------------------------------------------------------------------
+# The paper's three datasets, as they are published. A reader yields dicts with id, image, key, width, height, expression
+# and bbox (pixels, xyxy from here on); `usable` makes samples of them. The key names the photo, and is the same in all three.
+# ------------------------------------------------------------------------------------------------------------------
+DATASETS = {  # flag -> (sets of files of which one will do, what it is, the shell line that gets it)
+    "refcocog": ((("refs(umd).p", "instances.json"), ("**/*.parquet",)),
+                 "RefCOCOg (UMD split), the parquet files of hub id jxu124/refcocog (its page there has size and licence), or the "
+                 "original refs(umd).p with instances.json",
+                 "hf download jxu124/refcocog --repo-type dataset --local-dir {folder}"),
+    "refadv": ((("**/*.parquet",),),
+               "Ref-Adv-s, one parquet file with its images, hub id dddraxxx/ref-adv-s, about 255 MB, CC BY 4.0",
+               "hf download dddraxxx/ref-adv-s --repo-type dataset --local-dir {folder}"),
+    "refl4": ((("ref-l4-val.parquet", "ref-l4-test.parquet", "images.tar.gz"), ("ref-l4-val.parquet", "ref-l4-test.parquet", "images/*")),
+              "Ref-L4, ref-l4-val.parquet, ref-l4-test.parquet and images.tar.gz (3.5 GB), hub id JierunChen/Ref-L4, CC BY-NC 4.0",
+              "hf download JierunChen/Ref-L4 ref-l4-val.parquet ref-l4-test.parquet images.tar.gz --repo-type dataset "
+              "--local-dir {folder}"),
+    "coco": ((("COCO_train2014_*.jpg",), ("train2014/COCO_train2014_*.jpg",)),
+             "the COCO train2014 images, which RefCOCOg's expressions are about; size and terms of use: cocodataset.org",
+             "curl -LO http://images.cocodataset.org/zips/train2014.zip && unzip -q train2014.zip -d {folder}"),
+}
+
+
+def how_to_get(name, folder):
+    return f"It takes {DATASETS[name][1]}:\n    " + DATASETS[name][2].format(folder=shlex.quote(str(folder)))
+
+
+def missing_files(folders):
+    """What is not there of flag -> folder (or None): per dataset what is missing and how to get it; [] when all is there."""
+    problems = []
+    for name, (choices, _, _) in DATASETS.items():
+        folder = Path(folders[name] or f"datasets/{name}")
+        lacking = min(([p for p in files if next(folder.glob(p), None) is None] for files in choices), key=len)
+        if lacking or not folders[name]:
+            fault = f"{folder} has no {' and no '.join(lacking)}" if folders[name] else "not given"
+            problems.append(f"--{name}: {fault}. {how_to_get(name, folder)}")
+    return problems
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, strings and numbers only: whatever a pickle runs it looks up by name first, and here no name is found."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; a list of expressions needs no code")
+
+
+def read_refs(path):
+    """The list of dicts in refs(umd).p. Exits when it holds anything but plain data."""
+    with open(path, "rb") as file:
+        try:
+            return PlainUnpickler(file, encoding="latin1").load()  # from Python 2, whose strings are bytes
+        except Exception as e:  # a damaged pickle raises nearly anything
+            stop(f"{path} is not the plain list that RefCOCOg's authors published ({e}); get it again")
+
+
+def read_parquet(path, columns):
+    """Yields the rows of a parquet file as dicts of these columns; no other column is read, few rows are held at once."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        stop(f"reading {path} needs pyarrow: pip install pyarrow")
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        lacking = set(columns) - set(file.schema_arrow.names)
+        if lacking:
+            stop(f"{path} has no column {', '.join(sorted(lacking))}; it has {', '.join(file.schema_arrow.names)}. Is it the right file?")
+        for batch in file.iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        stop(f"{path} cannot be read ({e}); get it again")
+
+
+def xyxy(bbox):
+    x, y, width, height = bbox
+    return [x, y, x + width, y + height]
+
+
+def image_key(origin, name):
+    """The photo behind a file or image id: coco_9, 000000000009.jpg and COCO_train2014_000000000009.jpg are all "coco 9"."""
+    number = re.search(r"\d+$", Path(name).stem)
+    return f"coco {int(number[0])}" if "coco" in origin and number else f"{origin} {Path(name).stem}"
+
+
+def inside(file_name):
+    """Where an image that comes inside a parquet or tar file is put, relative to data/. No folder in its name counts."""
+    return f"images/{Path(file_name).name}"
+
+
+def refcocog(folder, coco):
+    """RefCOCOg, a row per sentence: refs(umd).p with instances.json (boxes xywh), else jxu124's parquet files (xyxy)."""
+    if (folder / "refs(umd).p").exists():
+        instances = json.loads((folder / "instances.json").read_text(encoding="utf-8"))
+        images = {image["id"]: image for image in instances["images"]}
+        boxes = {annotation["id"]: xyxy(annotation["bbox"]) for annotation in instances["annotations"]}
+        refs = ((ref, images[ref["image_id"]], boxes[ref["ann_id"]]) for ref in read_refs(folder / "refs(umd).p"))
+    else:
+        columns = ["ref_id", "image_id", "bbox", "raw_image_info", "sentences"]
+        refs = ((ref, json.loads(ref["raw_image_info"]), ref["bbox"]) for path in sorted(folder.rglob("*.parquet"))
+                for ref in read_parquet(path, columns))
+    coco = (coco / "train2014" if (coco / "train2014").is_dir() else coco).resolve()
+    for ref, image, bbox in refs:
+        name = f"COCO_train2014_{ref['image_id']:012d}.jpg"  # the ref's own file_name ends in the annotation's number: no such file
+        for sentence in ref["sentences"]:
+            yield {"id": f"{ref['ref_id']}-{sentence['sent_id']}", "image": str(coco / name), "key": image_key("coco", name),
+                   "width": image["width"], "height": image["height"], "expression": sentence["sent"], "bbox": bbox}
+
+
+def refadv(folder):
+    """Ref-Adv-s; its id is the row's number. The images stay in the parquet until `write_images`."""
+    columns = ["file_name", "normal_caption", "solution", "width", "height", "image_source"]
+    rows = (row for path in sorted(folder.rglob("*.parquet")) for row in read_parquet(path, columns))
+    for number, row in enumerate(rows):
+        yield {"id": str(number), "image": inside(row["file_name"]), "key": image_key(row["image_source"], row["file_name"]),
+               "width": row["width"], "height": row["height"], "expression": row["normal_caption"], "bbox": row["solution"]}
+
+
+def refl4(folder):
+    """Ref-L4, boxes xywh. An image unpacked to images/ is used where it lies, others stay in the tar until `write_images`."""
+    unpacked = (folder / "images").resolve()
+    for name in ("ref-l4-val.parquet", "ref-l4-test.parquet"):
+        for row in read_parquet(folder / name, ["id", "caption", "bbox", "image_id", "width", "height", "file_name"]):
+            origin, _, number = row["image_id"].rpartition("_")
+            file = unpacked / Path(row["file_name"]).name
+            yield {"id": str(row["id"]), "image": str(file) if file.exists() else inside(row["file_name"]),
+                   "key": image_key(origin, number), "width": row["width"], "height": row["height"],
+                   "expression": row["caption"], "bbox": xyxy(row["bbox"])}
+
+
+def usable(source, rows):
+    """The rows of a reader as samples, in the order of their ids: boxes clipped to the image, the useless dropped by reason."""
+    samples, dropped, read = {}, Counter(), 0
+    for read, row in enumerate(rows, 1):
+        size = row["width"], row["height"]
+        x1, y1, x2, y2 = bbox = [float(min(max(v, 0), limit)) for v, limit in zip(row["bbox"], size * 2)]
+        name, expression = f"{source}_{row['id']}", row["expression"].strip()
+        why = ("without a box inside the image" if not (x1 < x2 and y1 < y2) else "without words" if not expression
+               else "with the id of another" if name in samples else None)
+        if why:
+            dropped[why] += 1
+        else:
+            samples[name] = {"source": source, **row, "id": name, "expression": expression, "bbox": bbox}
+    print(f"{source}: {read} read, {len(samples)} kept; dropped: " + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
+    return [samples[name] for name in sorted(samples)]
+
+
+def paper_samples(folders, seed):
+    """flag -> folder: the samples of the three datasets, each cut at random to the size of the smallest, Ref-Adv-s (1,142).
+
+    The paper tells the sizes, 800 + 170 + 172 of each source, and not from which published splits; Ref-Adv-s and Ref-L4 have
+    none to train on. So what there is of each is pooled here and split anew, by image. Exits when a file is not as published.
+    """
+    path, sources, rng = {name: Path(folder) for name, folder in folders.items()}, [], random.Random(seed)
+    for name, rows in {"refcocog": refcocog(path["refcocog"], path["coco"]), "refadv": refadv(path["refadv"]),
+                       "refl4": refl4(path["refl4"])}.items():
+        try:
+            sources.append(usable(name, rows))
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
+            stop(f"--{name}: {path[name]} is not as published ({type(e).__name__}: {e}). {how_to_get(name, path[name])}")
+    smallest = min(map(len, sources))
+    return [sample for samples in sources for sample in rng.sample(samples, smallest)]
+
+
+def write_images(samples, data, folders):
+    """Writes those images of the samples to data/images that lie inside Ref-Adv-s' parquet or Ref-L4's tar; no others."""
+    wanted = {s["image"]: "coco" if s["source"] == "refcocog" else s["source"] for s in samples if not (data / s["image"]).exists()}
+    archive = Path(folders["refl4"]) / "images.tar.gz"
+
+    def embedded():  # (file name, bytes)
+        for path in sorted(Path(folders["refadv"]).rglob("*.parquet")):
+            yield from ((row["file_name"], row["image"]["bytes"]) for row in read_parquet(path, ["file_name", "image"]))
+        if wanted and archive.exists():
+            with tarfile.open(archive, "r:gz") as tar:
+                for member in tqdm(tar, desc=archive.name, unit="file", delay=2):
+                    if member.isfile() and inside(member.name) in wanted:
+                        yield member.name, tar.extractfile(member).read()
+
+    try:
+        for name, content in embedded():
+            if inside(name) in wanted:
+                write_bytes(data / inside(name), lambda file: file.write(content))
+                del wanted[inside(name)]
+            if not wanted:
+                break  # the rest of the archive need not be unpacked
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
+        stop(f"--refl4: {archive} is damaged ({e}). {how_to_get('refl4', folders['refl4'])}")
+    if wanted:
+        image, name = min(wanted.items())
+        stop(f"{len(wanted)} images are missing, such as {image}, which --{name} should hold. {how_to_get(name, folders[name])}")
 
 
 def split(samples, sizes, seed):
     """Samples -> {"train": [...], "val": [...], "test": [...]} of the given sizes, 1:1:1 over the sources, by image.
 
-    All samples of one image go to one side, so no test image is ever trained on, whatever source it comes from. Smaller
-    sides are filled first. Raises ValueError naming the source that runs out.
+    All samples of one image (the same `key`, or without one the same file) go to one side, so no test image is ever trained
+    on, whatever source it comes from. Smaller sides are filled first. Raises ValueError naming the source that runs out.
     """
     rng = random.Random(seed)
     sources = sorted({s["source"] for s in samples})
     by_image = defaultdict(list)
     for sample in samples:
-        by_image[sample["image"]].append(sample)
+        by_image[sample.get("key", sample["image"])].append(sample)
     images = sorted(by_image)
     rng.shuffle(images)
     out = {}
     for side in sorted(sizes, key=sizes.get):
         # 505 over three sources is 169 + 168 + 168
         wanted = {s: sizes[side] // len(sources) + (i < sizes[side] % len(sources)) for i, s in enumerate(sources)}
-        out[side], rest = [], []
-        for image in images:
-            useful = [s for s in by_image[image] if wanted[s["source"]] > 0]
-            if not useful:
-                rest.append(image)  # stays for another side
-                continue
-            for sample in useful:
-                if wanted[sample["source"]] > 0:
-                    wanted[sample["source"]] -= 1
-                    out[side].append(sample)
-        images = rest
+        out[side] = []
+        # What is cut off an image to fit is lost to every side. So images that fit whole go first: Ref-Adv-s has 1,142 samples,
+        # up to six of one image, and 1,139 are needed.
+        for whole in (True, False):
+            rest = []
+            for image in images:
+                counts = Counter(s["source"] for s in by_image[image])
+                if not (all(n <= wanted[s] for s, n in counts.items()) if whole else any(wanted[s] for s in counts)):
+                    rest.append(image)  # stays for another side
+                    continue
+                for sample in by_image[image]:
+                    if wanted[sample["source"]] > 0:
+                        wanted[sample["source"]] -= 1
+                        out[side].append(sample)
+            images = rest
         if any(wanted.values()):
             raise ValueError(f"too few samples for {sizes[side]} in {side}: missing "
                              + ", ".join(f"{n} of {s}" for s, n in wanted.items() if n))
@@ -175,11 +376,17 @@ def vlm_traces(vlm, images, rows, args, seeds):
 if __name__ == "__main__":
     import torch
 
-    from runtime import (RANK, Log, barrier, begin, flags, gather, leave_if_interrupted, load_image, load_vlm, memory_for, minutes,
-                         read_jsonl, read_samples, seed_all, share, stop, whole_batches, write_jsonl)
     args = flags("make_data", __doc__, data=(None, "your own samples: a .jsonl file to split into train, val and test"),
+                 **{name: (None, f"folder with {what}") for name, (_, what, _) in DATASETS.items()},
                  teacher_model=(None, "another checkpoint for --teacher vlm (default: --model, as in the paper)"))
-    start, data = time.time(), args.out / "data"
+    start, data, folders = time.time(), args.out / "data", {name: getattr(args, name) for name in DATASETS}
+    from_paper = not args.data and (args.preset == "paper" or any(folders.values()))
+    sizes = {"train": args.train_samples, "val": args.val_samples, "test": args.test_samples}
+    fresh = args.restart or not all((data / f"{side}.jsonl").exists() for side in sizes)
+    if args.data and any(folders.values()):
+        stop("--data is for samples of your own, the folders are for the paper's; give one or the other")
+    if from_paper and fresh and missing_files(folders):
+        stop("\n".join(["the paper's data is not all there (for samples of your own: --data FILE.jsonl)", *missing_files(folders)]))
     seed_all(args.seed)
     begin(args, "make_data", *[args.data] * bool(args.data))
     if (data / "sft.jsonl").exists() and not args.restart:
@@ -192,25 +399,27 @@ if __name__ == "__main__":
     # --------------------------------------------------------------------------------------------------------------
     # 1. Samples
     # --------------------------------------------------------------------------------------------------------------
-    sizes = {"train": args.train_samples, "val": args.val_samples, "test": args.test_samples}
-    if not RANK and not all((data / f"{side}.jsonl").exists() for side in sizes):
+    if fresh and not RANK:
         if args.data:
             samples = read_samples(args.data, "make_data.py with --data naming an existing file", args.skip_bad)
             for sample in samples:  # image paths are relative to the file they stand in
                 sample["image"] = str((Path(args.data).parent / sample["image"]).resolve())
-        elif args.preset == "toy":
+        elif from_paper:
+            samples = paper_samples(folders, args.seed)
+        else:
             import toy
             samples = toy.make_samples(data, -(-sum(sizes.values()) // 3), args.seed)
-        else:
-            stop("--preset paper needs samples: --data FILE.jsonl, a line per expression (README, \"Your own data\")")
         try:
             sides = split(samples, sizes, args.seed)
         except ValueError as e:
             stop(f"{e}; give more samples or lower --train-samples, --val-samples, --test-samples")
+        if from_paper:
+            write_images([sample for rows in sides.values() for sample in rows], data, folders)
         for side, rows in sides.items():
             write_jsonl(data / f"{side}.jsonl", rows)
     barrier()
-    train = read_samples(data / "train.jsonl", "python make_data.py")
+    # all three are checked now: a bad test image should not come to light after the training
+    train, *_ = [read_samples(data / f"{side}.jsonl", "python make_data.py", args.skip_bad) for side in sizes]
     print("samples: " + ", ".join(f"{side} {size}" for side, size in sizes.items()))
 
     # --------------------------------------------------------------------------------------------------------------

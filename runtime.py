@@ -396,9 +396,10 @@ def read_jsonl(path, command):
 def read_samples(path, command, skip_bad=False):
     """The samples of a .jsonl file, every line and every image checked before any work starts.
 
-    Fields: id, source, image (path relative to the file), width, height, expression, bbox (float pixels x1 y1 x2 y2). All
-    problems are reported together and end the program, each with line, field, value and remedy. With `skip_bad` the good
-    samples are returned, the others counted by reason and listed in <file>.skipped.
+    Fields: id, source, image (path relative to the file), width, height, expression, bbox (float pixels x1 y1 x2 y2), and
+    optionally key (samples of one key stay on one side of the split). All problems are reported together and end the
+    program, each with line, field, value and remedy. With `skip_bad` the good samples are returned, the others counted by
+    reason and listed in <file>.skipped.
     """
     from tqdm import tqdm
     path, samples, problems, seen, counts = Path(path), [], [], {}, Counter()
@@ -434,7 +435,8 @@ def sample_problems(sample, folder):
     """What is wrong with one sample: (field, sentence with value and remedy), one per problem; empty when it is good."""
     if not isinstance(sample, dict):
         return [("JSON", f"{str(sample)[:60]!r} is not a JSON object; see README, \"Your own data\"")]
-    kinds = {"id": str, "source": str, "image": str, "width": int, "height": int, "expression": str, "bbox": list}
+    kinds = {"id": str, "source": str, "image": str, "width": int, "height": int, "expression": str, "bbox": list,
+             **({"key": str} if "key" in sample else {})}
     problems = [(name, f"{name} is {str(sample.get(name))[:60]!r}; expected {kind.__name__}") for name, kind in kinds.items()
                 if not isinstance(sample.get(name), kind) or isinstance(sample[name], bool)]
     if problems:

@@ -1,14 +1,17 @@
 """The tests: python -m pytest -q. Behaviour only, on a Qwen3-VL of random weights; the last ones run the real commands."""
 
 import argparse
+import io
 import json
 import os
+import pickle
 import random
 import re
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -585,11 +588,168 @@ def test_what_the_readme_states():
     packages = re.split(r"\s+", re.search(r"requirements.txt +(torch .*)", tree)[1])
     assert [re.match(r"\w+", line)[0] for line in (HERE / "requirements.txt").read_text().split()] == packages
     flags = {"--" + name.replace("_", "-") for table in PRESETS.values() for name in table}
-    own = {"--preset", "--out", "--restart", "--skip-bad", "--data", "--init", "--help"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | own
+    own = {"--preset", "--out", "--restart", "--skip-bad", "--data", "--init", "--help", "--repo-type", "--local-dir"}
+    own |= {"--" + name for name in make_data.DATASETS}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | own
     assert "python make_data.py && python sft.py && python grpo.py && python evaluate.py" in text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (HERE / picture).exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The paper's three datasets: small files in exactly the published types
+# ------------------------------------------------------------------------------------------------------------------
+COLUMNS = {  # the published columns, in Arrow's words
+    "refcocog": {"image_id": "int64", "split": "string", "file_name": "string", "category_id": "int64", "ann_id": "int64",
+                 "sentences": [{"raw": "string", "sent": "string", "sent_id": "int64", "tokens": ["string"]}],
+                 "sent_ids": ["int64"], "ref_id": "int64", "raw_anns": "string", "raw_image_info": "string", "raw_sentences": "string",
+                 "image_path": "string", "bbox": ["float64"], "captions": ["string"], "global_image_id": "string", "anns_id": "string"},
+    "refadv": {"image": {"bytes": "binary", "path": "string"}, "file_name": "string", "normal_caption": "string", "solution": ["float64"],
+               "width": "int64", "height": "int64", "image_source": "string", "human_authored": "bool", "use_negation": "bool",
+               "distractors": "string"},
+    "refl4": {"id": "int64", "caption": "string", "bbox": ["float64"], "bbox_area": "float64", "bbox_id": "string",
+              "ori_category_id": "string", "image_id": "string", "height": "int64", "width": "int64", "file_name": "string",
+              "is_rewrite": "bool", "split": "string"}}
+
+
+def encoded(mode="RGB", format="JPEG", size=(20, 10), **options):
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 100, 50)).convert(mode).save(file, format, **options)
+    return file.getvalue()
+
+
+def a_ref(ref_id, image_id, sents, split="train"):
+    return {"ref_id": ref_id, "ann_id": ref_id, "category_id": 1, "image_id": image_id, "split": split,
+            "sent_ids": list(range(len(sents))), "file_name": f"COCO_train2014_{image_id:012d}_{ref_id}.jpg",
+            "sentences": [{"raw": s.upper(), "sent": s, "sent_id": i, "tokens": s.split()} for i, s in enumerate(sents)]}
+
+
+@pytest.fixture(params=["parquet", "stand-in"])
+def folders(request, tmp_path, monkeypatch):
+    """The three downloads, COCO 9 in two of them; `stand-in` hands out the rows itself, for a machine without pyarrow."""
+    if request.param == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+    tables = {}
+
+    def arrow(kind):
+        return (pyarrow.list_(arrow(kind[0])) if isinstance(kind, list) else getattr(pyarrow, kind + "_" * (kind == "bool"))()
+                if isinstance(kind, str) else pyarrow.struct([(k, arrow(v)) for k, v in kind.items()]))
+
+    def parquet(path, columns, rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{name: row.get(name) for name in columns} for row in rows]
+        tables[path] = rows
+        if request.param == "parquet":
+            schema = pyarrow.schema([(name, arrow(kind)) for name, kind in columns.items()])
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+        else:
+            path.touch()
+
+    if request.param == "stand-in":
+        monkeypatch.setattr(make_data, "read_parquet", lambda path, names: [{name: row[name] for name in names} for row in tables[path]])
+    g, adv, l4, coco = (tmp_path / name for name in make_data.DATASETS)
+    refs = [a_ref(7, 9, ["the cat", "a cat on the left"]), a_ref(8, 9, ["gone"], "val"), a_ref(9, 30, [" "], "test")]
+    boxes, sizes = {7: [12, 2, 8, 8.5], 8: [25, 2, 8, 8], 9: [0, 0, 5, 5]}, {9: (20, 10), 30: (20, 10)}
+    g.mkdir(), (coco / "train2014").mkdir(parents=True)
+    (g / "refs(umd).p").write_bytes(pickle.dumps(refs, 2))
+    images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "width": w, "height": h} for i, (w, h) in sizes.items()]
+    (g / "instances.json").write_text(json.dumps({"images": images, "categories": [], "annotations": [
+        {"id": i, "image_id": 9, "category_id": 1, "bbox": box} for i, box in boxes.items()]}))
+    parquet(tmp_path / "jxu124/data/train.parquet", COLUMNS["refcocog"], [dict(
+        ref, bbox=make_data.xyxy(boxes[ref["ref_id"]]), raw_anns=json.dumps({"bbox": boxes[ref["ref_id"]]}),
+        raw_image_info=json.dumps(next(i for i in images if i["id"] == ref["image_id"]))) for ref in refs])
+    (coco / "train2014/COCO_train2014_000000000009.jpg").write_bytes(encoded("L"))
+    parquet(adv / "data/train-00000-of-00001.parquet", COLUMNS["refadv"], [
+        {"image": {"bytes": content, "path": None}, "file_name": name, "normal_caption": "the one", "solution": [1.0, 2.0, 20.0, 9.0],
+         "width": 20, "height": 10, "image_source": source, "human_authored": True, "use_negation": False, "distractors": "[1, 2, 3]"}
+        for name, source, content in (("000000000139.jpg", "coco_val2017", encoded("P", "PNG")),
+                                      ("0007786c9352aac1.jpg", "openimages", encoded("CMYK")))])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photos = {"objects365_v2_00922765.jpg": encoded(exif=turned), "COCO_train2014_000000000009.jpg": encoded("L"), "not_asked_for.jpg": b""}
+    for split, number, image_id, name, size in (("val", 0, "o365_922765", "objects365_v2_00922765.jpg", (10, 20)),
+                                                ("test", 1, "coco_9", "COCO_train2014_000000000009.jpg", (20, 10))):
+        parquet(l4 / f"ref-l4-{split}.parquet", COLUMNS["refl4"], [
+            {"id": number, "caption": "this", "bbox": [1.5, 2.0, 3.0, 4.0], "image_id": image_id, "width": size[0], "height": size[1],
+             "file_name": name, "is_rewrite": False, "split": split}])
+    with tarfile.open(l4 / "images.tar.gz", "w:gz") as tar:
+        for name, content in photos.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return {"refcocog": g, "refadv": adv, "refl4": l4, "coco": coco}
+
+
+def test_the_published_files_become_samples(folders, tmp_path, capsys):
+    samples = {s["id"]: s for s in make_data.paper_samples(folders, 0)}
+    said = capsys.readouterr().out
+    assert "refcocog: 4 read, 2 kept; dropped: 1 without a box inside the image, 1 without words\n" in said
+    assert "refadv: 2 read, 2 kept; dropped: none\n" in said
+    assert {i: (s["key"], s["bbox"], s["expression"]) for i, s in samples.items()} == {
+        "refcocog_7-0": ("coco 9", [12, 2, 20, 10], "the cat"), "refcocog_7-1": ("coco 9", [12, 2, 20, 10], "a cat on the left"),
+        "refadv_0": ("coco 139", [1, 2, 20, 9], "the one"), "refadv_1": ("openimages 0007786c9352aac1", [1, 2, 20, 9], "the one"),
+        "refl4_0": ("o365 922765", [1.5, 2, 4.5, 6], "this"), "refl4_1": ("coco 9", [1.5, 2, 4.5, 6], "this")}
+    assert normalize_box(samples["refadv_0"]["bbox"], 20, 10)[2] == 1000
+    data = tmp_path / "data"
+    make_data.write_images([s for i, s in samples.items() if i != "refadv_1"], data, folders)
+    assert sorted(f.name for f in (data / "images").iterdir()) == ["000000000139.jpg", "COCO_train2014_000000000009.jpg",
+                                                                   "objects365_v2_00922765.jpg"]
+    make_data.write_images(list(samples.values()), data, folders)
+    runtime.write_jsonl(data / "s.jsonl", list(samples.values()))
+    assert runtime.read_samples(data / "s.jsonl", "") == list(samples.values())        # every image is what its sample says
+    assert runtime.load_image(samples["refl4_0"], data).size == (10, 20)
+    (folders["coco"] / "train2014/COCO_train2014_000000000009.jpg").unlink()
+    with pytest.raises(SystemExit, match="1 images are missing, .*000009.jpg, which --coco should hold(.|\n)*curl"):
+        make_data.write_images(list(samples.values()), data, folders)
+
+
+def test_both_forms_of_refcocog_give_the_same(folders):
+    forms = folders["refcocog"], folders["refcocog"].parent / "jxu124"
+    original, parquet = (list(make_data.refcocog(form, folders["coco"])) for form in forms)
+    assert len(original) == 4 and original == parquet
+
+
+def test_an_image_of_two_sources_stays_on_one_side():
+    """Ref-Adv-s as it is: 1,142 rows, up to six of an image; the other two, as large, share half of their images."""
+    samples = [{"source": "refadv", "image": f"{i}", "key": f"openimages {i // 6 if i < 600 else i}"} for i in range(1142)]
+    samples += [{"source": source, "image": f"{source} {i}", "key": f"coco {i // 2 + (source == 'refl4') * 285}"}
+                for source in ("refcocog", "refl4") for i in range(1142)]
+    sizes = {"train": 2400, "val": 510, "test": 505}
+    for seed in range(3):
+        sides = make_data.split(samples, sizes, seed)
+        assert {side: len(rows) for side, rows in sides.items()} == sizes
+        keys = [{s["key"] for s in rows} for rows in sides.values()]
+        assert len(set.union(*keys)) == sum(map(len, keys))
+    assert sides == make_data.split(samples, sizes, 2) != make_data.split(samples, sizes, 3)
+    assert [sum(s["source"] == x for s in sides["test"]) for x in ("refadv", "refcocog", "refl4")] == [169, 168, 168]
+
+
+def test_a_pickle_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("refs").write_bytes(b"\x80\x02](U\x04caf\xe9K\x07e.")            # as Python 2 writes it
+    assert make_data.read_refs("refs") == ["caf\xe9", 7]
+    for protocol in range(5):
+        Path("refs").write_bytes(pickle.dumps([Evil()], protocol))
+        with pytest.raises(SystemExit, match="refs is not the plain list .*needs no code"):
+            make_data.read_refs("refs")
+    Path("refs").write_bytes(b"\x80\x02](U\x04ca")
+    with pytest.raises(SystemExit, match="refs is not the plain list"):
+        make_data.read_refs("refs")
+    assert not Path("evil").exists()
+
+
+def test_missing_files_are_named_with_what_gets_them(tmp_path):
+    (tmp_path / "refs(umd).p").touch()
+    said = make_data.missing_files({"refcocog": tmp_path, "refadv": None, "refl4": tmp_path / "my data", "coco": tmp_path})
+    assert [problem.split(":")[0] for problem in said] == ["--refcocog", "--refadv", "--refl4", "--coco"]
+    for problem, words in zip(said, (
+            ("has no instances.json.", "jxu124/refcocog", "hf download"),
+            ("not given", "about 255 MB, CC BY 4.0", "--local-dir datasets/refadv"),
+            ("has no ref-l4-val.parquet and no ref-l4-test.parquet and no images.tar.gz", "(3.5 GB), hub id JierunChen/Ref-L4",
+             "CC BY-NC 4.0", f"--local-dir '{tmp_path}/my data'"),
+            ("has no COCO_train2014_*.jpg", "curl -LO http://images.cocodataset.org/zips/train2014.zip"))):
+        assert all(w in problem for w in words), problem
 
 
 # ------------------------------------------------------------------------------------------------------------------
