@@ -56,6 +56,11 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     seed_all(args.seed)
     begin(args, name, data / "train.jsonl", data / "val.jsonl", *[args.out / "sft/adapter_model.safetensors"] * (args.init == "sft"),
           steps=steps)
+    checkpoint = args.out / f"{name}.checkpoint"
+    state = load_checkpoint(checkpoint, args.restart)
+    if state and state["finished"]:
+        print(f"{args.out / name} is finished; --restart begins again")
+        continue
 
     # --------------------------------------------------------------------------------------------------------------
     # Model and optimizer: two adapters that begin as the same one, the policy (trained) and the reference (frozen)
@@ -94,15 +99,11 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     # --------------------------------------------------------------------------------------------------------------
     # Resume
     # --------------------------------------------------------------------------------------------------------------
-    checkpoint, first_update, best, logged = args.out / f"{name}.checkpoint", 0, -1.0, 0
-    state = load_checkpoint(checkpoint, args.restart)
+    first_update, best, logged = 0, -1.0, 0
     if state:
         set_peft_model_state_dict(vlm.model, state["adapter"], adapter_name="policy")
         optimizer.load_state_dict(state["optimizer"])
         first_update, best, logged = state["update"], state["best"], state["logged"]
-        if state["finished"]:
-            print(f"{args.out / name} is finished; --restart begins again")
-            continue
         print(f"going on after update {first_update}")
     log = Log(args.out / f"log/{name}.jsonl", keep=logged)
 

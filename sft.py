@@ -42,6 +42,11 @@ if len(rows[0]["boxes"]) != args.steps + 1:
 per_update = args.batch_size * args.grad_accum
 updates_per_epoch = math.ceil(len(rows) / per_update)
 updates = updates_per_epoch * args.epochs
+checkpoint, first_update, logged = args.out / "sft.checkpoint", 0, 0
+state = load_checkpoint(checkpoint, args.restart)
+if state and state["update"] >= updates:
+    print(f"{args.out / 'sft'} is finished; --restart begins again")
+    raise SystemExit
 
 # ------------------------------------------------------------------------------------------------------------------
 # Model and optimizer
@@ -78,16 +83,10 @@ def example(row):
 # ------------------------------------------------------------------------------------------------------------------
 # Resume
 # ------------------------------------------------------------------------------------------------------------------
-checkpoint, first_update, logged = args.out / "sft.checkpoint", 0, 0
-state = load_checkpoint(checkpoint, args.restart)
 if state:
     set_peft_model_state_dict(vlm.model, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     first_update, logged = state["update"], state["logged"]
-    if first_update >= updates:
-        save_adapter(vlm, args.out / "sft")
-        print(f"{args.out / 'sft'} is finished; --restart begins again")
-        raise SystemExit
     print(f"going on after update {first_update}")
 log = Log(args.out / "log/sft.jsonl", keep=logged)
 
@@ -128,11 +127,12 @@ for update in range(first_update, updates):
     log.write(update=update + 1, epoch=epoch + 1, loss=loss, grad_norm=norm, lr=learning_rate(update), tokens=tokens)
     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
     bar.update()
+    if update + 1 == updates:
+        save_adapter(vlm, args.out / "sft")  # before the checkpoint that says all is done
     if (update + 1) % args.save_every == 0 or update + 1 == updates or interrupted():
         save_checkpoint(checkpoint, adapter=adapter_state(vlm.model), optimizer=optimizer.state_dict(), update=update + 1,
                         logged=log.rows)
         leave_if_interrupted()
 bar.close()
 
-save_adapter(vlm, args.out / "sft")
 print(f"loss {loss:.3f}; adapter in {args.out / 'sft'}, {minutes(start)}; next: python grpo.py")
