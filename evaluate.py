@@ -134,6 +134,8 @@ def analyse(samples, played, steps):
     for name, rows in played.items():
         ious, boxes = full[name][:, :steps + 1], [row["boxes"][:steps + 1] for row in rows]
         chosen = choices(ious, boxes) if ious.shape[1] > 1 else {"its only box": ious[:, 0]}
+        if name == CONTROL:  # its samples have no order
+            chosen = {way: chosen[way] for way in ("best of steps", "medoid")}
         out["table1"][name] = {way: dict(zip(METRICS, estimate(metrics(v)))) for way, v in chosen.items()}
         out["differences"][name] = {way: dict(zip(METRICS, estimate(metrics(v) - base))) for way, v in chosen.items()}
         if ious.shape[1] == 1 or name == CONTROL:
@@ -189,6 +191,24 @@ def cell(value, sign=""):
 
 def table(head, rows):
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"] + ["| " + " | ".join(map(str, row)) + " |" for row in rows] + [""]
+
+
+def summary(results):
+    """What the terminal shows: Tables 1 and 2 and the verdicts, without intervals."""
+    ways, width = ("best of steps", "last step", "first step"), max(map(len, results["table1"])) + 2
+    lines = ["Table 1: Acc@0.5 / Acc@0.7 / Acc@0.9 / mean IoU", " " * width + "".join(f"{way:26}" for way in ways)]
+    for name, row in results["table1"].items():
+        only = row.get("its only box")
+        cells = [" ".join(f"{v[0]:.3f}" for v in row[way].values()) if way in row else "" for way in ways]
+        if only:
+            cells[0] = " ".join(f"{v[0]:.3f}" for v in only.values())
+        lines.append(f"{name:{width}}" + "".join(f"{c:26}" for c in cells).rstrip())
+    lines += ["", "Table 2: mean IoU per step, change, improved / stagnated / degraded, valid boxes per step"]
+    for name, row in results["table2"].items():
+        lines.append(f"{name:{width}}" + " ".join(f"{v[0]:.3f}" for v in row["iou"]) + f"  {row['delta'][0]:+.3f}  "
+                     + " / ".join(f"{100 * row[k][0]:.0f}%" for k in ("improved", "stagnated", "degraded")) + "  "
+                     + " ".join(f"{v[0]:.3f}" for v in row["valid"]))
+    return "\n".join(lines + ["", "The paper's findings here"] + [f"{verdict}: {sentence}: {numbers}" for sentence, numbers, verdict in results["findings"]])
 
 
 def report(results):
@@ -261,11 +281,13 @@ def filmstrip(items, title, width=320):
         scale = max(1, width // image.width) if image.width <= width else width / image.width
         size = round(image.width * scale), round(image.height * scale)
         panel = image.resize(size, Image.NEAREST if scale >= 1 else Image.LANCZOS)
-        strip = Image.new("RGB", (strips[0].width, size[1] + 160), "white")
+        traces = ["\n".join(textwrap.wrap(text.removesuffix(answer_of(text)).replace("<think>", "").replace("</think>", "").strip(), width // 7)[:8])
+                  for text in row["texts"]]
+        strip = Image.new("RGB", (strips[0].width, size[1] + 88 + 15 * max(trace.count("\n") for trace in traces)), "white")
         draw = ImageDraw.Draw(strip)
         draw.line((gap, 2, strip.width - gap, 2), fill=(210, 210, 210))
         draw.text((gap, 10), sample["expression"], fill="black", font=bold)
-        for t, (box, text) in enumerate(zip(row["boxes"], row["texts"])):
+        for t, (box, trace) in enumerate(zip(row["boxes"], traces)):
             left, shown = gap + t * (width + gap), panel.copy()
             pen = ImageDraw.Draw(shown)
             if "bbox" in sample:
@@ -277,8 +299,7 @@ def filmstrip(items, title, width=320):
             if box and "bbox" in sample:
                 head += f": IoU {box_iou(box, sample):.2f}"
             draw.text((left, size[1] + 42), head, fill="black", font=font)
-            trace = text.removesuffix(answer_of(text)).replace("<think>", "").replace("</think>", "").strip()
-            draw.text((left, size[1] + 64), "\n".join(textwrap.wrap(trace, width // 7)[:6]), fill=(70, 70, 70), font=small)
+            draw.text((left, size[1] + 62), trace, fill=(70, 70, 70), font=small)
         strips.append(strip)
     sheet, y = Image.new("RGB", (strips[0].width, sum(s.height for s in strips)), "white"), 0
     for strip in strips:
@@ -511,7 +532,7 @@ if __name__ == "__main__":
         results["ablations"][name] = {**changes(ious), "Acc@0.5": estimate(ious[:, -1] >= 0.5), "validation": seen[:1] + seen[-1:],
                                       "repeats": estimate([all(b == row["boxes"][0] for b in row["boxes"][:args.steps + 1]) for row in rows])}
     text = report(results)
-    print("\n" + text)
+    print(f"\n{len(samples)} test samples, T = {args.steps}\n\n{summary(results)}\n")
     write_text(args.out / "results.md", text)
     write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     if args.predictions:
