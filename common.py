@@ -70,7 +70,7 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
         "kl": ("paper", "paper", "paper: mean |log pi - log ref|; k3: the unbiased, non-negative estimator", ("paper", "k3")),
         "reward": ("simple", "simple", "simple: Eq. 3; six: the composite that the paper tried first (Section 3.4)", ("simple", "six")),
         "grad_accum": (8, 8, "prompts per update"),
-        "updates": (300, 20, "300 x 8 is one pass over 2,400 prompts; not in the paper"),
+        "updates": (300, 40, "300 x 8 is one pass over 2,400 prompts; not in the paper"),
         "batch_size": (6, 24, "trajectories per forward pass of the update; not in the paper"),
         "prompts_at_once": (2, 16, "prompts decoded together; not in the paper"),
         "val_every": (25, 20, "updates between validations; not in the paper"),

@@ -590,9 +590,11 @@ def test_what_the_readme_states():
     packages = re.split(r"\s+", re.search(r"requirements.txt +(torch .*)", tree)[1])
     assert [re.match(r"\w+", line)[0] for line in (HERE / "requirements.txt").read_text().split()] == packages
     flags = {"--" + name.replace("_", "-") for table in PRESETS.values() for name in table}
-    own = {"--preset", "--out", "--restart", "--skip-bad", "--data", "--init", "--help", "--repo-type", "--local-dir"}
+    own = {"--preset", "--out", "--restart", "--skip-bad", "--data", "--init", "--help", "--teacher-model", "--image", "--expression", "--predictions",
+           "--from-predictions", "--ablations", "--compare", "--merge"}
+    foreign = {"--repo-type", "--local-dir", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     own |= {"--" + name for name in make_data.DATASETS}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | own
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | own | foreign
     assert "python make_data.py && python sft.py && python grpo.py && python evaluate.py" in text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (HERE / picture).exists()
