@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
     },
     "evaluate": {
         "max_tokens": (160, 80, "per step"),
-        "batch_size": (16, 64, "samples decoded at once; not in the paper"),
+        "batch_size": (6, 64, "samples decoded at once; not in the paper"),
         "longest": (6, 6, "steps that an IVT row is played to, for the tables of adaptive refinement; not in the paper"),
         "control_temperature": (1.0, 1.0, "of the control row that samples T + 1 single-shot answers; not in the paper"),
         "pictures": (6, 6, "rows of each filmstrip"),
@@ -335,12 +336,12 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
     for layer in base.model.language_model.layers:  # a checkpointed layer does not write to the cache
         layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
     embeds = base.model.language_model.embed_tokens(ids)                                         # [B, K, D]
-    place = ids == base.config.image_token_id                                                    # [B, K]
+    shown = ids == base.config.image_token_id                                                    # [B, K]
     visual = {}
     if images:
         features = torch.cat([image.embeds for image in images])                                 # [image tokens, D]
-        embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
-        visual = dict(visual_pos_masks=place,
+        embeds = embeds.masked_scatter(shown[..., None], features.to(embeds.dtype))
+        visual = dict(visual_pos_masks=shown,
                       deepstack_visual_embeds=[torch.cat(level) for level in zip(*(i.deepstack for i in images))])
     return base.model.language_model(inputs_embeds=embeds, position_ids=positions, attention_mask=mask.long(),
                                      past_key_values=cache, use_cache=cache is not None, **visual).last_hidden_state
@@ -474,9 +475,16 @@ def trajectory_logprobs(vlm, trajectories):
     row = torch.tensor([i for i, t in enumerate(trajectories) for _ in t.target], device=ids.device)            # [M]
     predictor = torch.tensor([p for t in trajectories for p in t.predictor], device=ids.device)                 # [M]
     target = torch.tensor([v for t in trajectories for v in t.target], device=ids.device)                       # [M]
-    logprobs = text_logits(vlm, hidden[row, predictor]).log_softmax(-1)                          # [M, V]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)                                               # [M]
-    return logprobs.gather(1, target[:, None])[:, 0], entropy
+
+    def of_some(hidden, target):  # [m, D], [m] -> [m], [m]
+        logprobs = text_logits(vlm, hidden).log_softmax(-1)                                      # [m, V]
+        return logprobs.gather(1, target[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+    if not (vlm.checkpointing and torch.is_grad_enabled()):
+        return of_some(hidden[row, predictor], target)
+    # a few at a time, recomputed in the backward pass: 2,880 targets of a vocabulary of 152k are 1.75 GB for each copy
+    parts = [checkpoint(of_some, h, t, use_reentrant=False) for h, t in zip(hidden[row, predictor].split(256), target.split(256))]
+    return tuple(torch.cat(part) for part in zip(*parts))                                        # [M], [M]
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ All decoding is greedy, except in the control row that samples T + 1 single-shot
 
 Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth to choose: `best of steps`
 here. The other choices are a user's: first step, last step, last valid box, and the medoid, the box with the highest mean
-IoU to the others. Every number has a 95 percent bootstrap interval over the samples; differences are paired.
+IoU to the others. Accuracies and IoUs have 95 percent bootstrap intervals over the samples; differences are paired.
 
 Reads data/test.jsonl, sft/, grpo/, grpo_single/. Writes results.md, results.json (every number), figures/*.png,
 log/evaluate_*.jsonl under --out.
@@ -20,7 +20,6 @@ import functools
 import json
 import textwrap
 import time
-from collections import defaultdict
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -46,13 +45,15 @@ METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
 # ------------------------------------------------------------------------------------------------------------------
 # Numbers with intervals. S samples; `ious` is [S, T + 1], IoU with the ground truth, 0 where a box is not valid.
 # ------------------------------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4)
 def resamples(n, count=10_000):
     """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights [count, n] that sum to 1.
 
     The same draws for all rows, seeded: what is computed with them on two rows is paired.
     """
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), count).astype(np.float32) / n
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), count).astype(np.float32)
+    draws /= n  # in place: with a large test set this is gigabytes
+    return draws
 
 
 def estimate(values):
@@ -125,12 +126,14 @@ def adaptive(ious, rows, thresholds=(0.5, 0.7, 0.8, 0.9, 0.95, 1.0)):
     return out
 
 
-def analyse(samples, played, steps):
-    """All tables: name -> rows of the log (boxes, read, texts) becomes a dict of estimates, as results.json holds it."""
-    out = {"table1": {}, "differences": {}, "table2": {}, "strata": {}, "adaptive": {}}
-    full = {name: np.array([[box_iou(box, s) for box in row["boxes"]] for s, row in zip(samples, rows)])
-            for name, rows in played.items()}
-    base = metrics(full[next(iter(full))][:, 0])  # the first row, the base model's single-shot answer
+def analyse(samples, played, steps, shown=None):
+    """All tables: name -> rows of the log (boxes, read, texts) becomes a dict of estimates, as results.json holds it.
+
+    The first row is what the others are compared against. shown: the row that strata and adaptive refinement are printed of.
+    """
+    out = {"shown": shown, "table1": {}, "differences": {}, "table2": {}, "strata": {}, "adaptive": {}}
+    full = {name: all_ious(samples, rows) for name, rows in played.items()}
+    base = metrics(full[next(iter(full))][:, 0])
     for name, rows in played.items():
         ious, boxes = full[name][:, :steps + 1], [row["boxes"][:steps + 1] for row in rows]
         chosen = choices(ious, boxes) if ious.shape[1] > 1 else {"its only box": ious[:, 0]}
@@ -140,19 +143,35 @@ def analyse(samples, played, steps):
         out["differences"][name] = {way: dict(zip(METRICS, estimate(metrics(v) - base))) for way, v in chosen.items()}
         if ious.shape[1] == 1 or name == CONTROL:
             continue
-        repeats = [all(box == row[0] for box in row) for row in boxes]
-        out["table2"][name] = {"iou": estimate(ious), **changes(ious), "repeats": estimate(repeats),
-                               "valid": estimate([[box is not None for box in row] for row in boxes]),
-                               "all steps": estimate(full[name])}
+        out["table2"][name] = {"iou": estimate(full[name]), **changes(ious), "repeats": repeats(boxes),
+                               "valid": estimate([[box is not None for box in row] for row in boxes])}
         out["strata"][name] = {group: {stratum: changes(ious[mask]) for stratum, mask in parts.items() if mask.any()}
                                for group, parts in strata(samples, ious[:, 0]).items()}
         if all("read" in row for row in rows):
             out["adaptive"][name] = adaptive(full[name], rows)
-    out["findings"] = findings(out, full, steps)
+    out["findings"] = findings(out, {name: ious[:, :steps + 1] for name, ious in full.items()})
     return out
 
 
-def findings(results, full, steps):
+def all_ious(samples, rows):
+    """[S, T + 1] IoU of every box of a row with the truth."""
+    return np.array([[box_iou(box, sample) for box in row["boxes"]] for sample, row in zip(samples, rows)])
+
+
+def repeats(boxes):
+    """The share of trajectories whose boxes are all that of step 0 (Section 4.2's stagnation), as an estimate."""
+    return estimate([all(box == row[0] for box in row) for row in boxes])
+
+
+def ablation(samples, rows, steps, log):
+    """A row of the ablation table. log: the path of its GRPO log, of which the validations before and after are shown."""
+    ious, boxes = all_ious(samples, rows)[:, :steps + 1], [row["boxes"][:steps + 1] for row in rows]
+    seen = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if "val_iou" in line] if log.is_file() else []
+    return {**changes(ious), "repeats": repeats(boxes), "Acc@0.5": estimate(ious[:, -1] >= 0.5),
+            "validation": [row["val_iou"][0] for row in seen[:1] + seen[-1:]]}
+
+
+def findings(results, full):
     """The paper's findings as hypotheses on these rows: (sentence, numbers, verdict). What holds has its interval on its side;
     what has only its mean there is not settled."""
     out = []
@@ -162,6 +181,7 @@ def findings(results, full, steps):
         verdict = "holds" if min(lows) > 0 else "NOT SETTLED" if min(means) > 0 else "DOES NOT HOLD"
         out.append((sentence, numbers or ", ".join(f"{v[0]:+.3f} [{v[1]:+.3f}, {v[2]:+.3f}]" for v in values), verdict))
 
+    full = {name: ious for name, ious in full.items() if name in results["table2"]}  # other systems may have one box
     naive, sft, grpo = "Base + IVT (no training)", "SFT + IVT", "SFT + GRPO + IVT"
     for way in ("best of steps", "last step"):
         if naive in full:
@@ -175,7 +195,7 @@ def findings(results, full, steps):
         mean, low, high = results["table2"][sft]["delta"]
         judge("SFT declines from step 0 to step T", [[-mean, -high]], f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
     if sft in full and grpo in full:
-        a, b = (full[name][:, steps] - full[name][:, 0] for name in (sft, grpo))
+        a, b = (full[name][:, -1] - full[name][:, 0] for name in (sft, grpo))
         judge("GRPO's change from step 0 to step T is better than SFT's", [estimate(b - a)])
     return out
 
@@ -196,16 +216,13 @@ def table(head, rows):
 def summary(results):
     """What the terminal shows: Tables 1 and 2 and the verdicts, without intervals."""
     ways, width = ("best of steps", "last step", "first step"), max(map(len, results["table1"])) + 2
-    lines = ["Table 1: Acc@0.5 / Acc@0.7 / Acc@0.9 / mean IoU", " " * width + "".join(f"{way:26}" for way in ways)]
+    lines = ["Table 1: Acc@0.5, @0.7, @0.9, mean IoU", " " * width + "".join(f"{way:26}" for way in ways).rstrip()]
     for name, row in results["table1"].items():
-        only = row.get("its only box")
-        cells = [" ".join(f"{v[0]:.3f}" for v in row[way].values()) if way in row else "" for way in ways]
-        if only:
-            cells[0] = " ".join(f"{v[0]:.3f}" for v in only.values())
-        lines.append(f"{name:{width}}" + "".join(f"{c:26}" for c in cells).rstrip())
-    lines += ["", "Table 2: mean IoU per step, change, improved / stagnated / degraded, valid boxes per step"]
+        cells = [row.get("its only box", row.get(ways[0])), row.get(ways[1]), row.get(ways[2])]
+        lines.append(f"{name:{width}}" + "".join(f"{' '.join(f'{v[0]:.3f}' for v in (c or {}).values()):26}" for c in cells).rstrip())
+    lines += ["", f"Table 2: mean IoU of steps 0 to {results['steps']}, change, improved / stagnated / degraded, valid boxes per step"]
     for name, row in results["table2"].items():
-        lines.append(f"{name:{width}}" + " ".join(f"{v[0]:.3f}" for v in row["iou"]) + f"  {row['delta'][0]:+.3f}  "
+        lines.append(f"{name:{width}}" + " ".join(f"{v[0]:.3f}" for v in row["iou"][:results["steps"] + 1]) + f"  {row['delta'][0]:+.3f}  "
                      + " / ".join(f"{100 * row[k][0]:.0f}%" for k in ("improved", "stagnated", "degraded")) + "  "
                      + " ".join(f"{v[0]:.3f}" for v in row["valid"]))
     return "\n".join(lines + ["", "The paper's findings here"] + [f"{verdict}: {sentence}: {numbers}" for sentence, numbers, verdict in results["findings"]])
@@ -213,45 +230,42 @@ def summary(results):
 
 def report(results):
     """results.md: Tables 1 and 2 and the verdicts first, then what goes beyond them."""
-    steps, refined = results["steps"], list(results["table2"])
+    steps, shown = results["steps"], results["shown"]
     lines = [f"{results['n']} test samples, T = {steps}, greedy, seed {results['seed']}, model `{results['model']}`. "
              "[low, high]: 95 percent bootstrap interval over the samples; *: the interval of a difference excludes zero.", ""]
-    for title, key, sign in (("Table 1", "table1", ""), ("Table 1, differences from the base's single-shot answer, paired", "differences", "+")):
+    for title, key, sign in (("Table 1", "table1", ""), ("Table 1, differences from the first row, paired", "differences", "+")):
         rows = [(name, way, *(cell(row[m], sign) for m in METRICS)) for name, ways in results[key].items()
                 for way, row in ways.items() if not sign or name != next(iter(results[key]))]
         lines += [f"**{title}.** Best of steps, the paper's choice, needs the ground truth; the others do not.", "",
                   *table(("Method", "box", *METRICS), rows)]
-    if CONTROL in results["table1"] and refined:
-        name = refined[-1]
-        a, b = (results["table1"][n]["best of steps"]["mean IoU"][0] for n in (CONTROL, name))
+    if CONTROL in results["table1"] and shown in results["table2"]:
+        a, b = (results["table1"][name]["best of steps"]["mean IoU"][0] for name in (CONTROL, shown))
         lines += [f"With the truth as judge, {steps + 1} sampled single-shot answers of the untrained model reach mean IoU {a:.3f} and "
-                  f"{name} {b:.3f}: " + ("a best-of column rewards having several boxes, not refining one."
-                                         if a >= b else "refining one box gives more than sampling several."), ""]
+                  f"{shown} {b:.3f}: " + ("a best-of column rewards having several boxes, not refining one."
+                                          if a >= b else "refining one box gives more than sampling several."), ""]
     lines += ["**Table 2.** Mean IoU per step; change from first to last; share that improves, stagnates or degrades (by more than "
               "0.01); share whose boxes all repeat step 0; valid boxes per step.", "",
               *table(("Method", *(f"step {t}" for t in range(steps + 1)), "delta", "improved", "stagnated", "degraded", "repeats", "valid"),
-                     [(name, *map(cell, row["iou"]), cell(row["delta"], "+"),
+                     [(name, *([*map(cell, row["iou"])] + [""] * steps)[:steps + 1], cell(row["delta"], "+"),
                        *(cell(row[k]) for k in ("improved", "stagnated", "degraded", "repeats")),
                        " / ".join(f"{v[0]:.3f}" for v in row["valid"])) for name, row in results["table2"].items()]),
               "**The paper's findings here**", "",
               *(f"- {verdict}: {sentence}: {numbers}" for sentence, numbers, verdict in results["findings"]), ""]
-    if refined:
-        name = refined[-1]
-        lines += [f"**Strata** of {name}. By step-0 IoU, some of the change is chance: what was unluckily low can only rise.", "",
+    if shown in results["strata"]:
+        lines += [f"**Strata** of {shown}. By step-0 IoU, some of the change is chance: what was unluckily low can only rise.", "",
                   *table(("by", "stratum", "n", "step 0", f"step {steps}", "delta", "improved", "degraded"),
                          [(group, stratum, row["n"], cell(row["first"]), cell(row["last"]), cell(row["delta"], "+"), cell(row["improved"]),
-                           cell(row["degraded"])) for group, parts in results["strata"][name].items() for stratum, row in parts.items()])]
-    if results["adaptive"]:
-        name = list(results["adaptive"])[-1]
-        rows, longest = results["adaptive"][name], max(row["T"] for row in results["adaptive"][name])
-        lines += [f"**Adaptive refinement** of {name}: stop when a box agrees with the one before it (IoU above the threshold), after T "
+                           cell(row["degraded"])) for group, parts in results["strata"][shown].items() for stratum, row in parts.items()])]
+    if shown in results["adaptive"]:
+        rows = results["adaptive"][shown]
+        lines += [f"**Adaptive refinement** of {shown}: stop when a box agrees with the one before it (IoU above the threshold), after T "
                   "steps at most. Cost: tokens through the model, relative to step 0 alone.", "",
                   *table(("stop above", "T", "Acc@0.5", "mean IoU", "steps", "cost"),
                          [("never" if row["threshold"] == 1 else row["threshold"], row["T"], cell(row["Acc@0.5"]), cell(row["mean IoU"]),
                            f"{row['steps']:.2f}", f"{row['cost']:.2f}") for row in rows
-                          if row["threshold"] == 1 or row["T"] in (steps, longest)])]
+                          if row["threshold"] == 1 or row["T"] in (steps, rows[-1]["T"])])]
     if results["ablations"]:
-        lines += ["**Ablations.** Same test samples. Validation IoU at step 0: before and after GRPO.", "",
+        lines += ["**Ablations.** Same test samples. Validation: mean IoU of step 0 at the first and the last validation of GRPO.", "",
                   *table(("Run", "step 0", f"step {steps}", "delta", "repeats", "Acc@0.5, last step", "validation, step 0"),
                          [(name, cell(row["first"]), cell(row["last"]), cell(row["delta"], "+"), cell(row["repeats"]), cell(row["Acc@0.5"]),
                            " -> ".join(f"{v:.3f}" for v in row["validation"])) for name, row in results["ablations"].items()])]
@@ -283,10 +297,12 @@ def filmstrip(items, title, width=320):
         panel = image.resize(size, Image.NEAREST if scale >= 1 else Image.LANCZOS)
         traces = ["\n".join(textwrap.wrap(text.removesuffix(answer_of(text)).replace("<think>", "").replace("</think>", "").strip(), width // 7)[:8])
                   for text in row["texts"]]
-        strip = Image.new("RGB", (strips[0].width, size[1] + 88 + 15 * max(trace.count("\n") for trace in traces)), "white")
+        words = textwrap.wrap(sample["expression"], (strips[0].width - 2 * gap) // 9)
+        top = 16 + 20 * len(words)
+        strip = Image.new("RGB", (strips[0].width, top + size[1] + 52 + 15 * max(trace.count("\n") for trace in traces)), "white")
         draw = ImageDraw.Draw(strip)
         draw.line((gap, 2, strip.width - gap, 2), fill=(210, 210, 210))
-        draw.text((gap, 10), sample["expression"], fill="black", font=bold)
+        draw.text((gap, 10), "\n".join(words), fill="black", font=bold)
         for t, (box, trace) in enumerate(zip(row["boxes"], traces)):
             left, shown = gap + t * (width + gap), panel.copy()
             pen = ImageDraw.Draw(shown)
@@ -294,12 +310,12 @@ def filmstrip(items, title, width=320):
                 pen.rectangle([v * scale for v in sample["bbox"]], outline=(0, 170, 0), width=3)
             if box:
                 pen.rectangle(denormalize_box(box, *size), outline=(255, 0, 0), width=3)
-            strip.paste(shown, (left, 36))
+            strip.paste(shown, (left, top))
             head = f"step {t}" + ("" if box else ": no valid box")
             if box and "bbox" in sample:
                 head += f": IoU {box_iou(box, sample):.2f}"
-            draw.text((left, size[1] + 42), head, fill="black", font=font)
-            draw.text((left, size[1] + 62), trace, fill=(70, 70, 70), font=small)
+            draw.text((left, top + size[1] + 6), head, fill="black", font=font)
+            draw.text((left, top + size[1] + 26), trace, fill=(70, 70, 70), font=small)
         strips.append(strip)
     sheet, y = Image.new("RGB", (strips[0].width, sum(s.height for s in strips)), "white"), 0
     for strip in strips:
@@ -327,14 +343,14 @@ def charts(results):
     axes.set_ylim(0, 1.25)
     axes = curve.subplots()
     for name, row in results["table2"].items():
-        mean, low, high = np.array(row["all steps"]).T
+        mean, low, high = np.array(row["iou"]).T
         axes.plot(mean, marker="o", label=name)
         axes.fill_between(range(len(mean)), low, high, alpha=0.15)
     axes.set(xlabel="step", ylabel="mean IoU")
     axes.legend(fontsize=7)
-    axes = cost.subplots()
-    for threshold in sorted({row["threshold"] for rows in list(results["adaptive"].values())[-1:] for row in rows}):
-        rows = [row for row in list(results["adaptive"].values())[-1] if row["threshold"] == threshold]
+    axes, seen = cost.subplots(), results["adaptive"].get(results["shown"], [])
+    for threshold in sorted({row["threshold"] for row in seen}):
+        rows = [row for row in seen if row["threshold"] == threshold]
         axes.plot([row["cost"] for row in rows], [row["mean IoU"][0] for row in rows], marker=".",
                   label="never stop early" if threshold == 1 else f"stop above IoU {threshold}")
     axes.set(xlabel="cost (tokens through the model, step 0 alone = 1)", ylabel="mean IoU")
@@ -373,20 +389,29 @@ def read_predictions(path, samples):
     A line: {"method", "id", "boxes": T + 1 boxes in 0..1000 or null}, and, if known, "texts". Raises ValueError with line,
     value and remedy.
     """
-    played, place = {}, {s["id"]: i for i, s in enumerate(samples)}
-    for number, row in enumerate((json.loads(line) for line in open(path, encoding="utf-8")), 1):
+    played, at = {}, {s["id"]: i for i, s in enumerate(samples)}
+    for number, line in enumerate(open(path, "rb").read().removesuffix(b"\n").split(b"\n"), 1):
         where = f"{path}, line {number}"
-        if not isinstance(row, dict) or not {"method", "id", "boxes"} <= row.keys():
-            raise ValueError(f'{where}: expected {{"method", "id", "boxes"}}; found {str(row)[:80]}')
-        if row["id"] not in place:
-            raise ValueError(f"{where}: id {row['id']!r} is not in test.jsonl; give the ids of that file")
-        for box in row["boxes"]:
-            if box is not None and not (len(box) == 4 and all(0 <= v <= 1000 for v in box) and box[0] < box[2] and box[1] < box[3]):
+        try:
+            row = json.loads(line)
+            method, name, boxes = row["method"], row["id"], row["boxes"]
+            texts = row.setdefault("texts", [""] * len(boxes))
+            good = isinstance(method, str) and method and boxes and len(texts) == len(boxes) and all(isinstance(t, str) for t in texts)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            good = False
+        if not good:
+            raise ValueError(f'{where}: expected {{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}}, and as many "texts" if '
+                             f"any; found {line[:80]!r}")
+        for box in boxes:
+            if box is not None and not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and 0 <= v <= 1000 for v in box)
+                                        and box[0] < box[2] and box[1] < box[3]):
                 raise ValueError(f"{where}: box {box}; expected [x1, y1, x2, y2] in 0..1000 with x1 < x2, y1 < y2, or null")
-        rows = played.setdefault(row["method"], [None] * len(samples))
-        if rows[place[row["id"]]]:
-            raise ValueError(f"{where}: a second line for {row['method']!r} and id {row['id']!r}; give one")
-        rows[place[row["id"]]] = {"texts": [""] * len(row["boxes"]), **row}
+        if not isinstance(name, str) or name not in at:
+            raise ValueError(f"{where}: id {name!r} is not in test.jsonl; give the ids of that file")
+        rows = played.setdefault(method, [None] * len(samples))
+        if rows[at[name]]:
+            raise ValueError(f"{where}: a second line for {method!r} and id {name!r}; give one")
+        rows[at[name]] = row
     for method, rows in played.items():
         if None in rows or len({len(row["boxes"]) for row in rows}) != 1:
             raise ValueError(f"{path}: {method!r} has {len(rows) - rows.count(None)} of the {len(samples)} test samples; all are "
@@ -394,56 +419,59 @@ def read_predictions(path, samples):
     return played
 
 
+def steps_of(group):
+    """Of each step of these trajectories: log pi of its text, and how many tokens of its sequence it has read when it ends."""
+    each = [[(t.logprob[m], t.predictor[m] + 1) for m in range(len(t.target)) if t.step[m] == k] for t in group for k in range(len(t.boxes))]
+    return {"logprob": [round(sum(p for p, _ in step), 4) for step in each], "read": [step[-1][1] for step in each]}
+
+
 if __name__ == "__main__":
-    import re
     from pathlib import Path
 
-    import torch
-    from PIL import ImageOps
-    from tqdm import tqdm
-
-    from runtime import (RANK, Log, add_adapter, barrier, begin, flags, gather, leave_if_interrupted, load_image, load_vlm, memory_for,
-                         minutes, read_jsonl, read_samples, save_merged, seed_all, share, stop, whole_batches, write_bytes, write_jsonl,
-                         write_text)
+    from runtime import (add_adapter, begin, flags, load_image, load_vlm, memory_for, minutes, read_jsonl, read_samples, resumable,
+                         save_merged, seed_all, stop, write_bytes, write_jsonl, write_text)
     own = dict(ablations=(False, "add rows with other overlays than the predicted box"), compare=((), "folders of other runs, for rows"),
                image=(None, "a picture of yours, instead of the test samples"), expression=(None, "what to find in it"),
                predictions=(None, "write every trajectory of every row to this .jsonl file"),
                from_predictions=(None, "score the boxes in this .jsonl file; no model is loaded"),
                merge=(None, "write base and best adapter as one checkpoint to this folder, for other engines"))
     args = flags("evaluate", __doc__, **own)
-    start, data = time.time(), args.out / "data"
+    start, data, out = time.time(), args.out / "data", args.out
     seed_all(args.seed)
+    if bool(args.image) != bool(args.expression):
+        stop('--image and --expression go together: --image photo.jpg --expression "what to find"')
+    if sum(map(bool, (args.image, args.merge, args.from_predictions, args.ablations or args.compare))) > 1:
+        stop("--image, --merge, --from-predictions, and --ablations or --compare are different things to do; give one")
 
     # --------------------------------------------------------------------------------------------------------------
     # The best adapter of the run alone: merged into its base, or on a picture of your own
     # --------------------------------------------------------------------------------------------------------------
-    folder = next((args.out / a for a in ("grpo", "sft") if (args.out / a / "adapter_model.safetensors").exists()), None)
-    if (args.merge or args.image) and not folder:
-        stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
+    best = next((out / a for a in ("grpo", "sft") if (out / a / "adapter_model.safetensors").exists()), None)
+    if (args.merge or args.image) and not best:
+        stop(f"{out} has no adapter; first run: python sft.py --preset {args.preset}")
     if args.merge:
-        save_merged(args, folder, args.merge)
-        print(f"{folder} merged into {args.model}: {args.merge}")
+        save_merged(args, best, args.merge)
+        print(f"{best} merged into {args.model}: {args.merge}")
         raise SystemExit
     if args.image:
-        if not args.expression:
-            stop('--image wants --expression "what to find"')
         try:
             with Image.open(args.image) as picture:
-                width, height = ImageOps.exif_transpose(picture).size
-            sample = {"image": str(Path(args.image).resolve()), "width": width, "height": height, "expression": args.expression}
-            picture = load_image(sample, "/")
-        except (OSError, ValueError) as e:
+                width, height = picture.size[::-1] if picture.getexif().get(0x0112, 1) >= 5 else picture.size
+            sample = {"id": args.image, "image": str(Path(args.image).resolve()), "width": width, "height": height}
+            picture = load_image(sample, "/", upright=True)
+        except (OSError, ValueError, Image.DecompressionBombError) as e:
             stop(f"--image {args.image}: {e}")
         vlm = load_vlm(args)
-        add_adapter(vlm, folder, "policy")
-        [played] = rollout(vlm, [picture], [args.expression], args.steps, args.max_tokens)
+        add_adapter(vlm, best, "policy")
+        with memory_for([sample], "--max-pixels"):
+            [played] = rollout(vlm, [picture], [args.expression], args.steps, args.max_tokens)
         for t, (box, text) in enumerate(zip(played.boxes, played.texts)):
             pixels = [round(v, 1) for v in denormalize_box(box, width, height)] if box else "no valid box"
             print(f"step {t}: {pixels}\n  {text.strip()}")
-        path = args.out / f"figures/{Path(args.image).stem}.png"
-        sheet = filmstrip([(sample, picture, {"boxes": played.boxes, "texts": played.texts})], folder.name)
+        path = out / f"figures/{Path(args.image).stem}.png"
+        sheet = filmstrip([({"expression": args.expression}, picture, {"boxes": played.boxes, "texts": played.texts})], best.name)
         write_bytes(path, lambda f: sheet.save(f, format="PNG"))
-        print(f"{folder} on {args.image}: {path}")
+        print(f"{best} on {args.image}: {path}")
         raise SystemExit
 
     # --------------------------------------------------------------------------------------------------------------
@@ -453,99 +481,79 @@ if __name__ == "__main__":
     vlm, played, others, longest = None, {}, {}, max(args.steps, args.longest)
 
     def play(name, file, adapter, prompt, kind, overlay=draw_overlay):
-        """The rows of log/evaluate_<file>.jsonl, those that are there and those that are still to be played."""
-        global vlm
-        path = args.out / f"log/evaluate_{file}.jsonl"
-        begin(args, f"evaluate_{file}", data / "test.jsonl", *[args.out / str(adapter) / "adapter_model.safetensors"] * bool(adapter),
-              ignore=[*own, "pictures", "steps"], longest=longest, **{"samples": args.steps + 1} if kind == "samples" else {})
-        done = whole_batches(path, args.batch_size, len(samples), args.restart)
-        log = Log(path, keep=done)
-        if done < len(samples):
+        """The rows of log/evaluate_<file>.jsonl. Only what a row depends on is compared with an earlier run; with --restart a
+        row is played anew if that has changed."""
+        count = args.steps + 1 if kind == "samples" else 1
+        same = begin(args, f"evaluate_{file}", data / "test.jsonl", *[out / str(adapter) / "adapter_model.safetensors"] * bool(adapter),
+                     only=("model", "quantize", "dtype", "max_pixels", "max_tokens") + ("seed", "control_temperature") * (kind == "samples"),
+                     **({"longest": longest} if kind == "ivt" else {"samples": count}))
+
+        def work(batch):
+            global vlm
             vlm = vlm or load_vlm(args)
             if adapter:
-                add_adapter(vlm, args.out / adapter, adapter)
-        how = dict(group_size=args.steps + 1, temperatures=(args.control_temperature,) * 2) if kind == "samples" else {}
-        with tqdm(total=len(samples), initial=done, desc=name, unit="sample", disable=RANK > 0 or done == len(samples)) as bar:
-            for i in range(done, len(samples), args.batch_size):
-                part = samples[i:i + args.batch_size]
-                mine = share(list(enumerate(part, i)))
-                with memory_for(part, "--max-pixels or --batch-size"):
-                    batch = rollout(vlm, [load_image(s, data) for _, s in mine], [s["expression"] for _, s in mine],
-                                    longest if kind == "ivt" else 0, args.max_tokens, prompt,
-                                    seeds=[args.seed * 1_000_003 + number for number, _ in mine], overlay=overlay, **how) if mine else []
-                size, rows = how.get("group_size", 1), []
-                for j, (_, sample) in enumerate(mine):
-                    group = batch[j * size:(j + 1) * size]  # one trajectory, or T + 1 single-shot ones
-                    boxes = [box for t in group for box in t.boxes]
-                    rows.append(dict(id=sample["id"], boxes=boxes, iou=[round(box_iou(box, sample), 6) for box in boxes],
-                                     texts=[text for t in group for text in t.texts], **steps_of(group)))
-                for row in gather(rows):
-                    log.write(**row)
-                bar.update(len(part))
-                leave_if_interrupted()
-        barrier()
-        return read_jsonl(path, "")
+                add_adapter(vlm, out / adapter, adapter)
+            said = rollout(vlm, [load_image(s, data) for _, s in batch], [s["expression"] for _, s in batch], longest if kind == "ivt" else 0,
+                           args.max_tokens, prompt, count, (args.control_temperature if kind == "samples" else 0.0,) * 2,
+                           [args.seed * 1_000_003 + number for number, _ in batch], overlay)
+            rows = []
+            for j, (_, sample) in enumerate(batch):
+                group = said[j * count:(j + 1) * count]  # one trajectory, or T + 1 single-shot ones
+                boxes = [box for t in group for box in t.boxes]
+                rows.append(dict(id=sample["id"], boxes=boxes, iou=[round(box_iou(box, sample), 6) for box in boxes],
+                                 texts=[text for t in group for text in t.texts], **steps_of(group)))
+            return rows
 
-    def steps_of(group):
-        """log pi of each step's text, and how many tokens of its sequence a step has read when it ends."""
-        each = [[(t.logprob[m], t.predictor[m] + 1) for m in range(len(t.target)) if t.step[m] == k] for t in group for k in range(len(t.boxes))]
-        return {"logprob": [round(sum(p for p, _ in step), 4) for step in each], "read": [step[-1][1] for step in each]}
+        return resumable(out / f"log/evaluate_{file}.jsonl", samples, args.batch_size, name, work, args.restart and not same)
 
-    if args.from_predictions:
-        try:
-            played = read_predictions(args.from_predictions, samples)
-        except (OSError, ValueError, TypeError) as e:
-            stop(str(e))
-    for name, file, adapter, prompt, kind, command in CONFIGURATIONS * (not played):
-        if not adapter or (args.out / adapter / "adapter_model.safetensors").exists():
+    for name, file, adapter, prompt, kind, command in CONFIGURATIONS * (not args.from_predictions):
+        if not adapter or (out / adapter / "adapter_model.safetensors").exists():
             played[name] = play(name, file, adapter, prompt, kind)
         elif command:
-            print(f"{name}: left out, {args.out / adapter} is missing; to add it: {command} --preset {args.preset}")
+            print(f"{name}: left out, {out / adapter} is missing; to add it: {command} --preset {args.preset}")
+    if args.from_predictions:
+        out = out / Path(args.from_predictions).stem  # the run's own results stay
+        try:
+            played = read_predictions(args.from_predictions, samples)
+        except (OSError, ValueError) as e:
+            stop(str(e))
     trained = [name for name in ("Base + IVT (no training)", "SFT + IVT", "SFT + GRPO + IVT") if name in played]
     trained = trained[-1] if trained else list(played)[-1]
-    if args.ablations and not args.from_predictions:
+    if args.ablations:
         _, file, adapter, prompt, kind, _ = next(row for row in CONFIGURATIONS if row[0] == trained)
         for word, overlay in OVERLAYS.items():
-            others[f"{trained}, {word}"] = play(word, f"{file}_{word.replace(' ', '_')}", adapter, prompt, kind, overlay)
+            others[f"{trained}, {word}"] = play(word, f"{file}_{word.replace(' ', '_')}", adapter, prompt, kind, overlay), Path()
     for folder in map(Path, args.compare):
         for name, file, *_ in CONFIGURATIONS[3:]:
-            rows = read_jsonl(folder / f"log/evaluate_{file}.jsonl", f"python evaluate.py --out {folder}") if \
-                (folder / f"log/evaluate_{file}.jsonl").exists() else []
+            path = folder / f"log/evaluate_{file}.jsonl"
+            rows = read_jsonl(path, "") if path.exists() else []
             if rows and [row["id"] for row in rows] != [s["id"] for s in samples]:
                 stop(f"{folder} was evaluated on other test samples; make its data with the same --seed and sizes")
-            if rows and len(rows[0]["boxes"]) > 1:
-                others[f"{folder.name}: {name}"] = rows
+            if rows and len(rows[0]["boxes"]) > args.steps:
+                others[f"{folder}: {name}"] = rows, folder / f"log/{file}.jsonl"
 
     # --------------------------------------------------------------------------------------------------------------
     # Report
     # --------------------------------------------------------------------------------------------------------------
-    if vlm is None and not args.from_predictions:
-        print("every row was evaluated before; --restart begins again")
-    results = {"n": len(samples), "seed": args.seed, "steps": args.steps, "model": Path(args.model).name, **analyse(samples, played, args.steps),
-               "ablations": {}}
-    for name, rows in {**{n: played[n] for n in results["table2"]}, **others}.items() if others else ():
-        ious = np.array([row["iou"][:args.steps + 1] for row in rows])
-        file = next((c[1] for c in CONFIGURATIONS if name.endswith(c[0])), "")
-        folder = next((Path(f) for f in args.compare if name.startswith(f"{Path(f).name}: ")), args.out)
-        log = folder / f"log/{file}.jsonl"
-        seen = [row["val_iou"][0] for row in read_jsonl(log, "") if "val_iou" in row] if log.exists() else []
-        results["ablations"][name] = {**changes(ious), "Acc@0.5": estimate(ious[:, -1] >= 0.5), "validation": seen[:1] + seen[-1:],
-                                      "repeats": estimate([all(b == row["boxes"][0] for b in row["boxes"][:args.steps + 1]) for row in rows])}
-    text = report(results)
+    results = {"n": len(samples), "seed": args.seed, "steps": args.steps, "model": Path(args.model).name,
+               **analyse(samples, played, args.steps, trained)}
+    if others:
+        others = {**{name: (played[name], out / f"log/{file}.jsonl") for name, file, *_ in CONFIGURATIONS if name in results["table2"]}, **others}
+    results["ablations"] = {name: ablation(samples, rows, args.steps, log) for name, (rows, log) in others.items()}
     print(f"\n{len(samples)} test samples, T = {args.steps}\n\n{summary(results)}\n")
-    write_text(args.out / "results.md", text)
-    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "results.md", report(results))
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     if args.predictions:
         write_jsonl(args.predictions, [{"method": name, **row} for name, rows in played.items() for row in rows])
 
-    rows = played[trained]
-    gain = sorted(range(len(samples)), key=lambda i: box_iou(rows[i]["boxes"][args.steps], samples[i]) - box_iou(rows[i]["boxes"][0], samples[i]))
-    for file, title, chosen in (("corrections", "largest gain", gain[::-1]), ("failures", "largest loss", gain), ("first", "first of the test set", range(len(samples)))):
-        cut = [{k: rows[i][k][:args.steps + 1] for k in ("boxes", "texts")} for i in chosen[:args.pictures]]
-        sheet = filmstrip([(samples[i], load_image(samples[i], data), row) for i, row in zip(chosen, cut)], f"{trained}: {title}")
-        write_bytes(args.out / f"figures/{file}.png", lambda f: sheet.save(f, format="PNG"))
+    rows = [{k: row[k][:args.steps + 1] for k in ("boxes", "texts")} for row in played[trained]]
+    gain = sorted(range(len(samples)), key=lambda i: box_iou(rows[i]["boxes"][-1], samples[i]) - box_iou(rows[i]["boxes"][0], samples[i]))
+    for file, title, chosen in (("corrections", "largest gain", gain[::-1]), ("failures", "largest loss", gain),
+                                ("first", "first of the test set", range(len(samples)))):
+        sheet = filmstrip([(samples[i], load_image(samples[i], data), rows[i]) for i in chosen[:args.pictures]], f"{trained}: {title}")
+        write_bytes(out / f"figures/{file}.png", lambda f: sheet.save(f, format="PNG"))
     drawn = charts(results)
     for name, figure in drawn.items():
-        write_bytes(args.out / f"figures/{name}.png", lambda f: figure.savefig(f, format="png", dpi=150))
-    print(f"pictures of {trained} in {args.out / 'figures'}, tables in {args.out / 'results.md'}, {minutes(start)}"
+        write_bytes(out / f"figures/{name}.png", lambda f: figure.savefig(f, format="png", dpi=150))
+    print(f"pictures of {trained} in {out / 'figures'}, tables in {out / 'results.md'}, {minutes(start)}"
           + ("" if drawn else "; with matplotlib installed, charts too"))

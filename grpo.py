@@ -21,14 +21,13 @@ import random
 import time
 
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
 
 from common import (IVT_PROMPT, PRESETS, advantages, box_iou, build_trajectory, encode_images, grpo_loss, reward, rollout,
                     six_component_reward, trajectory_logprobs)
-from runtime import (RANK, Log, adapter_state, add_adapter, begin, divides, flags, gather, interrupted, leave_if_interrupted,
-                     load_checkpoint, load_image, load_vlm, lora_config, memory_for, minutes, probe, read_samples, save_adapter,
-                     save_checkpoint, seed_all, share, stop, sum_gradients, unhealthy)
+from runtime import (RANK, Log, adapter_state, add_adapter, begin, catch_interrupts, divides, flags, gather, interrupted, leave_if_interrupted,
+                     load_checkpoint, load_image, load_vlm, memory_for, minutes, new_adapter, probe, read_samples, restore_adapter,
+                     save_adapter, save_checkpoint, seed_all, share, stop, sum_gradients, unhealthy)
 
 args = flags("grpo", __doc__, init=("sft", "start from the SFT adapter or from the base model", ("sft", "base")))
 divides(args.grad_accum, "--grad-accum")
@@ -55,7 +54,7 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     start = time.time()
     seed_all(args.seed)
     begin(args, name, data / "train.jsonl", data / "val.jsonl", *[args.out / "sft/adapter_model.safetensors"] * (args.init == "sft"),
-          steps=steps)
+          steps=steps, ignore=("batch_size", "prompts_at_once"))
     checkpoint = args.out / f"{name}.checkpoint"
     state = load_checkpoint(checkpoint, args.restart)
     if state and state["finished"]:
@@ -65,14 +64,14 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     # --------------------------------------------------------------------------------------------------------------
     # Model and optimizer: two adapters that begin as the same one, the policy (trained) and the reference (frozen)
     # --------------------------------------------------------------------------------------------------------------
+    vlm = optimizer = parameters = None  # the policy before this one makes room
     vlm = load_vlm(args)
     if args.init == "sft":
         add_adapter(vlm, args.out / "sft", "policy")
         add_adapter(vlm, args.out / "sft", "reference")
     else:  # a new adapter changes nothing until it is trained: policy and reference begin as the base model
-        config = lora_config(*(PRESETS["sft"][key][args.preset == "toy"] for key in ("lora_rank", "lora_alpha")))
-        vlm.model = get_peft_model(vlm.model, config, adapter_name="policy")
-        vlm.model.add_adapter("reference", config)
+        for adapter in ("policy", "reference"):
+            new_adapter(vlm, *(PRESETS["sft"][key][args.preset == "toy"] for key in ("lora_rank", "lora_alpha")), adapter)
     vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that takes gradients
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
@@ -101,7 +100,7 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
     # --------------------------------------------------------------------------------------------------------------
     first_update, best, logged = 0, -1.0, 0
     if state:
-        set_peft_model_state_dict(vlm.model, state["adapter"], adapter_name="policy")
+        restore_adapter(vlm.model, state["adapter"], "policy")
         optimizer.load_state_dict(state["optimizer"])
         first_update, best, logged = state["update"], state["best"], state["logged"]
         print(f"going on after update {first_update}")
@@ -121,6 +120,7 @@ for steps in map(int, args.steps.split()):  # T of each policy to train
         image = encode_images(vlm, [load_image(largest, data)]) * (steps + 1)
         longest = build_trajectory(vlm, IVT_PROMPT.format(expression=largest["expression"]), image, [text] * (steps + 1))
     probe(vlm, [longest] * args.batch_size, [largest], advice)
+    catch_interrupts()
     val_reward, recent, warned = best, [], set()
     bar = tqdm(total=args.updates, initial=first_update, desc=name, unit="update", disable=RANK > 0)
     for update in range(first_update, args.updates + 1):

@@ -34,8 +34,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import (SINGLE_PROMPT, answer_of, box_iou, draw_overlay, format_box, iou, normalize_box, place, rollout)
-from runtime import (RANK, Log, barrier, begin, flags, gather, leave_if_interrupted, load_image, load_vlm, memory_for, minutes,
-                     read_jsonl, read_samples, seed_all, share, stop, whole_batches, write_bytes, write_jsonl)
+from runtime import (RANK, barrier, begin, flags, load_image, load_vlm, minutes, read_samples, resumable, seed_all, stop, write_bytes,
+                     write_jsonl)
 
 # ------------------------------------------------------------------------------------------------------------------
 # The paper's three datasets, as they are published. A reader yields dicts with id, image, key, width, height, expression
@@ -269,12 +269,13 @@ def split(samples, sizes, seed):
 def perturb(rng, box, iou_max):
     """A box (0..1000) moved and stretched at random until its IoU with the original is at most iou_max, but above 0.1."""
     x1, y1, x2, y2 = box
-    while True:
+    for _ in range(10_000):  # more than enough, unless iou_max asks for what hardly exists
         dx, dy, kx, ky = (rng.gauss(0, 0.3) for _ in range(4))
         x, y, w, h = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1), (x2 - x1) * math.exp(kx), (y2 - y1) * math.exp(ky)
         out = [min(1000, max(0, round(v))) for v in (x - w / 2, y - h / 2, x + w / 2, y + h / 2)]
         if 0.1 < iou(out, box) <= iou_max:
             return out
+    raise ValueError(f"no box with an IoU of 0.1 to {iou_max} with {box} in 10,000 tries; raise --iou-max")
 
 
 def interpolate(first, last, steps):
@@ -388,7 +389,7 @@ if __name__ == "__main__":
     if from_paper and fresh and missing_files(folders):
         stop("\n".join(["the paper's data is not all there (for samples of your own: --data FILE.jsonl)", *missing_files(folders)]))
     seed_all(args.seed)
-    begin(args, "make_data", *[args.data] * bool(args.data))
+    begin(args, "make_data", *[args.data] * bool(args.data), ignore=("batch_size", *DATASETS))
     if (data / "sft.jsonl").exists() and not args.restart:
         print(f"{data / 'sft.jsonl'} is finished; --restart makes everything again")
         raise SystemExit
@@ -426,22 +427,14 @@ if __name__ == "__main__":
     # 2. The student's predictions: greedy, single-shot. A killed run goes on after its last batch.
     # --------------------------------------------------------------------------------------------------------------
     vlm = load_vlm(args)
-    path = data / "student.jsonl"
-    done = whole_batches(path, args.batch_size, len(train))
-    log, advice = Log(path, keep=done), "--max-pixels or --batch-size"
-    with tqdm(total=len(train), initial=done, desc="student", unit="sample", disable=RANK > 0) as bar:
-        for i in range(done, len(train), args.batch_size):
-            batch = train[i:i + args.batch_size]
-            mine = share(batch)
-            with memory_for(mine, advice):
-                said = rollout(vlm, [load_image(s, data) for s in mine], [s["expression"] for s in mine], 0,
-                               args.max_tokens, prompt=SINGLE_PROMPT) if mine else []
-            for sample, box in zip(batch, gather([trajectory.boxes[0] for trajectory in said])):
-                log.write(id=sample["id"], box=box, iou=box_iou(box, sample))
-            bar.update(len(batch))
-            leave_if_interrupted()
-    barrier()
-    student = read_jsonl(path, "")
+
+    def predict(batch):
+        samples = [sample for _, sample in batch]
+        said = rollout(vlm, [load_image(s, data) for s in samples], [s["expression"] for s in samples], 0, args.max_tokens,
+                       prompt=SINGLE_PROMPT)
+        return [dict(id=s["id"], box=t.boxes[0], iou=box_iou(t.boxes[0], s)) for s, t in zip(samples, said)]
+
+    student = resumable(data / "student.jsonl", train, args.batch_size, "student", predict)
     ious = torch.tensor([row["iou"] for row in student])
     print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {(ious >= 0.5).float().mean():.3f}; "
           "the first boxes beside the truth:")
@@ -456,12 +449,14 @@ if __name__ == "__main__":
     # --------------------------------------------------------------------------------------------------------------
     rows, dropped = [], Counter()
     for sample, row in zip(train, student):
+        truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
         if row["box"] is None:
             dropped["no valid box"] += 1
+        elif truth[0] == truth[2] or truth[1] == truth[3]:
+            dropped["true box below a thousandth of the image"] += 1
         elif row["iou"] > args.iou_max and args.keep == "errors":
             dropped[f"IoU above {args.iou_max}"] += 1
         else:
-            truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
             first, last = row["box"], truth
             if row["iou"] > args.iou_max:
                 last = first  # holds still
@@ -483,27 +478,18 @@ if __name__ == "__main__":
         if args.teacher_model:
             vlm = None  # its memory goes before another model comes
             vlm = load_vlm(args, args.teacher_model)
-        samples, path = {s["id"]: s for s in train}, data / "traces.jsonl"
-        done = whole_batches(path, args.batch_size, len(rows))
-        log = Log(path, keep=done)
-        with tqdm(total=len(rows), initial=done, desc="teacher", unit="sample", disable=RANK > 0) as bar:
-            for i in range(done, len(rows), args.batch_size):
-                batch = list(enumerate(rows))[i:i + args.batch_size]
-                numbers, mine = zip(*share(batch)) if share(batch) else ((), ())
-                seen = [samples[row["id"]] for row in mine]
-                with memory_for(seen, advice):
-                    traces, rejected = vlm_traces(vlm, [load_image(s, data) for s in seen], mine, args,
-                                                  [args.seed * 1_000_003 + 3 * number for number in numbers])
-                told = [dict(id=row["id"], traces=trace, rejected={}) for row, trace in zip(mine, traces)]
-                for row in told[:1]:
-                    row["rejected"] = rejected  # the counts of a batch stand in its first line
-                for row in gather(told):
-                    log.write(**row)
-                bar.update(len(batch))
-                leave_if_interrupted()
-        barrier()
-        rejections = Counter()
-        for row, said in zip(rows, read_jsonl(path, "")):
+
+        def trace(batch):
+            numbers, part = zip(*batch)
+            traces, rejected = vlm_traces(vlm, [load_image(row, data) for row in part], part, args,
+                                          [args.seed * 1_000_003 + 3 * number for number in numbers])
+            said = [dict(id=row["id"], traces=one, rejected={}) for row, one in zip(part, traces)]
+            said[0]["rejected"] = rejected  # of the whole batch
+            return said
+
+        samples, rejections = {s["id"]: s for s in train}, Counter()
+        for row, said in zip(rows, resumable(data / "traces.jsonl", [{**samples[row["id"]], **row} for row in rows], args.batch_size,
+                                             "teacher", trace)):
             row["traces"] = said["traces"]
             rejections.update(said["rejected"])
         print(f"teacher: rejected traces: {dict(rejections) or 'none'}; "

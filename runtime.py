@@ -3,13 +3,12 @@
 import argparse
 import atexit
 import datetime
+import gc
 import hashlib
 import json
 import logging
-import math
 import os
 import random
-import re
 import shutil
 import signal
 import struct
@@ -98,7 +97,7 @@ def flags(phase, doc, **extra):
     print(f"{Path(sys.argv[0]).name} --preset {args.preset} --out {args.out}")
     print("  " + "  ".join(f"{k}={v}" for k, v in shown.items() if v not in (None, False, ())), flush=True)
     lock(args.out)
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing has begun that could be lost
     return args
 
 
@@ -120,10 +119,15 @@ def lock(folder):
     lock.file = file  # open until the process ends
 
 
+def catch_interrupts():
+    """From here on Ctrl-C ends the loop of a phase after the update at hand, with a checkpoint."""
+    signal.signal(signal.SIGINT, interrupt)
+
+
 def interrupt(number, frame):
-    """Ctrl-C: the loop of the phase ends after the update at hand, with a checkpoint; a second Ctrl-C ends at once."""
+    """A second Ctrl-C ends at once."""
     if interrupt.asked:
-        raise KeyboardInterrupt
+        sys.exit(130)
     interrupt.asked = True
     print("\nstopping after this update; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
@@ -143,29 +147,38 @@ def leave_if_interrupted():
         sys.exit(130)
 
 
-def begin(args, name, *inputs, ignore=(), **more):
+def begin(args, name, *inputs, ignore=(), only=None, **more):
     """Writes down what `name` is made with, or, when it has begun before, checks that it is made with the same.
 
-    inputs: files it reads, compared by their hash; ignore: flags that do not change it; more: values that are no flags. Exits
-    with the differing values: a run is never continued under another configuration.
+    inputs: files it reads, compared by their hash; ignore: flags that do not change it; only: the flags that do (default: all);
+    more: values that are no flags. Exits with the differing values: a run is never continued under another configuration.
+    Returns whether it was begun before, with the same.
     """
     path = args.out / f"log/{name}.config.json"
-    if RANK:
-        return barrier()  # the first process checks and writes; when it refuses, torchrun ends the others
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "restart", "save_every", "skip_bad", *ignore)}
-    config.update(more, model=os.path.basename(args.model) if os.path.isdir(args.model) else args.model)
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "restart", "save_every", "skip_bad", *ignore) and (not only or k in only)}
+    config.update(more)
+    if os.path.isdir(args.model):
+        config["model"] = f"{os.path.basename(args.model)} {folder_hash(args.model)}"
     for file in map(Path, inputs):
         config[f"{file.parent.name}/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     config = json.loads(json.dumps(config))
-    if path.exists() and not args.restart:
-        before = json.loads(path.read_text(encoding="utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    barrier()  # every process has read it; the first one refuses or writes, and when it refuses, torchrun ends the others
+    if before and not args.restart:
         differ = [f"  {k}: {before.get(k)} then, {config.get(k)} now" for k in sorted({*before, *config}) if before.get(k) != config.get(k)]
         if differ:
             stop(f"{name} in {args.out} was made otherwise:\n" + "\n".join(differ)
                  + "\ngive the same values, another --out, or --restart to make it anew")
-    else:
-        write_text(path, json.dumps(config, indent=1) + "\n")
-    barrier()
+    write_text(path, json.dumps(config, indent=1) + "\n")
+    return before == config
+
+
+def folder_hash(folder):
+    """Of a checkpoint folder: its config and its weights, of which those above 64 MB count by name and size alone."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("config.json")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode() + (file.read_bytes() if file.stat().st_size < 2 ** 26 else b""))
+    return digest.hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -234,34 +247,25 @@ def memory_for(samples, advice):
         yield
     except (torch.OutOfMemoryError, MemoryError):
         seen = ", ".join(f"{s['id']} ({s['width']} x {s['height']})" for s in samples[:4]) + (", ..." if len(samples) > 4 else "")
-        stop(f"out of memory with the samples {seen}; lower {advice}. What was saved before is whole: the same command with the "
-             "lower value and --restart begins again")
+        stop(f"out of memory with the samples {seen}; lower {advice}. What was saved before is whole")
 
 
 def probe(vlm, batch, samples, advice):
-    """One forward and backward pass over the largest batch of the run, before any work; prints what it takes and leaves."""
+    """One forward and backward pass over the largest batch of the run, before any work; prints what it takes and leaves on a GPU."""
     with memory_for(samples, advice):
-        logprobs, _ = trajectory_logprobs(vlm, batch)
-        (-logprobs.mean()).backward()
+        (-trajectory_logprobs(vlm, batch)[0].mean()).backward()
         vlm.model.zero_grad()
+    memory = ""
     if torch.cuda.is_available():
-        peak, free = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0]
-    else:
-        try:
-            import resource
-        except ImportError:  # not on Windows
-            return
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    longest = max(len(t.ids) for t in batch)
-    print(f"largest batch, forward and backward: {len(batch)} x {longest} tokens, peak {peak / 2 ** 30:.1f} GiB, {free / 2 ** 30:.1f} GiB free")
+        peak, whole = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(device()).total_memory
+        memory = f": peak {peak / 2 ** 30:.1f} of {whole / 2 ** 30:.1f} GiB, before the optimizer's state"
+    print(f"largest batch, forward and backward, {len(batch)} x {max(len(t.ids) for t in batch)} tokens{memory}")
 
 
 def quiet():
     """No library chatter in normal runs; our own messages are printed, not logged."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("transformers", "peft", "bitsandbytes", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
@@ -290,6 +294,10 @@ def load_vlm(args, name=None, quantize=None):
     PyTorch's SDPA: the flash-attn package's kernel takes padding at the left alone, and a rollout pads inside the cache.
     """
     name = name or args.model
+    gc.collect()  # a model that went before goes now
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     from transformers import AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, Qwen3VLForConditionalGeneration
     quiet()
     if not os.path.isdir(name) and (name.startswith((".", "/")) or not name.count("/") == 1):
@@ -330,6 +338,16 @@ def lora_config(rank, alpha):
                       target_modules=r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj")
 
 
+def new_adapter(vlm, rank, alpha, name="default"):
+    """Puts a LoRA on the model that changes nothing until it is trained."""
+    from peft import PeftModel, get_peft_model
+    if isinstance(vlm.model, PeftModel):
+        vlm.model.add_adapter(name, lora_config(rank, alpha))
+    else:
+        vlm.model = get_peft_model(vlm.model, lora_config(rank, alpha), adapter_name=name)
+    vlm.model.train()
+
+
 def add_adapter(vlm, folder, name):
     """Loads a PEFT adapter (safetensors) onto the model, beside those already there, and makes it the active one.
 
@@ -344,7 +362,9 @@ def add_adapter(vlm, folder, name):
         made, here = json.loads((folder / "base.json").read_text()), fingerprint(vlm)
         if made != here:
             stop(f"{folder} was trained on another base model: {made}; the one loaded (--model) is {here}")
-    if isinstance(vlm.model, PeftModel):
+    if isinstance(vlm.model, PeftModel) and name in vlm.model.peft_config:
+        pass  # it is there
+    elif isinstance(vlm.model, PeftModel):
         vlm.model.load_adapter(str(folder), adapter_name=name)
     else:
         vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), adapter_name=name)
@@ -373,7 +393,7 @@ def write_bytes(path, save):
 
 
 def write_text(path, text):
-    write_bytes(path, lambda file: file.write(text.encode("utf-8")))
+    write_bytes(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_jsonl(path, rows):
@@ -447,8 +467,12 @@ def sample_problems(sample, folder):
     elif not (0 <= bbox[0] < bbox[2] <= width and 0 <= bbox[1] < bbox[3] <= height):
         problems.append(("bbox", f"bbox {bbox} is empty, inverted or outside the {width} x {height} image; expected "
                          "[x1, y1, x2, y2] with x1 < x2, y1 < y2"))
-    if not sample["expression"].strip():
-        problems.append(("expression", "expression is empty; say what the box shows"))
+    if not sample["expression"].strip() or "<|" in sample["expression"]:
+        problems.append(("expression", f"expression is {sample['expression'][:60]!r}; say what the box shows, without special tokens (<|...|>)"))
+    if max(width, height) > 150 * min(width, height):
+        problems.append(("width", f"image is {width} x {height}; Qwen3-VL's image processor takes sides of 200 to 1 at most; crop it"))
+    if any("\ud800" <= c <= "\udfff" for name in ("id", "source", "image", "expression") for c in sample[name]):
+        problems.append(("JSON", "a text holds half a surrogate pair, which is no character; repair it"))
     try:
         load_image(sample, folder)
     except ValueError as e:
@@ -456,11 +480,11 @@ def sample_problems(sample, folder):
     return problems
 
 
-def load_image(sample, folder):
+def load_image(sample, folder, upright=False):
     """The sample's image as 8-bit RGB, of the size that the sample says. Raises ValueError that names file and remedy.
 
     Grey, palette and CMYK images are converted, 16-bit ones scaled down, transparency is laid on white. A photo that a
-    camera marked as rotated is turned only if the annotated size says so. Animations, floating-point images, files
+    camera marked as rotated is turned only if the annotated size says so, or `upright` does. Animations, floating-point images, files
     larger than Pillow's limit against decompression bombs, truncated or foreign ones are refused.
     """
     path, size = Path(folder) / sample["image"], (sample["width"], sample["height"])
@@ -468,11 +492,11 @@ def load_image(sample, folder):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                if getattr(image, "n_frames", 1) > 1:
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG with a second, small picture in it
                     raise ValueError(f"image {path} is an animation; save the frame that the box was drawn on")
                 if image.mode == "F":
                     raise ValueError(f"image {path} has floating-point pixels; save it with 8 bits a channel")
-                if image.size != size and image.size == size[::-1] and image.getexif().get(0x0112, 1) >= 5:
+                if upright or image.size != size and image.size == size[::-1] and image.getexif().get(0x0112, 1) >= 5:
                     image = ImageOps.exif_transpose(image)
                 if image.size != size:
                     raise ValueError(f"image {path} is {image.width} x {image.height}; the sample says {size[0]} x {size[1]}; "
@@ -496,8 +520,8 @@ class Log:
 
     def __init__(self, path, keep=0):
         self.path = Path(path)
-        rows = self.path.read_text(encoding="utf-8").splitlines(True)[:keep] if keep else []
-        write_text(self.path, "".join(rows))
+        rows = self.path.read_bytes().split(b"\n")[:keep] if keep else []  # a text may hold other line ends
+        write_bytes(self.path, lambda file: file.write(b"".join(row + b"\n" for row in rows)))
         self.rows = len(rows)
 
     def write(self, **row):
@@ -507,23 +531,50 @@ class Log:
                 f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}, ensure_ascii=False) + "\n")
 
 
-def whole_batches(path, batch_size, total, restart=False):
-    """How many of the `total` rows of a log stay when a killed run goes on: those of whole batches, so that the others are
-    decoded in the same batches as in a run that never stopped."""
-    rows = Path(path).read_bytes().count(b"\n") if Path(path).exists() and not restart else 0
-    return total if rows >= total else rows // batch_size * batch_size
+def resumable(path, samples, batch_size, name, work, restart=False):
+    """The rows of the log `path`, one for each sample in order: those that are there, and those still to be made.
+
+    work: takes a list of (number, sample), this process's share of a batch, and returns their rows, each with the "id" of
+    its sample. Of a run that was killed, the whole batches stay whose ids are these samples', so that the others are made
+    in the same batches as in a run that never stopped.
+    """
+    from tqdm import tqdm
+    done = 0
+    for sample, line in zip(samples, Path(path).read_bytes().split(b"\n") if Path(path).exists() and not restart else ()):
+        try:
+            if json.loads(line)["id"] != sample["id"]:
+                break
+        except ValueError:  # cut short
+            break
+        done += 1
+    done = done if done == len(samples) else done // batch_size * batch_size
+    log = Log(path, keep=done)
+    with tqdm(total=len(samples), initial=done, desc=name, unit="sample", disable=RANK > 0 or done == len(samples)) as bar:
+        for i in range(done, len(samples), batch_size):
+            catch_interrupts()
+            batch = list(enumerate(samples[i:i + batch_size], i))
+            with memory_for([sample for _, sample in batch], "--max-pixels or --batch-size"):
+                rows = work(share(batch)) if share(batch) else []
+            for row in gather(rows):
+                log.write(**row)
+            bar.update(len(batch))
+            leave_if_interrupted()
+    barrier()
+    return read_jsonl(path, "")
 
 
 def save_checkpoint(path, **state):
-    """All state of a run in one file: adapter, optimizer, random states, place in the data, best so far."""
+    """All state of a run in one file: adapter, optimizer, place in the data, best so far. What is drawn at random depends on the
+    seed and the number of the update or prompt alone, so there is no random state to keep."""
     write_bytes(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path, restart=False):
     """The state, or None when there is none. weights_only: a checkpoint is data, and loading it runs no code."""
     path = Path(path)
-    if restart and not RANK:
+    if restart and not RANK:  # the adapter goes too: a later phase must not take the old one for the new
         path.unlink(missing_ok=True)
+        (path.with_suffix("") / "adapter_model.safetensors").unlink(missing_ok=True)
     if restart or not path.exists():
         return None
     try:
@@ -542,7 +593,7 @@ def save_adapter(vlm, folder, name="default"):
     if RANK:
         return
     with writing(folder):
-        vlm.model.save_pretrained(temporary, selected_adapters=[name])
+        vlm.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
         made = temporary / name if name != "default" else temporary  # PEFT puts any other adapter into a subfolder
         (made / "base.json").write_text(json.dumps(fingerprint(vlm)) + "\n")
         folder.mkdir(parents=True, exist_ok=True)
@@ -571,9 +622,15 @@ def fingerprint(vlm):
             "norms": digest.hexdigest()[:12]}
 
 
+def restore_adapter(model, state, name="default"):
+    """Gives an adapter the weights that `adapter_state` has taken of it."""
+    from peft import set_peft_model_state_dict
+    set_peft_model_state_dict(model, state, adapter_name=name)
+
+
 def adapter_state(model, name="default"):
     from peft import get_peft_model_state_dict
-    return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
+    return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()}
 
 
 def unhealthy(recent, healthy, warned):

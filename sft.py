@@ -17,13 +17,12 @@ import random
 import time
 
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
 from tqdm import tqdm
 
 from common import IVT_PROMPT, build_trajectory, encode_images, step_text, trajectory_logprobs, views
-from runtime import (RANK, Log, adapter_state, begin, divides, flags, gather, interrupted, leave_if_interrupted, load_checkpoint,
-                     load_image, load_vlm, lora_config, memory_for, minutes, probe, read_jsonl, read_samples, save_adapter,
-                     save_checkpoint, seed_all, share, stop, sum_gradients)
+from runtime import (RANK, Log, adapter_state, begin, catch_interrupts, divides, flags, gather, interrupted, leave_if_interrupted,
+                     load_checkpoint, load_image, load_vlm, memory_for, minutes, new_adapter, probe, read_jsonl, read_samples,
+                     restore_adapter, save_adapter, save_checkpoint, seed_all, share, stop, sum_gradients)
 
 args = flags("sft", __doc__)
 divides(args.grad_accum, "--grad-accum")
@@ -52,8 +51,7 @@ if state and state["update"] >= updates:
 # Model and optimizer
 # ------------------------------------------------------------------------------------------------------------------
 vlm = load_vlm(args)
-vlm.model = get_peft_model(vlm.model, lora_config(args.lora_rank, args.lora_alpha))
-vlm.model.train()
+new_adapter(vlm, args.lora_rank, args.lora_alpha)
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 print(f"{len(rows)} trajectories, {updates} updates of {per_update}, "
@@ -75,8 +73,8 @@ def example(row):
     texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
     out = build_trajectory(vlm, IVT_PROMPT.format(expression=row["expression"]), seen, texts)
     if args.first_step == "right" and row["iou"] < 0.5:  # the mistake stays in the context, to be corrected, and is not learnt
-        start = out.step.index(1)
-        out.predictor, out.target, out.step = out.predictor[start:], out.target[start:], out.step[start:]
+        learnt = out.step.index(1)
+        out.predictor, out.target, out.step = out.predictor[learnt:], out.target[learnt:], out.step[learnt:]
     return out
 
 
@@ -84,7 +82,7 @@ def example(row):
 # Resume
 # ------------------------------------------------------------------------------------------------------------------
 if state:
-    set_peft_model_state_dict(vlm.model, state["adapter"])
+    restore_adapter(vlm.model, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     first_update, logged = state["update"], state["logged"]
     print(f"going on after update {first_update}")
@@ -96,11 +94,12 @@ log = Log(args.out / "log/sft.jsonl", keep=logged)
 advice = "--max-pixels or --batch-size (and raise --grad-accum as much)"
 largest = max(rows, key=lambda row: (samples[row["id"]]["width"] * samples[row["id"]]["height"], len(str(row))))
 probe(vlm, [example(largest)] * args.batch_size, [samples[largest["id"]]], advice)
+catch_interrupts()
 bar = tqdm(total=updates, initial=first_update, desc="sft", unit="update", disable=RANK > 0)
 for update in range(first_update, updates):
-    epoch, place = divmod(update, updates_per_epoch)
+    epoch, number = divmod(update, updates_per_epoch)
     order = random.Random(f"{args.seed} {epoch}").sample(range(len(rows)), len(rows))
-    chosen = [rows[i] for i in order[place * per_update:(place + 1) * per_update]]
+    chosen = [rows[i] for i in order[number * per_update:(number + 1) * per_update]]
     mine = share(chosen)
     batch = [example(row) for row in mine]
 
@@ -109,8 +108,7 @@ for update in range(first_update, updates):
     tokens, loss = sum(gather([sum(len(t.target) for t in batch)])), 0.0
     for i in range(0, len(batch), args.batch_size):
         with memory_for([samples[row["id"]] for row in mine[i:i + args.batch_size]], advice):
-            logprobs, _ = trajectory_logprobs(vlm, batch[i:i + args.batch_size])  # [M]
-            micro = -logprobs.sum() / tokens
+            micro = -trajectory_logprobs(vlm, batch[i:i + args.batch_size])[0].sum() / tokens  # of [M] log-probabilities
             micro.backward()
         loss += micro.item()
     sum_gradients(parameters)

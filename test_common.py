@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_iou_by_hand():
     ('[{"bbox_2d": [1, 2, 30, 40], "label": "cat"}, {"bbox_2d": [5, 6, 7, 8], "la', [1, 2, 30, 40]),   # cut short
     ('{"bbox_2d": [1, 2, 30, 40]} That is the cat, about 3 of 10.', [1, 2, 30, 40]),
     ('{"bbox_2d": [1, 2, 30, 40,],}', [1, 2, 30, 40]),
-    ("(1, 2, 30, 40)", [1, 2, 30, 40]), ("(1,2),(30,40)", None), ("[[1, 2], [30, 40]]", [1, 2, 30, 40]),
+    ("(1, 2, 30, 40)", [1, 2, 30, 40]), ("(1,2),(30,40)", [1, 2, 30, 40]), ("[[1, 2], [30, 40]]", [1, 2, 30, 40]),
     ("<|box_start|>(1,2),(30,40)<|box_end|>", [1, 2, 30, 40]),
     ("<think>It was [9, 9, 99, 99], of 4 cats.</think>\n[1, 2, 30, 40]", [1, 2, 30, 40]),
     ("<think>I say [1, 2, 30, 40]", None), ("<think>a</think>b</think>[1, 2, 30, 40]", [1, 2, 30, 40]),
@@ -93,7 +94,7 @@ def test_iou_by_hand():
     (f"[{'9' * 5000}, 2, 30, 40]", None), ("[1, 2, 30, 40]\x00\ud800", [1, 2, 30, 40]),
 ])
 def test_parse_box(text, box):
-    assert parse_box(text) == (box if text != "(1,2),(30,40)" else [1, 2, 30, 40])
+    assert parse_box(text) == box
 
 
 def test_parse_box_never_raises():
@@ -160,7 +161,7 @@ def test_loss_mask_token_by_token(vlm):
 # ------------------------------------------------------------------------------------------------------------------
 # Rollout
 # ------------------------------------------------------------------------------------------------------------------
-def test_cached_decoding_equals_one_full_pass(vlm):
+def test_cached_decoding_equals_one_full_pass(vlm, monkeypatch):
     images = [picture(96, 80), picture(48, 144, 1), picture(32, 32, 2)]
     expressions = ["the cat", "a much longer description of a dog that sits", "x"]
     rows = rollout(vlm, images, expressions, 2, 24, group_size=2, temperatures=(1.0, 0.7), seeds=[3, 1, 2])
@@ -172,6 +173,12 @@ def test_cached_decoding_equals_one_full_pass(vlm):
     assert (logprob - sampled).abs().max() < 1e-4 and (entropy > 0).all()
     alone = rollout(vlm, images[1:2], expressions[1:2], 2, 24, group_size=2, temperatures=(1.0, 0.7), seeds=[1])
     assert [r.target for r in alone] == [r.target for r in rows[2:4]]  # what it samples does not depend on its batch
+    monkeypatch.setattr(common, "box_complete", lambda text: len(text) > 9)  # steps that end at a box, which random words lack
+    monkeypatch.setattr(vlm.tokenizer, "decode", lambda ids: "]" * len(ids))
+    boxed = rollout(vlm, images, expressions, 2, 24, group_size=2, temperatures=(1.0, 0.7), seeds=[3, 1, 2])
+    monkeypatch.undo()
+    assert {sum(s == 1 for s in r.step) for r in boxed} >= {10}
+    assert (trajectory_logprobs(vlm, boxed)[0] - torch.tensor([p for r in boxed for p in r.logprob])).abs().max() < 1e-4
     for r in rows:  # the end of turn is a target, and never enters the context
         assert vlm.token("<|im_end|>") not in r.ids[r.predictor[0] + 1:]
 
@@ -321,11 +328,25 @@ def test_teacher_traces_may_not_leak():
     assert fault("The ground truth is higher.", "the cat") == "leak" and fault("It is too low. So I", "the cat") == "unfinished"
 
 
-def test_vlm_teacher_retries_and_counts(vlm):
-    import argparse
-    rows = [{"expression": "the cat", "boxes": [[0, 0, 100, 100]] * 2}]
-    traces, rejected = make_data.vlm_traces(vlm, [picture(32, 32)], rows, argparse.Namespace(steps=1, max_tokens=4), [0] * len(rows))
-    assert traces == [None] and sum(rejected.values()) == 6     # random words: two steps, three tries each
+def test_vlm_teacher_asks_again_and_shows_the_overlay(vlm, monkeypatch):
+    args, good = argparse.Namespace(steps=1, max_tokens=4), "I see it at the left. It is the only one."
+    rows = [{"expression": "the cat", "boxes": [[0, 0, 500, 500], [500, 500, 900, 900]]}, {"expression": "a dog", "boxes": [[0, 0, 100, 100]] * 2}]
+    texts, shown = {"the cat": ["Go to 312.", good, good], "a dog": [good, "no full stop", "", good]}, []
+
+    def said(vlm, images, prompts, *_, seeds, **__):
+        shown.append((images, prompts, seeds))
+        return [common.Trajectory(texts=[texts["the cat" if "the cat" in p else "a dog"].pop(0)]) for p in prompts]
+
+    monkeypatch.setattr(make_data, "rollout", said)
+    images = [picture(32, 32), picture(32, 32, 1)]
+    traces, rejected = make_data.vlm_traces(vlm, images, rows, args, [10, 20])
+    assert traces == [[good, good], [good, good]] and rejected == {"coordinates": 1, "unfinished": 1, "empty": 1}
+    assert [len(call[0]) for call in shown] == [2, 1, 2, 1, 1] and shown[1][2] == [11]         # only what was rejected is asked again
+    assert shown[0][0][0].tobytes() == images[0].tobytes()                                     # step 0 sees no overlay
+    assert shown[2][0][0].tobytes() == draw_overlay(images[0], [0, 0, 500, 500]).tobytes() and "[500, 500, 900, 900]" in shown[2][1][0]
+    texts["a dog"] = ["1"] * 3 + [good]
+    traces, _ = make_data.vlm_traces(vlm, images[1:], rows[1:], args, [20])
+    assert traces == [None]
 
 
 def test_split_is_by_image_and_balanced():
@@ -391,8 +412,10 @@ def test_intervals_against_known_answers():
     mean, low, high = evaluate.estimate(hits)
     half = 1.96 * (0.8 * 0.2 / 500) ** 0.5                             # the normal approximation of a share
     assert mean == pytest.approx(0.8) and low == pytest.approx(0.8 - half, abs=0.004) and high == pytest.approx(0.8 + half, abs=0.004)
-    noise = np.random.default_rng(1).random(500)
-    assert evaluate.estimate((noise + 0.03) - noise) == pytest.approx([0.03] * 3, abs=1e-4)     # paired: what both share cancels
+    rng = np.random.default_rng(1)
+    a, shift = rng.random(500), rng.normal(0.03, 0.05, 500)
+    _, low, high = evaluate.estimate((a + shift) - a)                  # paired: what both share cancels
+    assert high - low == pytest.approx(2 * 1.96 * 0.05 / 500 ** 0.5, rel=0.1)
     assert evaluate.estimate(hits) == evaluate.estimate(hits.reshape(-1, 1))[0]                 # seeded
 
 
@@ -421,11 +444,27 @@ def test_a_file_of_predictions_is_scored_or_refused(tmp_path):
     assert results["table1"]["one"]["its only box"]["mean IoU"][0] == 0.75
     assert results["table2"]["two"]["iou"][0][0] == 0.25 and results["table2"]["two"]["iou"][1][0] == 1
     assert results["differences"]["two"]["last step"]["mean IoU"][0] == 0.25
+    assert "two" in evaluate.report({"n": 2, "seed": 0, "steps": 2, "model": "m", "ablations": {}, **evaluate.analyse(
+        samples, evaluate.read_predictions(path, samples), 2, "two")})  # fewer boxes than T + 1
     for bad, words in ((dict(rows[0], id="7"), "line 5: id '7'"), (rows[0], "second line for 'one'"), (dict(rows[0], method="x"), "1 of the 2"),
-                       (dict(rows[0], boxes=[[5, 0, 0, 5]], id="1"), "line 5: box"), ({"id": "1"}, "expected")):
+                       (dict(rows[0], boxes=[[5, 0, 0, 5]]), "line 5: box"), (dict(rows[0], boxes=["abcd"]), "line 5: box"), ({"id": "1"}, "expected"),
+                       (dict(rows[0], boxes=[]), "expected"), (dict(rows[0], texts=None), "expected"), (dict(rows[0], method=3), "expected"), (3, "expected")):
         runtime.write_jsonl(path, rows + [bad])
         with pytest.raises(ValueError, match=words):
             evaluate.read_predictions(path, samples)
+
+
+def test_resumed_rows_belong_to_their_samples(tmp_path):
+    """Rows count while their ids are the samples', whatever line ends a text holds; a line cut short does not."""
+    samples, path, asked = [{"id": str(i), "width": 1, "height": 1} for i in range(5)], tmp_path / "log", []
+    work = lambda batch: asked.extend(number for number, _ in batch) or [{"id": s["id"], "text": "a\u2028b\u0085"} for _, s in batch]
+    rows = runtime.resumable(path, samples, 2, "x", work)
+    assert [r["id"] for r in rows] == list("01234") and asked == [0, 1, 2, 3, 4]
+    assert runtime.resumable(path, samples, 2, "x", work) == rows and len(asked) == 5
+    path.write_bytes(path.read_bytes()[:-4])
+    assert runtime.resumable(path, samples, 2, "x", work) == rows and asked[5:] == [4]
+    del samples[2]                                                     # the batch of 0 and 1 stays
+    assert [r["id"] for r in runtime.resumable(path, samples, 2, "x", work)] == list("0134") and asked[6:] == [2, 3]
 
 
 GOOD = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10, "expression": "x", "bbox": [0, 0, 5, 5]}
@@ -435,19 +474,19 @@ def test_bad_samples_are_all_reported_at_once(tmp_path):
     picture(20, 10).save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
     bad = [dict(GOOD, bbox=[5, 0, 0, 5]), dict(GOOD, width=30, bbox=[0, 0, 25, 5]), dict(GOOD, image="b.png"),
-           dict(GOOD, bbox=[0, 0, float("nan"), 1]), {k: v for k, v in GOOD.items() if k != "expression"}, dict(GOOD, image="cut.png"), GOOD]
+           dict(GOOD, bbox=[0, 0, float("nan"), 1]), {k: v for k, v in GOOD.items() if k != "expression"}, dict(GOOD, image="cut.png"), GOOD,
+           dict(GOOD, expression="a <|image_pad|>"), dict(GOOD, width=4200), dict(GOOD, source="\ud800")]
     path = tmp_path / "s.jsonl"
     runtime.write_jsonl(path, [GOOD])
     assert runtime.read_samples(path, "") == [GOOD]
-    runtime.write_jsonl(path, [GOOD] + bad)
-    path.write_text(path.read_text() + "{oops\n")
+    path.write_text("".join(json.dumps(row) + "\n" for row in [GOOD] + bad) + "{oops\n")
     with pytest.raises(SystemExit) as e:
         runtime.read_samples(path, "")
     for line, words in enumerate(["inverted", "20 x 10", "cannot be read", "finite", "expression is 'None'", "cut.png cannot be read",
-                                  "id '1' is on line 1", "not JSON"], 2):
+                                  "id '1' is on line 1", "special tokens", "200 to 1", "surrogate", "not JSON"], 2):
         assert re.search(f"s.jsonl, line {line}: .*{words}", str(e.value)), words
     assert runtime.read_samples(path, "", skip_bad=True) == [GOOD]
-    assert len((tmp_path / "s.jsonl.skipped").read_text().splitlines()) == 8
+    assert len((tmp_path / "s.jsonl.skipped").read_text().splitlines()) == 12
     with pytest.raises(SystemExit, match="first run: python make_data.py"):
         runtime.read_samples(tmp_path / "none.jsonl", "python make_data.py")
 
@@ -467,6 +506,8 @@ def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):
     exif[0x0112] = 6                                             # the camera was turned: shown as 10 x 20
     color.save(tmp_path / "turned.jpg", exif=exif)
     assert load("turned.jpg").size == (20, 10) and load("turned.jpg", 10, 20).size == (10, 20)
+    color.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[color.resize((4, 2))])
+    assert load("phone.jpg").size == (20, 10)
     color.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (20, 10))])
     Image.new("F", (20, 10)).save(tmp_path / "float.tiff")
     color.save(tmp_path / "big.png")
@@ -480,7 +521,7 @@ def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):
 @given(st.one_of(st.text(), st.text('{}[]()",:.-0123456789ebox_2d <|think>/\n`'), st.text().map(lambda x: format_box([1, 2, 3, 4])[:20] + x)))
 def test_fuzz_parse_box(text):
     box = parse_box(text)
-    assert box is None or len(box) == 4 and all(type(v) is int and 0 <= v <= 1000 for v in box) and box[0] <= box[2] and box[1] <= box[3]
+    assert box is None or len(box) == 4 and all(type(v) is int and 0 <= v <= 1000 for v in box) and box[0] < box[2] and box[1] < box[3]
     box_complete(text)
 
 
@@ -580,6 +621,8 @@ def test_presets_hold_the_papers_values():
             ("sft", "lora_rank"), ("sft", "lora_alpha"), ("grpo", "lr"), ("grpo", "grad_accum"), ("grpo", "group_size"))] == \
         [2e-5, 10, 4, 4, 0.1, 64, 128, 2e-6, 8, 6]
     assert (paper["temperature_first"], paper["temperature"], paper["beta"], paper["entropy"]) == (1.0, 0.7, 0.04, 0.01)
+    assert [PRESETS["make_data"][f"{side}_samples"][0] for side in ("train", "val", "test")] == [2400, 510, 505]
+    assert PRESETS["grpo"]["max_tokens"][0] == PRESETS["make_data"]["max_tokens"][0] == 160
     assert (paper["max_tokens"], paper["iou_max"], paper["quantize"], PRESETS["all"]["steps"][0]) == (160, 0.85, "nf4", 2)
 
 
@@ -760,7 +803,7 @@ def test_missing_files_are_named_with_what_gets_them(tmp_path):
 # The real commands, very small
 # ------------------------------------------------------------------------------------------------------------------
 SMALL = {"make_data.py": "--train-samples 24 --val-samples 6 --test-samples 7 --max-tokens 60", "sft.py": "--epochs 1 --batch-size 2 --grad-accum 2 --save-every 2",
-         "grpo.py": "--updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60 --longest 3 --ablations"}
+         "grpo.py": "--updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --max-tokens 60", "evaluate.py": "--pictures 2 --max-tokens 60 --longest 3"}
 
 
 server = multiprocessing.get_context("forkserver")  # forks from a process that has loaded the libraries: seconds a start less
@@ -810,7 +853,7 @@ def run(tmp_path_factory):
         ran = subprocess.run([sys.executable, *arguments(script, out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         seconds[script] = time.time() - began
         assert ran.returncode == 0, ran.stdout
-        assert not re.search(r"warn|Traceback|deprecat", ran.stdout, re.I), ran.stdout
+        assert not re.search(r"warn|Traceback|deprecat|failed", ran.stdout, re.I), ran.stdout
     return out, seconds
 
 
@@ -836,19 +879,20 @@ def test_the_four_commands(run):
 
 def test_predictions_of_others_and_a_picture_of_your_own(run):
     out, _ = run
-    before, own, file = json.loads((out / "results.json").read_text()), out.parent / "own", out.parent / "p.jsonl"
-    assert len(before["ablations"]) == 3 + 3 and (out / "log/evaluate_grpo_random_text.jsonl").exists()
-    assert command("evaluate.py", out, "--predictions", str(file))[0] == 0
-    (own / "data").mkdir(parents=True)
-    for name in ("test.jsonl", "images"):
-        (own / "data" / name).symlink_to(out / "data" / name)
+    own, file = out.parent / "own", out.parent / "p.jsonl"
+    shutil.copytree(out, own)
+    code, said = command("evaluate.py", own, "--ablations", "--compare", str(out), "--predictions", str(file))
+    assert code == 0, said
+    before = json.loads((own / "results.json").read_text())
+    assert len(before["ablations"]) == 3 + 3 + 2 and (own / "log/evaluate_grpo_random_text.jsonl").exists()
+    assert all(before["ablations"]["SFT + GRPO + IVT"][k] == before["ablations"][f"{out}: SFT + GRPO + IVT"][k] for k in ("first", "validation"))
     code, said = command("evaluate.py", own, "--from-predictions", str(file))
     assert code == 0, said
-    after = json.loads((own / "results.json").read_text())
+    after = json.loads((own / "p/results.json").read_text())
     assert all(after[k] == before[k] for k in ("table1", "table2", "differences", "strata", "adaptive", "findings")) and before["table2"]
     picture(90, 70).save(out.parent / "photo.png")
-    code, said = command("evaluate.py", out, "--image", str(out.parent / "photo.png"), "--expression", "the red star")
-    assert code == 0 and "step 2: " in said and (out / "figures/photo.png").exists(), said
+    code, said = command("evaluate.py", own, "--image", str(out.parent / "photo.png"), "--expression", "the red star")
+    assert code == 0 and "step 2: " in said and (own / "figures/photo.png").exists(), said
     code, said = command("evaluate.py", out, "--merge", str(out.parent / "merged"))
     assert code == 0 and load_file(out.parent / "merged/model.safetensors"), said
     code, said = command("evaluate.py", out, "--image", "none.png", "--expression", "x")
@@ -874,7 +918,8 @@ def test_two_processes_do_what_one_does(run, tmp_path):
     for name in ("log/sft.jsonl", "log/grpo.jsonl", "log/grpo_single.jsonl"):
         rows = list(zip(read(out, name), read(one, name), strict=True))
         assert all(a.keys() == b.keys() and a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-4) for a, b in rows for k in a), rows
-    assert [row["id"] for row in read(out, "log/evaluate_grpo.jsonl")] == [row["id"] for row in read(one, "log/evaluate_grpo.jsonl")]
+    for a, b in zip(read(out, "log/evaluate_base.jsonl"), read(one, "log/evaluate_base.jsonl"), strict=True):
+        assert a["id"] == b["id"] and a["boxes"] == b["boxes"]
     odd = together([*arguments("sft.py", out), "--grad-accum", "3"])[0]
     odd.join()
     assert odd.exitcode == 1 and "not a multiple of the 2 processes" in odd.output.read_text()
@@ -901,7 +946,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(run, tmp_path):
         if script == "sft.py":
             temporary = out / "sft.checkpoint.tmp"
             code, said = interrupted(script, out, temporary.exists)
-            assert code == -signal.SIGKILL and temporary.exists(), said
+            assert code == -signal.SIGKILL, said
             code, said = interrupted(script, out, (out / "sft.checkpoint").exists, signal.SIGINT)
             assert code == 130 and "to go on: python" in said and "Traceback" not in said, said
         moment = time.time() + rng.uniform(0, 0.6) * seconds[script]  # a start is faster here
