@@ -829,6 +829,7 @@ def start(argv, folder, **environment):
     """-> the running process; its output is in the file process.output."""
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / f"output_{time.time_ns()}"
+    output.touch()
     process = server.Process(target=child, args=(argv, folder, output, environment))
     process.start()
     process.output = output
@@ -947,7 +948,8 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(run, tmp_path):
             temporary = out / "sft.checkpoint.tmp"
             code, said = interrupted(script, out, temporary.exists)
             assert code == -signal.SIGKILL, said
-            code, said = interrupted(script, out, (out / "sft.checkpoint").exists, signal.SIGINT)
+            began, file = time.time(), out / "sft.checkpoint"
+            code, said = interrupted(script, out, lambda: file.exists() and file.stat().st_mtime > began, signal.SIGINT)
             assert code == 130 and "to go on: python" in said and "Traceback" not in said, said
         moment = time.time() + rng.uniform(0, 0.6) * seconds[script]  # a start is faster here
         interrupted(script, out, lambda: time.time() > moment)
