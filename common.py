@@ -38,8 +38,8 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
         "val_samples": (510, 510, "likewise"),
         "test_samples": (505, 505, "likewise, 169 + 168 + 168"),
         "iou_max": (0.85, 0.85, "student predictions above this IoU are discarded (Section 3.2)"),
-        "start": ("student", "student", "step-0 boxes: the student's predictions, the truth perturbed at random (what the paper "
-                  "first tried), or a trajectory of each", ("student", "perturbed", "both")),
+        "start": ("student", "student", "step-0 boxes: the student's predictions, or the truth perturbed at random (what the paper "
+                  "first tried)", ("student", "perturbed")),
         "keep": ("errors", "errors", "errors: the filter above; all: what it discards is kept too, as trajectories that hold still "
                  "(not in the paper)", ("errors", "all")),
         "path": ("linear", "linear", "linear interpolation; direct: at the truth from step 1 on (not in the paper)", ("linear", "direct")),
@@ -55,8 +55,8 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
         "warmup": (0.1, 0.1, "share of the updates with rising learning rate; cosine decay after"),
         "lora_rank": (64, 32, "on all attention and MLP projections of the language model"),
         "lora_alpha": (128, 64, "LoRA scale is alpha / rank"),
-        "first_step": ("all", "all", "supervise step 0 in all trajectories, or only where it is the student's and right (IoU 0.5 and "
-                       "more; not in the paper)", ("all", "right")),
+        "first_step": ("all", "all", "supervise step 0 in all trajectories, or only where its box is right (IoU 0.5 and more; not "
+                       "in the paper)", ("all", "right")),
         "save_every": (10, 10, "updates between checkpoints"),
     },
     "grpo": {

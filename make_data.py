@@ -278,17 +278,10 @@ def perturb(rng, box, iou_max):
     raise ValueError(f"no box with an IoU of 0.1 to {iou_max} with {box} in 10,000 tries; raise --iou-max")
 
 
-def elsewhere(rng, box):
-    """A box (0..1000) of about the size of `box`, anywhere on the image."""
-    w, h = (min(1000, round((b - a) * math.exp(rng.gauss(0, 0.3)))) for a, b in zip(box[:2], box[2:]))
-    x, y = rng.randint(0, 1000 - w), rng.randint(0, 1000 - h)
-    return [x, y, x + max(w, 1), y + max(h, 1)]
-
-
-def interpolate(first, last, steps):
-    """T + 1 boxes (0..1000) on the straight line from `first` to `last` (Section 3.2)."""
-    if steps == 0:
-        return [first]
+def interpolate(first, last, steps, path="linear"):
+    """T + 1 boxes (0..1000) on the straight line from `first` to `last` (Section 3.2); path "direct": at `last` from step 1 on."""
+    if path == "direct":
+        return [first] + [last] * steps
     return [[round(a + (b - a) * t / steps) for a, b in zip(first, last)] for t in range(steps + 1)]
 
 
@@ -464,15 +457,13 @@ if __name__ == "__main__":
         elif row["iou"] > args.iou_max and args.keep == "errors":
             dropped[f"IoU above {args.iou_max}"] += 1
         else:
-            rng = random.Random(f"{args.seed} {sample['id']}")
-            starts = [(row["box"], "student")] if args.start != "perturbed" else [(perturb(rng, truth, args.iou_max), "perturbed")]
-            if args.start == "both":
-                starts.append((perturb(rng, truth, args.iou_max) if rng.random() < 0.5 else elsewhere(rng, truth), "perturbed"))
-            for first, start_of in starts:
-                last = first if start_of == "student" and row["iou"] > args.iou_max else truth  # a good prediction holds still
-                boxes = interpolate(first, last, args.steps) if args.path == "linear" else [first] + [last] * args.steps
-                rows.append({"id": sample["id"], "expression": sample["expression"], "start": start_of, "iou": box_iou(first, sample),
-                             "truth": last, "boxes": boxes})
+            first, last = row["box"], truth
+            if args.start == "perturbed":
+                first = perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
+            elif row["iou"] > args.iou_max:
+                last = first  # a good prediction holds still
+            boxes = interpolate(first, last, args.steps, args.path)
+            rows.append({"id": sample["id"], "expression": sample["expression"], "iou": box_iou(first, sample), "truth": last, "boxes": boxes})
     print(f"filter: {len(rows)} of {len(train)} kept; dropped: "
           + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none"))
 

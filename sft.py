@@ -72,7 +72,7 @@ def example(row):
     seen = encode_images(vlm, views(image, row["boxes"]))
     texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
     out = build_trajectory(vlm, IVT_PROMPT.format(expression=row["expression"]), seen, texts)
-    if args.first_step == "right" and (row["iou"] < 0.5 or row["start"] == "perturbed"):  # the mistake stays in the context, to be corrected, and is not learnt
+    if args.first_step == "right" and row["iou"] < 0.5:  # the mistake stays in the context, to be corrected, and is not learnt
         learnt = out.step.index(1)
         out.predictor, out.target, out.step = out.predictor[learnt:], out.target[learnt:], out.step[learnt:]
     return out

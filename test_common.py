@@ -302,6 +302,7 @@ def test_entropy_and_logprob_by_hand(vlm):
 # Phase 0
 # ------------------------------------------------------------------------------------------------------------------
 def test_interpolation():
+    assert make_data.interpolate([0, 0, 9, 9], [1, 2, 3, 4], 2, "direct") == [[0, 0, 9, 9], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert make_data.interpolate([0, 0, 100, 100], [100, 50, 300, 101], 2) == [[0, 0, 100, 100], [50, 25, 200, 100], [100, 50, 300, 101]]
 
 
@@ -601,7 +602,7 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
         runtime.lock(tmp_path)
 
 
-def test_running_out_of_memory_names_the_sample_and_the_flag(capsys):
+def test_running_out_of_memory_names_the_sample_and_the_flag():
     with pytest.raises(SystemExit, match=r"1 \(20 x 10\); lower --batch-size"):
         with runtime.memory_for([GOOD], "--batch-size"):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -898,6 +899,23 @@ def test_predictions_of_others_and_a_picture_of_your_own(run):
     assert code == 0 and load_file(out.parent / "merged/model.safetensors"), said
     code, said = command("evaluate.py", out, "--image", "none.png", "--expression", "x")
     assert code == 1 and "none.png" in said and "Traceback" not in said
+
+
+def test_a_trajectory_may_hold_still_and_leave_mistakes_unlearnt(run, tmp_path):
+    out, rows = tmp_path / "run", lambda name: [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+    assert command("make_data.py", out, "--keep", "all", "--path", "direct")[0] == 0
+    made = rows("data/sft.jsonl")
+    student = {row["id"]: row for row in rows("data/student.jsonl")}
+    held = [row for row in made if student[row["id"]]["iou"] > 0.85]
+    assert held and all(row["boxes"] == [student[row["id"]]["box"]] * 3 for row in held)
+    moved = [row for row in made if student[row["id"]]["iou"] <= 0.85]
+    assert moved and all(row["boxes"] == [student[row["id"]]["box"]] + [row["truth"]] * 2 for row in moved)
+    assert any(row["iou"] < 0.5 for row in made)                    # what the next lines are about
+    seen = []
+    for which in ("all", "right"):
+        assert command("sft.py", out, "--first-step", which, "--restart")[0] == 0
+        seen.append(sum(row["tokens"] for row in rows("log/sft.jsonl")))
+    assert seen[1] < seen[0]
 
 
 def test_two_processes_do_what_one_does(run, tmp_path):
