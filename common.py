@@ -10,6 +10,7 @@ throughout:
   generated tokens, D the width of the language model, V its vocabulary.
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 # ------------------------------------------------------------------------------------------------------------------
 # Hyperparameters. The `paper` column is the paper's Section 4.1 and 3.3; where the paper is silent the help says
@@ -378,89 +380,151 @@ def pad_pieces(vlm, pieces, images, starts):
 # ------------------------------------------------------------------------------------------------------------------
 # The rollout: the loop of Section 3.1 over a key-value cache, for a batch of trajectories at once
 # ------------------------------------------------------------------------------------------------------------------
+class RoomyLayer(DynamicLayer):
+    """A layer of the key-value cache with room at its end; DynamicLayer copies all it holds for every token that comes."""
+    room = None  # keys and values [B, heads, capacity, head dim]; self.keys and self.values are the part in use
+
+    def update(self, keys, values, *args, **kwargs):
+        held, length = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if self.room is None or len(self.room[0]) != len(keys) or length > self.room[0].shape[2]:  # full, or other rows than before
+            before, self.room = (self.keys, self.values), [x.new_empty(*x.shape[:2], length + 128, x.shape[3]) for x in (keys, values)]
+            for part, x in zip(self.room, before if held else ()):
+                part[:, :, :held] = x
+        for part, x in zip(self.room, (keys, values)):
+            part[:, :, held:length] = x
+        self.keys, self.values = (part[:, :, :length] for part in self.room)
+        self.is_initialized = True
+        return self.keys, self.values
+
+
+def choose(logits, temperature, dice):
+    """logits [n, V], dice [n] in 0..1 -> tokens [n]: the likeliest at temperature 0, else the one at which the cumulated
+    probabilities pass the dice."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulated = (logits / temperature).softmax(-1).cumsum(-1)
+    return (cumulated <= dice[:, None] * cumulated[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def guess_next(ids, count, stop):
+    """Up to `count` tokens that may follow `ids`: those that followed its last two tokens the time before, as far as `stop`."""
+    for k in range(len(ids) - 2, 0, -1) if count > 0 else ():
+        if ids[k] == ids[-1] and ids[k - 1] == ids[-2]:
+            span = ids[k + 1:k + 1 + count]
+            return span[:span.index(stop)] if stop in span else span
+    return []
+
+
 @torch.no_grad()
-def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0),
-            seeds=None, overlay=draw_overlay):
+def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0), seeds=None,
+            overlay=draw_overlay, agree=None, draft=32):
     """Runs `group_size` trajectories for each of P (image, expression) pairs; returns P * group_size Trajectories.
 
     images: PIL, RGB. steps: T; 0 is single-shot. max_tokens: per step. temperatures: at step 0 and after; 0 is greedy.
     seeds: P integers, for temperatures above 0: what a prompt samples depends on its own seed alone, not on the prompts that
     share its batch, or on the number of processes.
-    overlay: draws box t - 1 on the image for step t. A step ends at a complete box, at the end-of-turn token (which is
-    a target but never enters the context) or at max_tokens. Without a valid box the last valid one is drawn, else none.
+    overlay: draws box t - 1 on the image for step t.
+    agree: a trajectory ends early once its last two boxes have a higher IoU than this (adaptive refinement; None: never).
+    A step ends at a complete box, at the end-of-turn token (which is a target but never enters the context) or at
+    max_tokens. Without a valid box the last valid one is drawn, else none.
 
     Each image is encoded once, each token passes through the model once: a prompt is prefilled once and its cache
     repeated for the group, and a continuation prefills only its own image and instruction onto the cache. Rows that
     end a step early are padded in the cache; the mask hides the padding and the offsets do not count it.
+
+    A refinement repeats much of what stands before it in its sequence. So in small batches the next tokens of a row are
+    guessed, and up to `draft` tokens of all rows go through the model at once, at little more than the cost of one: its weights
+    are read once. What is chosen at a position is the same with and without a guess, greedy or sampled, since each position
+    has its own dice; a guess that is not what was chosen is hidden like padding (compare Leviathan et al., arXiv:2211.17192).
     """
-    device, eot = vlm.base.device, vlm.token("<|im_end|>")
-    first = encode_images(vlm, images)
-    prompts = [prompt_ids(vlm, image, prompt.format(expression=e)) for image, e in zip(first, expressions)]
+    device, eot, stop = vlm.base.device, vlm.token("<|im_end|>"), vlm.token("<|vision_start|>")
+    spell = functools.cache(lambda token: vlm.tokenizer.decode([token]))
+    dice = torch.stack([torch.rand(steps + 1, group_size, max_tokens, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds or range(len(images))], 1).to(device)                  # [T + 1, P, N, max_tokens]
     cache = DynamicCache(config=vlm.base.config.text_config)
-    ids, positions, mask, offset = pad_pieces(vlm, prompts, [[image] for image in first], [0] * len(first))
-    hidden = hidden_states(vlm, ids, positions, mask, first, cache)                              # [P, K, D]
-    last = hidden[torch.arange(len(first)), mask.sum(1) - 1]                                     # [P, D]
-    if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
-        last, mask, offset = (x.repeat_interleave(group_size, 0) for x in (last, mask, offset))
-    pictures = [image for image in images for _ in range(group_size)]
-    rows = [Trajectory(ids=list(p), images=[i]) for p, i in zip(prompts, first) for _ in range(group_size)]
-    drawn = [None] * len(rows)                                                                   # last valid boxes
-    dice = [torch.Generator(device) for _ in seeds or ()]
+    cache.layers = [RoomyLayer() for _ in cache.layers]
+    rows = everyone = [Trajectory() for _ in images]
+    who, pictures, drawn, fed = list(range(len(rows))), list(images), [None] * len(rows) * group_size, [0] * len(rows)
+    mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=device)                            # [B, cached]
+    offset = torch.zeros(len(rows), dtype=torch.long, device=device)                             # [B]
+    # fed: how many tokens of a row are in the cache; drawn: its last valid box; who: its place among all
 
     for t in range(steps + 1):
-        if t > 0:
-            feedback = encode_images(vlm, [overlay(picture, box) for picture, box in zip(pictures, drawn)])
-            pieces = [continuation_ids(vlm, image) for image in feedback]
-            ids, positions, real, offset = pad_pieces(vlm, pieces, [[image] for image in feedback], offset.tolist())
-            mask = torch.cat([mask, real], 1)
-            hidden = hidden_states(vlm, ids, positions, mask, feedback, cache)                   # [B, K, D]
-            last = hidden[torch.arange(len(rows)), real.sum(1) - 1]                              # [B, D]
-            for row, piece, image in zip(rows, pieces, feedback):
-                row.ids += piece
-                row.images.append(image)
-        temperature = temperatures[min(t, 1)]
-        for die, seed in zip(dice, seeds or ()):
-            die.manual_seed(seed * 64 + t)
-        step_ids, text, complete = [[] for _ in rows], [""] * len(rows), [False] * len(rows)
-        live = torch.ones(len(rows), dtype=torch.bool, device=device)
-        for k in range(max_tokens):
-            logits = text_logits(vlm, last)                                                      # [B, V]
-            if temperature > 0:  # a race of exponential clocks is a categorical draw
-                clocks = torch.cat([torch.empty(group_size, logits.shape[1], device=device).exponential_(generator=d) for d in dice])
-                token = ((logits / temperature).softmax(-1) / clocks).argmax(-1)                 # [B]
-            else:
-                token = logits.argmax(-1)                                                        # [B]
-            logprob = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
-            chosen, was_live = token.tolist(), live.tolist()
-            for i, row in enumerate(rows):
-                if not was_live[i]:
-                    continue
-                row.predictor.append(len(row.ids) - 1)
-                row.target.append(chosen[i])
-                row.step.append(t)
-                row.logprob.append(logprob[i])
-                if chosen[i] != eot:
-                    row.ids.append(chosen[i])
-                    step_ids[i].append(chosen[i])
-                    piece = vlm.tokenizer.decode([chosen[i]])
-                    text[i] += piece
-                    complete[i] = any(c in piece for c in "])}") and box_complete(text[i])
-            fed = live & (token != eot)      # enters the context: what a live row sampled, save the end of turn
-            live = fed & ~torch.tensor(complete, device=device)
-            if not fed.any() or (t == steps and not live.any()):
+        # Prefill: the prompt; later the last token of step t - 1, the overlay and the instruction
+        shown = encode_images(vlm, [overlay(picture, box) if t else picture for picture, box in zip(pictures, drawn)])
+        for row, image, i in zip(rows, shown, who):
+            row.ids += continuation_ids(vlm, image) if t else prompt_ids(vlm, image, prompt.format(expression=expressions[i]))
+            row.images.append(image)
+        ids, positions, real, offset = pad_pieces(vlm, [row.ids[n:] for row, n in zip(rows, fed)], [[image] for image in shown], offset.tolist())
+        mask, fed = torch.cat([mask, real], 1), [len(row.ids) for row in rows]
+        hidden = hidden_states(vlm, ids, positions, mask, shown, cache)                          # [B, K, D]
+        hidden = hidden[torch.arange(len(rows)), real.sum(1) - 1][:, None]                       # [B, 1, D]
+        if t == 0 and group_size > 1:
+            who = list(range(len(images) * group_size))
+            cache.batch_repeat_interleave(group_size)
+            hidden, mask, offset = (x.repeat_interleave(group_size, 0) for x in (hidden, mask, offset))
+            pictures, fed = ([x for x in xs for _ in range(group_size)] for xs in (pictures, fed))
+            rows = everyone = [Trajectory(ids=list(row.ids), images=list(row.images)) for row in rows for _ in range(group_size)]
+
+        # Decode. Each pass gives a live row the token after its last one, and after each of its guesses as far as they are right.
+        here = dice[t].flatten(0, 1)[who]                                                        # [B, max_tokens]
+        begun, text, guess, live, width = [len(row.target) for row in rows], [""] * len(rows), [[]] * len(rows), range(len(rows)), 0
+        while True:
+            at = [(i, j, len(rows[i].target) - begun[i] + j) for i in live for j in range(len(guess[i]) + 1)]
+            of, place, number = torch.tensor(at, device=device).T                                # [n] each
+            logits = text_logits(vlm, hidden[of, place])                                         # [n, V]
+            token = choose(logits, temperatures[min(t, 1)], here[of, number])                    # [n]
+            logprob = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]                     # [n]
+            said, going, kept = iter(zip(token.tolist(), logprob.tolist())), [], [0] * len(rows)
+            for i in live:
+                row = rows[i]
+                for j, (chosen, p) in enumerate([next(said) for _ in range(len(guess[i]) + 1)]):
+                    row.predictor.append(len(row.ids) - 1)
+                    row.target.append(chosen)
+                    row.step.append(t)
+                    row.logprob.append(p)
+                    if chosen != eot:
+                        row.ids.append(chosen)
+                        text[i] += spell(chosen)
+                    right = guess[i][j:j + 1] == [chosen]
+                    kept[i] = 1 + j + right
+                    ended = (chosen == eot or len(row.target) - begun[i] == max_tokens
+                             or any(c in spell(chosen) for c in "])}") and box_complete(text[i]))
+                    if ended or not right:
+                        break
+                going += [i] * (not ended)
+            if width:  # of the tokens that went in, those that were chosen stay
+                stays = torch.tensor(kept, device=device)
+                mask, offset = torch.cat([mask, torch.arange(width, device=device) < stays[:, None]], 1), offset + stays
+                fed = [a + b for a, b in zip(fed, kept)]
+            if not going:
                 break
-            mask = torch.cat([mask, fed[:, None]], 1)
-            hidden = hidden_states(vlm, token[:, None], offset.expand(3, 1, -1).transpose(1, 2), mask, [], cache)
-            last = torch.where(fed[:, None], hidden[:, 0], last)                                 # [B, D]
-            offset = offset + fed
-            if not live.any():
-                break
+            live, guess = going, [[]] * len(rows)
+            for i in live:
+                room = min(draft // len(rows), begun[i] + max_tokens - len(rows[i].target)) - 1
+                guess[i] = guess_next(rows[i].ids, room, stop)
+            pieces = [[rows[i].ids[-1]] + guess[i] if i in going else [] for i in range(len(rows))]
+            ids, real = pad_rows(pieces, 0, device), pad_rows([[True] * len(piece) for piece in pieces], False, device)  # [B, K]
+            width = ids.shape[1]
+            positions = (offset[:, None] + torch.arange(width, device=device)).expand(3, -1, -1)
+            hidden = hidden_states(vlm, ids, positions, torch.cat([mask, real], 1), [], cache)   # [B, K, D]
+
         for i, row in enumerate(rows):
-            row.texts.append(vlm.tokenizer.decode(step_ids[i]))
+            row.texts.append(vlm.tokenizer.decode([token for token, step in zip(row.target, row.step) if step == t and token != eot]))
             row.boxes.append(parse_box(row.texts[-1]))
             drawn[i] = row.boxes[-1] or drawn[i]
-    return rows
+        if agree is not None and t > 0:
+            stay = [i for i, row in enumerate(rows) if not (all(row.boxes[-2:]) and iou(*row.boxes[-2:]) > agree)]
+            if not stay:
+                break
+            if len(stay) < len(rows):
+                cache.batch_select_indices(torch.tensor(stay, device=device))
+                mask, offset = mask[stay], offset[stay]
+                rows, who, pictures, drawn, fed = ([x[i] for i in stay] for x in (rows, who, pictures, drawn, fed))
+    return everyone
+
+
+LOGITS_AT_ONCE = 2 ** 25  # at a vocabulary of 152k: 220 targets at a time, 134 MB for each copy
 
 
 def trajectory_logprobs(vlm, trajectories):
@@ -480,10 +544,11 @@ def trajectory_logprobs(vlm, trajectories):
         logprobs = text_logits(vlm, hidden).log_softmax(-1)                                      # [m, V]
         return logprobs.gather(1, target[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
-    if not (vlm.checkpointing and torch.is_grad_enabled()):
+    part = LOGITS_AT_ONCE // vlm.base.lm_head.out_features
+    if len(target) <= part:
         return of_some(hidden[row, predictor], target)
-    # a few at a time, recomputed in the backward pass: 2,880 targets of a vocabulary of 152k are 1.75 GB for each copy
-    parts = [checkpoint(of_some, h, t, use_reentrant=False) for h, t in zip(hidden[row, predictor].split(256), target.split(256))]
+    # recomputed in the backward pass: kept for all targets of six trajectories, 2,880, each copy would be 1.75 GB
+    parts = [checkpoint(of_some, h, t, use_reentrant=False) for h, t in zip(hidden[row, predictor].split(part), target.split(part))]
     return tuple(torch.cat(part) for part in zip(*parts))                                        # [M], [M]
 
 

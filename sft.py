@@ -66,8 +66,14 @@ def learning_rate(update):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
 
 
+built, room = {}, 2 ** 30  # trajectories with their image tokens, which are constants of the run: up to a gigabyte is kept
+
+
 def example(row):
     """The training sequence of one trajectory: step t sees the overlay of box t - 1, as at inference."""
+    global room
+    if row["id"] in built:
+        return built[row["id"]]
     image = load_image(samples[row["id"]], data)
     seen = encode_images(vlm, views(image, row["boxes"]))
     texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
@@ -75,6 +81,9 @@ def example(row):
     if args.first_step == "right" and row["iou"] < 0.5:  # the mistake stays in the context, to be corrected, and is not learnt
         learnt = out.step.index(1)
         out.predictor, out.target, out.step = out.predictor[learnt:], out.target[learnt:], out.step[learnt:]
+    size = sum(part.nbytes for view in seen for part in (view.embeds, *view.deepstack))
+    if size <= room:
+        built[row["id"]], room = out, room - size
     return out
 
 

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+import benchmark
 import common
 import evaluate
 import make_data
@@ -181,6 +182,75 @@ def test_cached_decoding_equals_one_full_pass(vlm, monkeypatch):
     assert (trajectory_logprobs(vlm, boxed)[0] - torch.tensor([p for r in boxed for p in r.logprob])).abs().max() < 1e-4
     for r in rows:  # the end of turn is a target, and never enters the context
         assert vlm.token("<|im_end|>") not in r.ids[r.predictor[0] + 1:]
+
+
+@pytest.mark.parametrize("temperature", (0.0, 0.2))
+def test_guessing_ahead_changes_nothing_but_the_passes(vlm, monkeypatch, temperature):
+    whole, passes, images = common.hidden_states, [], [picture(96, 80), picture(48, 144, 1)]
+    monkeypatch.setattr(common, "hidden_states", lambda *args: passes.append(1) or whole(*args))
+    logits, few = common.text_logits, torch.zeros(vlm.base.config.text_config.vocab_size).fill_(-1e30).index_fill(0, torch.arange(300, 304), 0)
+    monkeypatch.setattr(common, "text_logits", lambda *args: logits(*args) + few)  # who knows four words repeats himself
+
+    def play(draft):
+        passes.clear()
+        rows = rollout(vlm, images, ["the cat", "a dog"], 2, 20, group_size=2, temperatures=(temperature,) * 2, seeds=[0, 1], draft=draft)
+        return [r.target for r in rows], [r.predictor for r in rows], torch.tensor([p for r in rows for p in r.logprob]), len(passes), rows
+
+    plain, guessed = play(0), play(1000)
+    assert plain[:2] == guessed[:2] and (plain[2] - guessed[2]).abs().max() < 1e-4
+    assert guessed[3] < plain[3] == 3 * 20
+    assert (trajectory_logprobs(vlm, guessed[4])[0] - guessed[2]).abs().max() < 1e-4
+
+
+def test_guesses_are_what_came_after_the_same_two_tokens():
+    ids = [1, 2, 3, 4, 9, 5, 1, 2, 7, 8, 1, 2]
+    assert common.guess_next(ids, 3, stop=9) == [7, 8, 1] and common.guess_next(ids[:8], 8, stop=9) == [3, 4]
+    assert common.guess_next(ids, 0, stop=9) == common.guess_next([1, 2, 3], 4, stop=9) == common.guess_next([1], 4, stop=9) == []
+
+
+def test_a_trajectory_ends_when_its_boxes_agree(vlm, monkeypatch):
+    """Rows that have left change nothing in the others."""
+    images, texts = [picture(96, 80), picture(48, 144, 1), picture(32, 32, 2)], ["a", "b", "c"]
+    whole = rollout(vlm, images, texts, 3, 6)
+    boxes = iter([[0, 0, 500, 500], [0, 0, 300, 300], [0, 0, 100, 100], [0, 0, 500, 490], None, [0, 0, 900, 900], None, [0, 0, 910, 900], None])
+    monkeypatch.setattr(common, "parse_box", lambda text: next(boxes))
+    rows = rollout(vlm, images, texts, 3, 6, overlay=lambda image, box: image, agree=0.9)
+    assert [len(r.boxes) for r in rows] == [2, 4, 3]
+    assert rows[1].target == whole[1].target and [len(r.images) for r in rows] == [2, 4, 3]
+
+
+def test_logits_a_few_at_a_time_give_the_same_gradient(vlm, monkeypatch):
+    rows, weight = rollout(vlm, [picture(96, 80), picture(48, 144, 1)], ["a", "b"], 1, 9), vlm.base.model.language_model.norm.weight
+    weight.requires_grad_(True)
+
+    def run():
+        logprob, entropy = trajectory_logprobs(vlm, rows)
+        (logprob.sum() + entropy.sum()).backward()
+        grad, weight.grad = weight.grad, None
+        return torch.cat([logprob, entropy, grad]).detach()
+
+    whole = run()
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 7 * vlm.base.config.text_config.vocab_size)
+    parts = run()
+    weight.requires_grad_(False)
+    assert torch.allclose(whole, parts, atol=1e-4) and weight.grad is None
+
+
+def test_benchmark_times_nothing_before_both_ways_agree(capsys, monkeypatch):
+    text = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=64,
+                rope_parameters=dict(rope_type="default", rope_theta=1e5, mrope_section=[6, 5, 5], mrope_interleaved=True))
+    vision = dict(depth=3, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=64, deepstack_visual_indexes=[0, 1])
+    vlm = benchmark.random_vlm(text, vision, 1024, torch.float32, torch.device("cpu"), 4)
+    images, expressions = [picture(96, 80), picture(64, 160, 1)], ["a", "the cat"]
+    benchmark.check(vlm, images, expressions, 6)
+    assert "2 of 2 greedy trajectories" in capsys.readouterr().out
+    row, = rollout(vlm, images[:1], expressions[:1], 2, 6)
+    assert sum(new + written for new, written in benchmark.lengths(row)) == len(row.ids)
+    one, group = (benchmark.rollout_floor(vlm, (1e9, 1e9), [row] * n, n) for n in (1, 6))
+    assert one < group < 6 * one  # the prompt is shared
+    monkeypatch.setattr(common, "mrope_positions", lambda ids, images, token, start=0: (torch.arange(len(ids)).expand(3, -1) + start, start + len(ids)))
+    with pytest.raises(SystemExit, match="do not agree"):
+        benchmark.check(vlm, images, expressions, 6)
 
 
 def test_greedy_rollout_equals_generate(vlm):
