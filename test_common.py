@@ -971,6 +971,14 @@ def test_predictions_of_others_and_a_picture_of_your_own(run):
     assert code == 1 and "none.png" in said and "Traceback" not in said
 
 
+def test_benchmark_of_a_run(run):
+    argv = [sys.executable, str(HERE / "benchmark.py"), "--run", str(run[0]), "--repeats", "1", "--sizes", "1", "--tokens", "8"]
+    ran = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert ran.returncode == 0 and not re.search(r"warn|Traceback|deprecat", ran.stdout, re.I), ran.stdout
+    rows = [line for line in ran.stdout.splitlines() if re.match(r"[1-6]\. ", line)]
+    assert [row[0] for row in rows] == list("1244563") and "both ways agree: 2 of 2" in ran.stdout, ran.stdout
+
+
 def test_a_trajectory_may_hold_still_and_leave_mistakes_unlearnt(run, tmp_path):
     out, rows = tmp_path / "run", lambda name: [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
     assert command("make_data.py", out, "--keep", "all", "--path", "direct")[0] == 0
