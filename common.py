@@ -84,6 +84,7 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
         "max_tokens": (160, 80, "per step"),
         "batch_size": (6, 64, "samples decoded at once; not in the paper"),
         "longest": (6, 6, "steps that an IVT row is played to, for the tables of adaptive refinement; not in the paper"),
+        "agree": (1.0, 1.0, "--image stops when two boxes in a row have a higher IoU than this (adaptive refinement); 1: never"),
         "control_temperature": (1.0, 1.0, "of the control row that samples T + 1 single-shot answers; not in the paper"),
         "pictures": (6, 6, "rows of each filmstrip"),
     },
@@ -417,37 +418,42 @@ def guess_next(ids, count, stop):
 
 @torch.no_grad()
 def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0), seeds=None,
-            overlay=draw_overlay, agree=None, draft=32):
+            overlay=draw_overlay, agree=1.0, at_once=16):
     """Runs `group_size` trajectories for each of P (image, expression) pairs; returns P * group_size Trajectories.
 
     images: PIL, RGB. steps: T; 0 is single-shot. max_tokens: per step. temperatures: at step 0 and after; 0 is greedy.
     seeds: P integers, for temperatures above 0: what a prompt samples depends on its own seed alone, not on the prompts that
     share its batch, or on the number of processes.
     overlay: draws box t - 1 on the image for step t.
-    agree: a trajectory ends early once its last two boxes have a higher IoU than this (adaptive refinement; None: never).
+    agree: a trajectory ends early once its last two boxes have a higher IoU than this (adaptive refinement; 1: never).
     A step ends at a complete box, at the end-of-turn token (which is a target but never enters the context) or at
     max_tokens. Without a valid box the last valid one is drawn, else none.
 
-    Each image is encoded once, each token passes through the model once: a prompt is prefilled once and its cache
+    Raises ValueError when it is to sample without seeds.
+
+    Each image is encoded once, each token of the context passes through the model once: a prompt is prefilled once and its cache
     repeated for the group, and a continuation prefills only its own image and instruction onto the cache. Rows that
     end a step early are padded in the cache; the mask hides the padding and the offsets do not count it.
 
-    A refinement repeats much of what stands before it in its sequence. So in small batches the next tokens of a row are
-    guessed, and up to `draft` tokens of all rows go through the model at once, at little more than the cost of one: its weights
-    are read once. What is chosen at a position is the same with and without a guess, greedy or sampled, since each position
-    has its own dice; a guess that is not what was chosen is hidden like padding (compare Leviathan et al., arXiv:2211.17192).
+    A refinement repeats much of what stands before it in its sequence. So in small batches the next tokens of a row are guessed,
+    and up to `at_once` tokens of all rows go through the model in one pass, which reads its weights once. What is chosen at a
+    position does not depend on a guess, greedy or sampled, since each position has its own dice (up to rounding: in bfloat16 a
+    near tie may fall the other way); a guess that was not chosen stays in the cache, hidden like padding. Compare Leviathan et
+    al., arXiv:2211.17192, and Saxena, "Prompt Lookup Decoding", 2023.
     """
-    device, eot, stop = vlm.base.device, vlm.token("<|im_end|>"), vlm.token("<|vision_start|>")
+    if max(temperatures) > 0 and not seeds:
+        raise ValueError("sampling takes a seed for each prompt")
+    device, eot, shown_next = vlm.base.device, vlm.token("<|im_end|>"), vlm.token("<|vision_start|>")
     spell = functools.cache(lambda token: vlm.tokenizer.decode([token]))
     dice = torch.stack([torch.rand(steps + 1, group_size, max_tokens, generator=torch.Generator().manual_seed(seed))
-                        for seed in seeds or range(len(images))], 1).to(device)                  # [T + 1, P, N, max_tokens]
+                        for seed in seeds or [0] * len(images)], 1).to(device)                   # [T + 1, P, N, max_tokens]
     cache = DynamicCache(config=vlm.base.config.text_config)
     cache.layers = [RoomyLayer() for _ in cache.layers]
+    # Of each row: its place among all, its picture, its last valid box, how many of its tokens are in the cache
     rows = everyone = [Trajectory() for _ in images]
     who, pictures, drawn, fed = list(range(len(rows))), list(images), [None] * len(rows) * group_size, [0] * len(rows)
     mask = torch.zeros(len(rows), 0, dtype=torch.bool, device=device)                            # [B, cached]
     offset = torch.zeros(len(rows), dtype=torch.long, device=device)                             # [B]
-    # fed: how many tokens of a row are in the cache; drawn: its last valid box; who: its place among all
 
     for t in range(steps + 1):
         # Prefill: the prompt; later the last token of step t - 1, the overlay and the instruction
@@ -471,9 +477,9 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
         begun, text, guess, live, width = [len(row.target) for row in rows], [""] * len(rows), [[]] * len(rows), range(len(rows)), 0
         while True:
             at = [(i, j, len(rows[i].target) - begun[i] + j) for i in live for j in range(len(guess[i]) + 1)]
-            of, place, number = torch.tensor(at, device=device).T                                # [n] each
-            logits = text_logits(vlm, hidden[of, place])                                         # [n, V]
-            token = choose(logits, temperatures[min(t, 1)], here[of, number])                    # [n]
+            row_of, column, number = torch.tensor(at, device=device).T                           # [n] each
+            logits = text_logits(vlm, hidden[row_of, column])                                    # [n, V]
+            token = choose(logits, temperatures[min(t, 1)], here[row_of, number])                # [n]
             logprob = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]                     # [n]
             said, going, kept = iter(zip(token.tolist(), logprob.tolist())), [], [0] * len(rows)
             for i in live:
@@ -486,7 +492,7 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
                     if chosen != eot:
                         row.ids.append(chosen)
                         text[i] += spell(chosen)
-                    right = guess[i][j:j + 1] == [chosen]
+                    right = chosen != eot and guess[i][j:j + 1] == [chosen]  # the end of turn may be in the cache, as a wrong guess
                     kept[i] = 1 + j + right
                     ended = (chosen == eot or len(row.target) - begun[i] == max_tokens
                              or any(c in spell(chosen) for c in "])}") and box_complete(text[i]))
@@ -501,8 +507,8 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
                 break
             live, guess = going, [[]] * len(rows)
             for i in live:
-                room = min(draft // len(rows), begun[i] + max_tokens - len(rows[i].target)) - 1
-                guess[i] = guess_next(rows[i].ids, room, stop)
+                count = min(at_once // len(rows), begun[i] + max_tokens - len(rows[i].target)) - 1
+                guess[i] = guess_next(rows[i].ids, count, shown_next)
             pieces = [[rows[i].ids[-1]] + guess[i] if i in going else [] for i in range(len(rows))]
             ids, real = pad_rows(pieces, 0, device), pad_rows([[True] * len(piece) for piece in pieces], False, device)  # [B, K]
             width = ids.shape[1]
@@ -513,7 +519,7 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
             row.texts.append(vlm.tokenizer.decode([token for token, step in zip(row.target, row.step) if step == t and token != eot]))
             row.boxes.append(parse_box(row.texts[-1]))
             drawn[i] = row.boxes[-1] or drawn[i]
-        if agree is not None and t > 0:
+        if agree < 1 and t > 0:
             stay = [i for i, row in enumerate(rows) if not (all(row.boxes[-2:]) and iou(*row.boxes[-2:]) > agree)]
             if not stay:
                 break

@@ -464,7 +464,7 @@ if __name__ == "__main__":
         vlm = load_vlm(args)
         add_adapter(vlm, best, "policy")
         with memory_for([sample], "--max-pixels"):
-            [played] = rollout(vlm, [picture], [args.expression], args.steps, args.max_tokens)
+            [played] = rollout(vlm, [picture], [args.expression], args.steps, args.max_tokens, agree=args.agree)
         for t, (box, text) in enumerate(zip(played.boxes, played.texts)):
             pixels = [round(v, 1) for v in denormalize_box(box, width, height)] if box else "no valid box"
             print(f"step {t}: {pixels}\n  {text.strip()}")

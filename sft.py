@@ -66,12 +66,11 @@ def learning_rate(update):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
 
 
-built, room = {}, 2 ** 30  # trajectories with their image tokens, which are constants of the run: up to a gigabyte is kept
+built = {}  # trajectories with their image tokens, which are constants of the run
 
 
 def example(row):
     """The training sequence of one trajectory: step t sees the overlay of box t - 1, as at inference."""
-    global room
     if row["id"] in built:
         return built[row["id"]]
     image = load_image(samples[row["id"]], data)
@@ -82,8 +81,8 @@ def example(row):
         learnt = out.step.index(1)
         out.predictor, out.target, out.step = out.predictor[learnt:], out.target[learnt:], out.step[learnt:]
     size = sum(part.nbytes for view in seen for part in (view.embeds, *view.deepstack))
-    if size <= room:
-        built[row["id"]], room = out, room - size
+    if vlm.base.device.type == "cpu" and (len(built) + 1) * size <= 2 ** 30:  # a gigabyte is kept; a GPU's memory is dearer than its time
+        built[row["id"]] = out
     return out
 
 
