@@ -53,7 +53,8 @@ def random_vlm(text, vision, vocabulary, dtype, device, rank):
     processor.patch_size, processor.size = 16, {"shortest_edge": 32 * 32, "longest_edge": 2 ** 20}
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
         ("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
-    config = Qwen3VLConfig(text_config=dict(text, vocab_size=vocabulary, tie_word_embeddings=True, initializer_range=0.06), tie_word_embeddings=True, **ids,
+    config = Qwen3VLConfig(text_config=dict(text, vocab_size=vocabulary, tie_word_embeddings=True, initializer_range=1.2 / text["hidden_size"] ** 0.5),
+                           tie_word_embeddings=True, **ids,  # large enough that greedy words differ
                            vision_config=dict(vision, patch_size=16, spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=2304))
     torch.manual_seed(0)
     default = torch.get_default_dtype()
