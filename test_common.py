@@ -717,7 +717,7 @@ def test_what_the_readme_states():
     own = {"--preset", "--out", "--restart", "--skip-bad", "--data", "--init", "--help", "--teacher-model", "--image", "--expression", "--predictions",
            "--from-predictions", "--ablations", "--compare", "--merge"}
     foreign = {"--repo-type", "--local-dir", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
-    own |= {"--" + name for name in make_data.DATASETS}
+    own |= {"--" + name for name in make_data.DATASETS} | set(re.findall(r'add_argument\("(--[a-z]+)"', (HERE / "benchmark.py").read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags | own | foreign
     assert "python make_data.py && python sft.py && python grpo.py && python evaluate.py" in text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
