@@ -28,7 +28,7 @@ from PIL import Image
 
 import runtime
 from common import (IVT_PROMPT, ImageTokens, VLM, box_complete, continuation_ids, draw_overlay,
-                    encode_images, grpo_loss, parse_box, prompt_ids, rollout, trajectory_logprobs)
+                    encode_images, grpo_loss, parse_box, prompt_ids, rollout, trajectory_logprobs, views)
 
 # The layers of a Qwen3-VL; "4b" is Qwen3-VL-4B-Instruct's published config
 CONFIGS = {
@@ -88,6 +88,10 @@ def size_in_tokens(vlm, image):
     return ImageTokens(None, [], *(int(v) // vlm.base.config.vision_config.spatial_merge_size for v in size))
 
 
+def last_valid(boxes):
+    return next((box for box in boxes[::-1] if box), None)
+
+
 def plain_rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0)):
     """The loop of Section 3.1 with generate(): at each step all images and all tokens so far go through the model again.
 
@@ -99,7 +103,7 @@ def plain_rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT
         rows += [(list(ids), [image], [], []) for _ in range(group_size)]
     for t in range(steps + 1):
         for ids, seen, _, boxes in rows if t else ():
-            seen.append(draw_overlay(seen[0], next((box for box in boxes[::-1] if box), None)))
+            seen.append(draw_overlay(seen[0], last_valid(boxes)))
             ids += continuation_ids(vlm, size_in_tokens(vlm, seen[-1]))
         batch, temperature = plain_inputs(vlm, [row[:2] for row in rows]), temperatures[min(t, 1)]
         start = batch["input_ids"].shape[1]
@@ -288,15 +292,18 @@ def lengths(trajectory):
     return [(at - (first[t - 1] + written[t - 1] if t else 0), n) for t, (at, n) in enumerate(zip(first, written))]
 
 
+def patches(vlm, image):
+    return image.rows * image.columns * vlm.base.config.vision_config.spatial_merge_size ** 2
+
+
 def rollout_floor(vlm, rates, rows, group_size=1):
     """Of these trajectories in one batch; the prompt and its image once for a group."""
-    patches = lambda image: image.rows * image.columns * vlm.base.config.vision_config.spatial_merge_size ** 2
     images, prefill, decode = [], [], []
     for i, row in enumerate(rows):
         held = 0
         for t, (new, written) in enumerate(lengths(row)):
             if t or i % group_size == 0:
-                images.append(patches(row.images[t]))
+                images.append(patches(vlm, row.images[t]))
                 prefill.append((1, new + (t > 0), held - (t > 0), 1))  # with the last token of the step before
             held += new + written
     steps = [lengths(row) for row in rows]
@@ -310,8 +317,8 @@ def rollout_floor(vlm, rates, rows, group_size=1):
 
 def training_floor(vlm, rates, rows, images, passes):
     """Of trajectories that go through the model `passes` times; a backward pass through frozen weights is one more."""
-    patches = [image.rows * image.columns * vlm.base.config.vision_config.spatial_merge_size ** 2 for row in rows for image in row.images]
-    return floor(vlm, rates, patches * images, [(1, len(row.ids), 0, passes) for row in rows], logits=passes * sum(len(row.target) for row in rows))
+    shown = [patches(vlm, image) for row in rows for image in row.images * images]
+    return floor(vlm, rates, shown, [(1, len(row.ids), 0, passes) for row in rows], logits=passes * sum(len(row.target) for row in rows))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -319,8 +326,7 @@ def training_floor(vlm, rates, rows, images, passes):
 # ------------------------------------------------------------------------------------------------------------------
 def seen_by(trajectory, image):
     """The PIL image that each step of a rollout was shown."""
-    valid = [next((box for box in trajectory.boxes[:t][::-1] if box), None) for t in range(len(trajectory.images))]
-    return [image] + [draw_overlay(image, box) for box in valid[1:]]
+    return views(image, [last_valid(trajectory.boxes[:t + 1]) for t in range(len(trajectory.boxes))])
 
 
 def gradient(vlm):
@@ -348,11 +354,11 @@ def check(vlm, images, expressions, tokens):
         sys.exit("error: the two ways do not agree; nothing is timed")
 
 
-def say(name, plain, ours, least=None, note=""):
+def say(name, plain, ours, least, note=""):
     """A row: seconds, how many times faster, how far above the floor, memory."""
     memory = lambda value: "" if value is None else f"{value / 2 ** 20:,.0f}"
-    return (name, f"{plain[0]:.2f}", f"{ours[0]:.2f}", f"{plain[0] / ours[0]:.2f}", f"{least:.2f}" if least else "",
-            f"{ours[0] / least:.2f}" if least else "", memory(plain[1]), memory(ours[1]), note)
+    return (name, f"{plain[0]:.2f}", f"{ours[0]:.2f}", f"{plain[0] / ours[0]:.2f}", f"{least:.2f}", f"{ours[0] / least:.2f}",
+            memory(plain[1]), memory(ours[1]), note)
 
 
 HEAD = ("work", "plain, s", "ours, s", "times faster", "floor, s", "ours / floor", "plain, MiB", "ours, MiB", "")
@@ -433,7 +439,7 @@ if __name__ == "__main__":
         args.model, args.max_pixels, args.checkpointing = str(runtime.HERE / "toy_base") if args.model == "toy_base" else args.model, 2 ** 20, "off"
         vlm = trainee = runtime.load_vlm(args)
         run = Path(args.run)
-        adapter = next((run / a for a in ("grpo", "sft") if (run / a / "adapter_model.safetensors").exists()), None)
+        adapter = runtime.best_adapter(run)
         if not adapter:
             runtime.stop(f"{run} has no adapter; first run sft.py")
         for name in ("reference", "policy"):

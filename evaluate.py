@@ -428,7 +428,7 @@ def steps_of(group):
 if __name__ == "__main__":
     from pathlib import Path
 
-    from runtime import (add_adapter, begin, flags, load_image, load_vlm, memory_for, minutes, read_jsonl, read_samples, resumable,
+    from runtime import (add_adapter, begin, best_adapter, flags, load_image, load_vlm, memory_for, minutes, read_jsonl, read_samples, resumable,
                          save_merged, seed_all, stop, write_bytes, write_jsonl, write_text)
     own = dict(ablations=(False, "add rows with other overlays than the predicted box"), compare=((), "folders of other runs, for rows"),
                image=(None, "a picture of yours, instead of the test samples"), expression=(None, "what to find in it"),
@@ -446,7 +446,7 @@ if __name__ == "__main__":
     # --------------------------------------------------------------------------------------------------------------
     # The best adapter of the run alone: merged into its base, or on a picture of your own
     # --------------------------------------------------------------------------------------------------------------
-    best = next((out / a for a in ("grpo", "sft") if (out / a / "adapter_model.safetensors").exists()), None)
+    best = best_adapter(out)
     if (args.merge or args.image) and not best:
         stop(f"{out} has no adapter; first run: python sft.py --preset {args.preset}")
     if args.merge:

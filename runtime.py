@@ -602,6 +602,11 @@ def save_adapter(vlm, folder, name="default"):
         shutil.rmtree(temporary)
 
 
+def best_adapter(run):
+    """The folder of the run's GRPO adapter, else of its SFT adapter, else None."""
+    return next((run / name for name in ("grpo", "sft") if (run / name / "adapter_model.safetensors").exists()), None)
+
+
 def save_merged(args, adapter, folder):
     """Base and adapter as one plain checkpoint folder, in --dtype and never in 4 bits: merging is an addition to the weights."""
     vlm = load_vlm(args, quantize="none")
