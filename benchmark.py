@@ -7,7 +7,9 @@
 The plain way is `generate()` over the whole context, encoded anew at every step, and one forward pass per trajectory with all of
 its logits; the update is also compared with the same pass when it is asked for the logits of the targets alone (`logits_to_keep`).
 Before anything is timed, both ways have to agree: the same tokens under greedy decoding (in float32), the same log-probabilities,
-losses and gradients within a tolerance. Then they take turns, and a row shows the medians.
+losses and gradients within a tolerance. Then they take turns, and a row shows the medians. Memory is that of all tensors alive
+above what was there before, at the highest, counted in a turn that is not timed. Both ways recompute activations, or neither
+(`--checkpointing`; on, as in the paper preset).
 
 `floor` is what the work cannot avoid when a token is decoded at a time, at this machine's own measured rates: the arithmetic of
 every token that goes through a layer once, and in decoding, where a pass has few tokens, the bytes of the weights and of the
@@ -15,20 +17,21 @@ cache if reading them takes longer. Elementwise work, memory traffic between lay
 """
 
 import argparse
-import ctypes
-import os
 import statistics
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import runtime
-from common import (IVT_PROMPT, ImageTokens, VLM, box_complete, continuation_ids, draw_overlay,
-                    encode_images, grpo_loss, parse_box, prompt_ids, rollout, trajectory_logprobs, views)
+from common import (IVT_PROMPT, ImageTokens, VLM, box_complete, continuation_ids, draw_overlay, encode_images, grpo_loss, parse_box,
+                    prompt_ids, recompute_activations, rollout, trajectory_logprobs, views)
 
 # The layers of a Qwen3-VL; "4b" is Qwen3-VL-4B-Instruct's published config
 CONFIGS = {
@@ -62,6 +65,7 @@ def random_vlm(text, vision, vocabulary, dtype, device, rank):
     with torch.device(device):
         model = Qwen3VLForConditionalGeneration(config)
     torch.set_default_dtype(default)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     vlm = VLM(model.requires_grad_(False).train(), tokenizer, processor)
     for adapter in ("reference", "policy"):
         runtime.new_adapter(vlm, rank, 2 * rank, adapter)
@@ -74,6 +78,7 @@ def random_vlm(text, vision, vocabulary, dtype, device, rank):
 
 def plain_inputs(vlm, rows):
     """Rows of (ids, PIL images) -> the arguments of the model's own forward pass, padded on the left as generate() wants it."""
+    recompute_activations(vlm)
     longest, device = max(len(ids) for ids, _ in rows), vlm.base.device
     ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in rows], device=device)
     real = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device)
@@ -92,6 +97,7 @@ def last_valid(boxes):
     return next((box for box in boxes[::-1] if box), None)
 
 
+@torch.no_grad()
 def plain_rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0)):
     """The loop of Section 3.1 with generate(): at each step all images and all tokens so far go through the model again.
 
@@ -194,53 +200,48 @@ def our_sft(vlm, trajectories, images):
 # ------------------------------------------------------------------------------------------------------------------
 # Clocks
 # ------------------------------------------------------------------------------------------------------------------
-def memory_now(reset=False):
-    """Bytes in use; with `reset`, counts the peak from here on. On a CPU that of the process, as Linux reports it; else None."""
-    if torch.cuda.is_available():
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if not os.path.exists("/proc/self/clear_refs"):
-        return None
-    if reset:
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # what was freed goes back to the system, and does not hide the next peak
-        Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
+class Tally(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is in force: those alive now, and the most there were."""
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.alive = 0, 0, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        old = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            place, size = storage.data_ptr(), storage.nbytes()
+            if size and place not in old | self.alive:  # no view of something else
+                self.alive.add(place)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, place, size)
+        return out
+
+    def gone(self, place, size):
+        self.alive.discard(place)
+        self.now -= size
 
 
-def resident(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-
-
-def peak():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resident("VmHWM") if os.path.exists("/proc/self/clear_refs") else None
-
-
-def clock(work):
-    """(seconds, bytes above what was there before or None) of one call."""
-    vacant = memory_now(reset=True)
+def seconds(work):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return seconds, peak() - vacant if vacant is not None else None
+    return time.perf_counter() - start
 
 
-def take_turns(ways, repeats):
-    """name -> function: in turn; name -> (median seconds, median bytes). A GPU's first call of each compiles and is not measured."""
-    for work in ways.values() if torch.cuda.is_available() else ():
-        work()
-    measured = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, work in ways.items():
-            measured[name].append(clock(work))
-    return {name: (statistics.median(s for s, _ in m), statistics.median(b for _, b in m) if m[0][1] is not None else None)
-            for name, m in measured.items()}
+def take_turns(ways, repeats, memory=False):
+    """name -> function: in turn; name -> (median seconds, most bytes alive or None). A GPU's first call compiles and is not timed."""
+    most = dict.fromkeys(ways)
+    for name, work in ways.items() if memory or torch.cuda.is_available() else ():
+        with Tally() as tally:
+            work()
+        most[name] = tally.most if memory else None
+    turns = [{name: seconds(work) for name, work in ways.items()} for _ in range(repeats)]
+    return {name: (statistics.median(turn[name] for turn in turns), most[name]) for name in ways}
 
 
 def machine_rates(device, dtype):
@@ -249,8 +250,8 @@ def machine_rates(device, dtype):
     a, b, c = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
     big = torch.ones(2 ** 26, device=device, dtype=dtype)
     for _ in range(20):
-        best[0] = max(best[0], 2 * n ** 3 / clock(lambda: torch.mm(a, b, out=c))[0])
-        best[1] = max(best[1], big.nbytes / clock(big.sum)[0])
+        best[0] = max(best[0], 2 * n ** 3 / seconds(lambda: torch.mm(a, b, out=c)))
+        best[1] = max(best[1], big.nbytes / seconds(big.sum))
     return best
 
 
@@ -406,15 +407,15 @@ def training_rows(vlm, images, expressions, tokens, repeats, rates):
     played = rollout(vlm, images[:1], expressions[:1], 2, tokens, group_size=6, temperatures=(1.0, 0.7), seeds=[0])
     seen, advantage = [seen_by(row, images[0]) for row in played], [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]
     update = {"plain": lambda: plain_update(vlm, played, seen, advantage), "kept": lambda: plain_update(vlm, played, seen, advantage, keep=True),
-              "ours": lambda: our_update(vlm, played, advantage, 1), "at once": lambda: our_update(vlm, played, advantage, 6)}
+              "ours": lambda: our_update(vlm, played, advantage, 6), "single": lambda: our_update(vlm, played, advantage, 1)}
     sft = {"plain": lambda: plain_sft(vlm, played[:4], seen[:4]), "ours": lambda: our_sft(vlm, played[:4], seen[:4])}
-    update, sft = take_turns(update, repeats), take_turns(sft, repeats)
+    update, sft = take_turns(update, repeats, memory=True), take_turns(sft, repeats, memory=True)
     vlm.model.zero_grad()
-    least = training_floor(vlm, rates, played, images=False, passes=3)  # of the reference, forward, and backward to the activations
-    yield say("4. GRPO update, 6 trajectories", update["plain"], update["ours"], least, "one at a time, both")
-    yield say("   against logits_to_keep", update["kept"], update["ours"], least, "likewise")
-    yield say("   against logits_to_keep", update["kept"], update["at once"], least, "ours: all six in a batch")
-    yield say("5. SFT, batch of 4 trajectories", sft["plain"], sft["ours"], training_floor(vlm, rates, played[:4], images=True, passes=2),
+    least = training_floor(vlm, rates, played, images=False, passes=3 + vlm.checkpointing)  # reference, forward, (again,) backward to the activations
+    yield say("4. GRPO update, 6 in a batch", update["plain"], update["ours"], least)
+    yield say("   a trajectory at a time", update["plain"], update["single"], least)
+    yield say("   likewise, against logits_to_keep", update["kept"], update["single"], least)
+    yield say("5. SFT, batch of 4 trajectories", sft["plain"], sft["ours"], training_floor(vlm, rates, played[:4], images=True, passes=2 + vlm.checkpointing),
               f"{sum(len(row.ids) for row in played[:4]) / sft['ours'][0]:.0f} tokens/s")
 
 
@@ -425,6 +426,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="toy_base", help="with --run: the base model (default: toy_base)")
     parser.add_argument("--quantize", choices=("none", "nf4"), default="none", help="with --run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--checkpointing", choices=("on", "off"), default="on", help="in training passes (default: on)")
     parser.add_argument("--tokens", type=int, default=60, help="written at each step; with --run at most (default: 60)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="prompts decoded together (default: 1 2 4 8)")
@@ -436,7 +438,7 @@ if __name__ == "__main__":
     print(f"{where}, torch {torch.__version__}, {args.dtype}: {rates[0] / 1e9:,.0f} GFLOP/s, {rates[1] / 1e9:,.1f} GB/s")
     count = max(2, *args.sizes)
     if args.run:
-        args.model, args.max_pixels, args.checkpointing = str(runtime.HERE / "toy_base") if args.model == "toy_base" else args.model, 2 ** 20, "off"
+        args.model, args.max_pixels = str(runtime.HERE / "toy_base") if args.model == "toy_base" else args.model, 2 ** 20
         vlm = trainee = runtime.load_vlm(args)
         run = Path(args.run)
         adapter = runtime.best_adapter(run)
@@ -453,6 +455,7 @@ if __name__ == "__main__":
         pixels = np.random.default_rng(0).integers(0, 255, (count, 30, 40, 3), dtype=np.uint8)
         images = [Image.fromarray(p).resize((640, 480), Image.BICUBIC) for p in pixels]  # 300 image tokens
         expressions = [f"the large red circle that is to the left of the small blue star {i}" for i in range(count)]
+    trainee.checkpointing = args.checkpointing == "on"
     print(f"{args.run or args.config}: {size_of(vlm.base)[0] / 1e6:,.0f} million parameters without embeddings, {args.tokens} tokens a step, "
           f"medians of {args.repeats}")
     check(vlm, images, expressions, min(args.tokens, 16))

@@ -74,7 +74,7 @@ PRESETS = {  # phase -> name -> (paper, toy, help[, choices])
         "reward": ("simple", "simple", "simple: Eq. 3; six: the composite that the paper tried first (Section 3.4)", ("simple", "six")),
         "grad_accum": (8, 8, "prompts per update"),
         "updates": (300, 40, "300 x 8 is one pass over 2,400 prompts; not in the paper"),
-        "batch_size": (6, 24, "trajectories per forward pass of the update; not in the paper"),
+        "batch_size": (6, 6, "trajectories per forward pass of the update; not in the paper"),
         "prompts_at_once": (2, 16, "prompts decoded together; not in the paper"),
         "val_every": (25, 20, "updates between validations; not in the paper"),
         "val_prompts": (64, 128, "validation prompts; not in the paper"),
@@ -330,14 +330,19 @@ def build_trajectory(vlm, prompt, images, texts):
 # ------------------------------------------------------------------------------------------------------------------
 # The model, called in its explicit form: embeddings, image tokens put in their places, the language model
 # ------------------------------------------------------------------------------------------------------------------
+def recompute_activations(vlm):
+    """In a pass that trains with checkpointing, and in no other: a checkpointed layer does not write to the cache."""
+    for layer in vlm.base.model.language_model.layers:
+        layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
+
+
 def hidden_states(vlm, ids, positions, mask, images, cache=None):
     """ids [B, K], positions [3, B, K], mask [B, cached + K] (True: a real token) -> hidden states [B, K, D].
 
     `images`: the ImageTokens of all rows, row after row. With a `cache` the K tokens are appended to it.
     """
     base = vlm.base
-    for layer in base.model.language_model.layers:  # a checkpointed layer does not write to the cache
-        layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
+    recompute_activations(vlm)
     embeds = base.model.language_model.embed_tokens(ids)                                         # [B, K, D]
     shown = ids == base.config.image_token_id                                                    # [B, K]
     visual = {}
@@ -416,6 +421,31 @@ def guess_next(ids, count, stop):
     return []
 
 
+def with_lora_merged(decode):
+    """While `decode` runs, LoRA is part of the weights, so that a projection is one small matrix product and not three.
+
+    Only in float32, where the sum is the same policy to within rounding: bfloat16 would round much of the update away, and 4-bit
+    weights cannot take it. Afterwards the weights are the old ones to the bit, which takes a copy of them (1 GiB at most).
+    """
+    @functools.wraps(decode)
+    def merged(vlm, *args, **kwargs):
+        weights = [layer.base_layer.weight for layer in vlm.model.modules() if hasattr(layer, "lora_A")]
+        if not weights or any(w.dtype != torch.float32 for w in weights) or sum(w.nbytes for w in weights) > 2 ** 30:
+            return decode(vlm, *args, **kwargs)
+        exact = [weight.data for weight in weights]
+        for weight in weights:
+            weight.data = weight.data.clone()
+        vlm.model.merge_adapter()
+        try:
+            return decode(vlm, *args, **kwargs)
+        finally:
+            vlm.model.unmerge_adapter()  # subtracts, which is not quite the inverse
+            for weight, data in zip(weights, exact):
+                weight.data = data
+    return merged
+
+
+@with_lora_merged
 @torch.no_grad()
 def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0), seeds=None,
             overlay=draw_overlay, agree=1.0, at_once=16):
@@ -530,7 +560,7 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
     return everyone
 
 
-LOGITS_AT_ONCE = 2 ** 25  # at a vocabulary of 152k: 220 targets at a time, 134 MB for each copy
+LOGITS_AT_ONCE = 2 ** 23  # at a vocabulary of 152k: 55 targets at a time, 34 MB for each copy
 
 
 def trajectory_logprobs(vlm, trajectories):

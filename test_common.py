@@ -1,6 +1,7 @@
 """The tests: python -m pytest -q. Behaviour only, on a Qwen3-VL of random weights; the last ones run the real commands."""
 
 import argparse
+import copy
 import io
 import json
 import multiprocessing
@@ -212,6 +213,35 @@ def test_an_end_of_turn_that_was_guessed_does_not_enter_the_context(vlm, monkeyp
     assert (trajectory_logprobs(vlm, [row])[0] - torch.tensor(row.logprob)).abs().max() < 1e-4
 
 
+def test_lora_is_merged_while_decoding_and_the_weights_come_back(vlm, monkeypatch):
+    lora, picked = VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.image_processor), []
+    runtime.new_adapter(lora, 4, 8)
+    for name, p in lora.model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    layer = lora.base.model.language_model.layers[0].mlp.up_proj
+    before, whole = layer.base_layer.weight.data.clone(), common.hidden_states
+    monkeypatch.setattr(common, "hidden_states", lambda *args: picked.append(layer.merged) or whole(*args))
+
+    def play():
+        picked.clear()
+        rows = rollout(lora, [picture(96, 80)], ["the cat"], 1, 8)
+        return rows, set(picked)
+
+    rows, merged = play()
+    assert merged == {True} and not layer.merged and torch.equal(layer.base_layer.weight, before)
+    sampled = torch.tensor(rows[0].logprob)
+    assert (trajectory_logprobs(lora, rows)[0] - sampled).abs().max() < 1e-4 < (trajectory_logprobs(vlm, rows)[0] - sampled).abs().max()
+    monkeypatch.setattr(common, "parse_box", lambda text: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        play()
+    assert not layer.merged and torch.equal(layer.base_layer.weight, before)
+    monkeypatch.undo()
+    monkeypatch.setattr(common, "hidden_states", lambda *args: picked.append(layer.merged) or whole(*args))
+    lora.model.to(torch.bfloat16)
+    assert play()[1] == {False}  # the sum would be rounded
+
+
 def test_guesses_are_what_came_after_the_same_two_tokens():
     ids = [1, 2, 3, 4, 9, 5, 1, 2, 7, 8, 1, 2]
     assert common.guess_next(ids, 3, stop=9) == [7, 8, 1] and common.guess_next(ids[:8], 8, stop=9) == [3, 4]
@@ -244,6 +274,16 @@ def test_logits_a_few_at_a_time_give_the_same_gradient(vlm, monkeypatch):
     parts = run()
     weight.requires_grad_(False)
     assert torch.allclose(whole, parts, atol=1e-4) and weight.grad is None
+
+
+def test_memory_is_that_of_tensors_alive():
+    def work():
+        a = torch.zeros(1000)      # 4,000 bytes
+        b = a + 1                  # 8,000
+        a = b.view(10, 100).t()    # the same memory as b; a's first is free
+        return (a * 2).sum()       # 8,004 with the product and the sum, next to b
+    result = benchmark.take_turns({"work": work}, 1, memory=True)
+    assert result["work"][1] == 8004 and result["work"][0] > 0
 
 
 def test_benchmark_times_nothing_before_both_ways_agree(capsys, monkeypatch):
