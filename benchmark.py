@@ -7,13 +7,13 @@
 The plain way is `generate()` over the whole context, encoded anew at every step, and one forward pass per trajectory with all of
 its logits; the update is also compared with the same pass when it is asked for the logits of the targets alone (`logits_to_keep`).
 Before anything is timed, both ways have to agree: the same tokens under greedy decoding (in float32), the same log-probabilities,
-losses and gradients within a tolerance. Then they take turns, and a row shows the medians. Memory is that of all tensors alive
-above what was there before, at the highest, counted in a turn that is not timed. Both ways recompute activations, or neither
-(`--checkpointing`; on, as in the paper preset).
+losses and gradients within a tolerance. Then they take turns, and a row shows the medians. Memory is that of the tensors alive
+above what was there before, at the highest, counted in a turn that is not timed. In training, both ways recompute activations in the
+backward pass or neither does (`--checkpointing`; on, as in the paper preset).
 
 `floor` is what the work cannot avoid when a token is decoded at a time, at this machine's own measured rates: the arithmetic of
 every token that goes through a layer once, and in decoding, where a pass has few tokens, the bytes of the weights and of the
-cache if reading them takes longer. Elementwise work, memory traffic between layers and Python are above it.
+cache if reading them takes longer. LoRA, recomputation, elementwise work, memory traffic between layers and Python are above it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import runtime
 from common import (IVT_PROMPT, ImageTokens, VLM, box_complete, continuation_ids, draw_overlay, encode_images, grpo_loss, parse_box,
-                    prompt_ids, recompute_activations, rollout, trajectory_logprobs, views)
+                    prompt_ids, recompute_activations, rollout, trajectory_logprobs, views, with_lora_merged)
 
 # The layers of a Qwen3-VL; "4b" is Qwen3-VL-4B-Instruct's published config
 CONFIGS = {
@@ -48,7 +48,7 @@ VOCABULARY = 151_936  # of the training rows, in any configuration: its logits a
 # ------------------------------------------------------------------------------------------------------------------
 # What is measured
 # ------------------------------------------------------------------------------------------------------------------
-def random_vlm(text, vision, vocabulary, dtype, device, rank):
+def random_vlm(text, vision, vocabulary, dtype, device, rank, checkpointing=False):
     """A Qwen3-VL of these dimensions with random weights, the toy's tokenizer, and a LoRA as the phases train it."""
     import toy
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -65,8 +65,9 @@ def random_vlm(text, vision, vocabulary, dtype, device, rank):
     with torch.device(device):
         model = Qwen3VLForConditionalGeneration(config)
     torch.set_default_dtype(default)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    vlm = VLM(model.requires_grad_(False).train(), tokenizer, processor)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vlm = VLM(model.requires_grad_(False).train(), tokenizer, processor, checkpointing)
     for adapter in ("reference", "policy"):
         runtime.new_adapter(vlm, rank, 2 * rank, adapter)
     for name, p in vlm.model.named_parameters():
@@ -78,7 +79,6 @@ def random_vlm(text, vision, vocabulary, dtype, device, rank):
 
 def plain_inputs(vlm, rows):
     """Rows of (ids, PIL images) -> the arguments of the model's own forward pass, padded on the left as generate() wants it."""
-    recompute_activations(vlm)
     longest, device = max(len(ids) for ids, _ in rows), vlm.base.device
     ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in rows], device=device)
     real = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows], device=device)
@@ -104,6 +104,7 @@ def plain_rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT
     Returns (ids, images, targets, boxes) per trajectory. A step ends as in `rollout`.
     """
     eot, rows = vlm.token("<|im_end|>"), []
+    recompute_activations(vlm)
     for image, expression in zip(images, expressions):
         ids = prompt_ids(vlm, size_in_tokens(vlm, image), prompt.format(expression=expression))
         rows += [(list(ids), [image], [], []) for _ in range(group_size)]
@@ -136,7 +137,8 @@ def plain_rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT
 def plain_logprobs(vlm, trajectory, images, keep=False):
     """[M] log-probabilities and entropies of one trajectory: the model's own forward pass over it. keep: logits at the targets alone."""
     at = torch.tensor(trajectory.predictor, device=vlm.base.device)                              # [M]
-    logits = vlm.base(**plain_inputs(vlm, [(trajectory.ids, images)]), **({"logits_to_keep": at} if keep else {})).logits[0]
+    recompute_activations(vlm)
+    logits = vlm.base(**plain_inputs(vlm, [(trajectory.ids, images)]), use_cache=False, **({"logits_to_keep": at} if keep else {})).logits[0]
     logits = (logits if keep else logits[at]).float()                                            # [M, V]
     logprobs = logits.index_fill(-1, torch.tensor([vlm.base.config.image_token_id], device=at.device), -1e30).log_softmax(-1)
     return logprobs.gather(1, torch.tensor(trajectory.target, device=at.device)[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
@@ -145,6 +147,7 @@ def plain_logprobs(vlm, trajectory, images, keep=False):
 def plain_update(vlm, trajectories, images, advantage, keep=False):
     """GRPO's gradient, a trajectory at a time; returns the loss."""
     tokens, total = sum(len(t.target) for t in trajectories), 0.0
+    vlm.model.zero_grad()
     for trajectory, seen, a in zip(trajectories, images, advantage):
         with torch.no_grad():
             vlm.model.set_adapter("reference")
@@ -160,6 +163,7 @@ def plain_update(vlm, trajectories, images, advantage, keep=False):
 def our_update(vlm, trajectories, advantage, batch_size):
     """As grpo.py does it; the image tokens are those of the rollout."""
     tokens, total = sum(len(t.target) for t in trajectories), 0.0
+    vlm.model.zero_grad()
     for i in range(0, len(trajectories), batch_size):
         batch = trajectories[i:i + batch_size]
         with torch.no_grad():
@@ -181,13 +185,16 @@ def plain_sft(vlm, trajectories, images):
     labels = torch.full_like(batch["input_ids"], -100)
     for row, (ids, _), t in zip(labels, rows, trajectories):
         row[[len(row) - len(ids) + p + 1 for p in t.predictor]] = torch.tensor(t.target, device=row.device)
-    loss = vlm.base(**batch, labels=labels).loss
+    vlm.model.zero_grad()
+    recompute_activations(vlm)
+    loss = vlm.base(**batch, labels=labels, use_cache=False).loss
     loss.backward()
     return loss.item()
 
 
 def our_sft(vlm, trajectories, images):
     """As sft.py does it, vision tower included."""
+    vlm.model.zero_grad()
     counts = [len(seen) for seen in images]
     shown = iter(encode_images(vlm, [image for seen in images for image in seen]))
     for trajectory, n in zip(trajectories, counts):
@@ -201,7 +208,8 @@ def our_sft(vlm, trajectories, images):
 # Clocks
 # ------------------------------------------------------------------------------------------------------------------
 class Tally(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is in force: those alive now, and the most there were."""
+    """Counts the bytes of the tensors that PyTorch's operations make while it is in force: those alive now, and the most there were.
+    What an operation takes for itself while it runs is not in it."""
     def __init__(self):
         super().__init__()
         self.now, self.most, self.alive = 0, 0, set()
@@ -223,6 +231,18 @@ class Tally(TorchDispatchMode):
         self.now -= size
 
 
+def most_bytes(work):
+    """Memory of one call above what was there before, at its highest."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with Tally() as tally:
+        work()
+    return tally.most
+
+
 def seconds(work):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -233,13 +253,9 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def take_turns(ways, repeats, memory=False):
-    """name -> function: in turn; name -> (median seconds, most bytes alive or None). A GPU's first call compiles and is not timed."""
-    most = dict.fromkeys(ways)
-    for name, work in ways.items() if memory or torch.cuda.is_available() else ():
-        with Tally() as tally:
-            work()
-        most[name] = tally.most if memory else None
+def take_turns(ways, repeats):
+    """name -> function: in turn; name -> (median seconds, bytes). The first call of each, whose memory is counted, is not timed."""
+    most = {name: most_bytes(work) for name, work in ways.items()}
     turns = [{name: seconds(work) for name, work in ways.items()} for _ in range(repeats)]
     return {name: (statistics.median(turn[name] for turn in turns), most[name]) for name in ways}
 
@@ -259,8 +275,8 @@ def machine_rates(device, dtype):
 # The floor
 # ------------------------------------------------------------------------------------------------------------------
 def size_of(module):
-    """(parameters, bytes) that a token meets in the module: no embeddings, of two adapters one. 4-bit weights come two to a byte."""
-    used = [p for name, p in module.named_parameters() if not any(word in name for word in ("embed_tokens", "pos_embed", "reference"))]
+    """(parameters, bytes) that a token meets in the module: no embeddings, and no LoRA, which can be merged. 4-bit weights come two to a byte."""
+    used = [p for name, p in module.named_parameters() if not any(word in name for word in ("embed_tokens", "pos_embed", "lora_"))]
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in used), sum(p.nbytes for p in used)
 
 
@@ -331,35 +347,34 @@ def seen_by(trajectory, image):
 
 
 def gradient(vlm):
-    out = torch.cat([p.grad.flatten() for p in vlm.model.parameters() if p.grad is not None])
-    vlm.model.zero_grad()
-    return out
+    return torch.cat([p.grad.flatten() for p in vlm.model.parameters() if p.grad is not None])
 
 
-def check(vlm, images, expressions, tokens):
+def check(vlm, trainee, images, expressions, tokens):
     """Both ways agree, or the program ends with what differs. In bfloat16 near ties fall either way, so tokens may differ there."""
     exact, apart = vlm.base.dtype == torch.float32, {}
     ours = rollout(vlm, images[:2], expressions[:2], 2, tokens)
     theirs = plain_rollout(vlm, images[:2], expressions[:2], 2, tokens)
     same = sum(a.target == b[2] and a.boxes == b[3] for a, b in zip(ours, theirs))
-    seen = [seen_by(row, image) for row, image in zip(ours, images)]
+    ours = rollout(trainee, images[:2], expressions[:2], 2, tokens)
+    seen, advantage = [seen_by(row, image) for row, image in zip(ours, images)], [1.0, -1.0]
     with torch.no_grad():
-        off = torch.cat([(plain_logprobs(vlm, row, shown)[0].cpu() - torch.tensor(row.logprob)).abs() for row, shown in zip(ours, seen)])
-    for name, ways in {"GRPO": (lambda: plain_update(vlm, ours, seen, [1.0, -1.0]), lambda: our_update(vlm, ours, [1.0, -1.0], 2)),
-                       "SFT": (lambda: plain_sft(vlm, ours, seen), lambda: our_sft(vlm, ours, seen))}.items():
-        (loss, there), (our_loss, here) = [(way(), gradient(vlm)) for way in ways]
+        off = torch.cat([(plain_logprobs(trainee, row, shown)[0].cpu() - torch.tensor(row.logprob)).abs() for row, shown in zip(ours, seen)])
+    for name, ways in {"GRPO": (lambda: plain_update(trainee, ours, seen, advantage), lambda: our_update(trainee, ours, advantage, 2)),
+                       "logits_to_keep": (lambda: plain_update(trainee, ours, seen, advantage, keep=True), lambda: our_update(trainee, ours, advantage, 1)),
+                       "SFT": (lambda: plain_sft(trainee, ours, seen), lambda: our_sft(trainee, ours, seen))}.items():
+        (loss, there), (our_loss, here) = [(way(), gradient(trainee)) for way in ways]
         apart[name] = abs(loss - our_loss) / abs(loss), ((here - there).norm() / there.norm()).item()
     print(f"the two ways: {same} of 2 greedy trajectories have the same tokens{'' if exact else ' (rounding decides ties)'}; log-probabilities "
-          f"differ by {off.mean():.0e}, " + ", ".join(f"{name}'s loss by {a:.0e} of it, its gradient by {b:.0e}" for name, (a, b) in apart.items()))
+          f"differ by {off.mean():.0e}; loss and gradient: " + ", ".join(f"{name} {a:.0e} and {b:.0e}" for name, (a, b) in apart.items()))
     if (exact and same < 2) or off.mean() > (1e-4 if exact else 0.1) or max(max(v) for v in apart.values()) > (5e-3 if exact else 0.1):
         sys.exit("error: the two ways do not agree; nothing is timed")
 
 
 def say(name, plain, ours, least, note=""):
     """A row: seconds, how many times faster, how far above the floor, memory."""
-    memory = lambda value: "" if value is None else f"{value / 2 ** 20:,.0f}"
     return (name, f"{plain[0]:.2f}", f"{ours[0]:.2f}", f"{plain[0] / ours[0]:.2f}", f"{least:.2f}", f"{ours[0] / least:.2f}",
-            memory(plain[1]), memory(ours[1]), note)
+            f"{plain[1] / 2 ** 20:,.0f}", f"{ours[1] / 2 ** 20:,.0f}", note)
 
 
 HEAD = ("work", "plain, s", "ours, s", "times faster", "floor, s", "ours / floor", "plain, MiB", "ours, MiB", "")
@@ -373,8 +388,11 @@ def decoding_rows(vlm, images, expressions, tokens, repeats, rates, sizes, **gue
     """Rows 1, 2 and 6. What random weights repeat is chance: there, `guesses` says at_once=1, a token at a time."""
     group = dict(group_size=6, temperatures=(1.0, 0.7))
     ours = lambda: rollout(vlm, images[:1], expressions[:1], 2, tokens, seeds=[0], **group, **guesses)
-    measured = take_turns({"plain": lambda: plain_rollout(vlm, images[:1], expressions[:1], 2, tokens, **group), "ours": ours}, repeats)
-    yield say("1. rollout of a group, N = 6, T = 2", measured["plain"], measured["ours"], rollout_floor(vlm, rates, ours(), 6))
+    measured = take_turns({"plain": lambda: plain_rollout(vlm, images[:1], expressions[:1], 2, tokens, **group), "ours": ours,
+                           "merged": lambda: with_lora_merged(plain_rollout)(vlm, images[:1], expressions[:1], 2, tokens, **group)}, repeats)
+    least = rollout_floor(vlm, rates, ours(), 6)
+    yield say("1. rollout of a group, N = 6, T = 2", measured["plain"], measured["ours"], least)
+    yield say("   against generate() with LoRA merged", measured["merged"], measured["ours"], least)
     for n in sizes:
         ours = lambda: rollout(vlm, images[:n], expressions[:n], 2, tokens, **guesses)
         measured = take_turns({"plain": lambda: plain_rollout(vlm, images[:n], expressions[:n], 2, tokens), "ours": ours}, repeats)
@@ -394,7 +412,7 @@ def latency_row(vlm, images, expressions, tokens, repeats, guesses):
     def each(play, steps, **more):
         return lambda: [play(vlm, [image], [expression], steps, tokens, **more) for image, expression in zip(images, expressions)]
     ways = {"plain": each(plain_rollout, 2), "every token": each(rollout, 2, at_once=1), "guesses": each(rollout, 2),
-            "guesses, and an end when boxes agree (IoU above 0.9)": each(rollout, 2, agree=0.9)}
+            "guesses, and an end when boxes agree (IoU above 0.8)": each(rollout, 2, agree=0.8)}
     ways = ways if guesses else dict(list(ways.items())[:2])
     measured = take_turns({"plain single": each(plain_rollout, 0), "single": each(rollout, 0, at_once=1), **ways}, repeats)
     base = {name: measured["plain single" if name == "plain" else "single"][0] for name in ways}
@@ -409,13 +427,12 @@ def training_rows(vlm, images, expressions, tokens, repeats, rates):
     update = {"plain": lambda: plain_update(vlm, played, seen, advantage), "kept": lambda: plain_update(vlm, played, seen, advantage, keep=True),
               "ours": lambda: our_update(vlm, played, advantage, 6), "single": lambda: our_update(vlm, played, advantage, 1)}
     sft = {"plain": lambda: plain_sft(vlm, played[:4], seen[:4]), "ours": lambda: our_sft(vlm, played[:4], seen[:4])}
-    update, sft = take_turns(update, repeats, memory=True), take_turns(sft, repeats, memory=True)
-    vlm.model.zero_grad()
-    least = training_floor(vlm, rates, played, images=False, passes=3 + vlm.checkpointing)  # reference, forward, (again,) backward to the activations
-    yield say("4. GRPO update, 6 in a batch", update["plain"], update["ours"], least)
-    yield say("   a trajectory at a time", update["plain"], update["single"], least)
-    yield say("   likewise, against logits_to_keep", update["kept"], update["single"], least)
-    yield say("5. SFT, batch of 4 trajectories", sft["plain"], sft["ours"], training_floor(vlm, rates, played[:4], images=True, passes=2 + vlm.checkpointing),
+    update, sft = take_turns(update, repeats), take_turns(sft, repeats)
+    least = training_floor(vlm, rates, played, images=False, passes=3)  # reference, forward, backward to the activations
+    yield say("4. GRPO update, 6 trajectories", update["plain"], update["ours"], least, "plain: one at a time, ours: in a batch")
+    yield say("   likewise", update["plain"], update["single"], least, "one at a time, both")
+    yield say("   against logits_to_keep", update["kept"], update["single"], least, "one at a time, both")
+    yield say("5. SFT, batch of 4 trajectories", sft["plain"], sft["ours"], training_floor(vlm, rates, played[:4], images=True, passes=2),
               f"{sum(len(row.ids) for row in played[:4]) / sft['ours'][0]:.0f} tokens/s")
 
 
@@ -450,15 +467,14 @@ if __name__ == "__main__":
         images, expressions = [runtime.load_image(s, run / "data") for s in samples], [s["expression"] for s in samples]
     else:
         text, vision = CONFIGS[args.config]
-        vlm = random_vlm(text, vision, text["vocab_size"], dtype, device, text["hidden_size"] // 40)
-        trainee = vlm if text["vocab_size"] == VOCABULARY else random_vlm(text, vision, VOCABULARY, dtype, device, text["hidden_size"] // 40)
+        trainee = random_vlm(text, vision, VOCABULARY, dtype, device, text["hidden_size"] // 40, args.checkpointing == "on")
+        vlm = trainee if text["vocab_size"] == VOCABULARY else random_vlm(text, vision, text["vocab_size"], dtype, device, text["hidden_size"] // 40)
         pixels = np.random.default_rng(0).integers(0, 255, (count, 30, 40, 3), dtype=np.uint8)
         images = [Image.fromarray(p).resize((640, 480), Image.BICUBIC) for p in pixels]  # 300 image tokens
         expressions = [f"the large red circle that is to the left of the small blue star {i}" for i in range(count)]
-    trainee.checkpointing = args.checkpointing == "on"
     print(f"{args.run or args.config}: {size_of(vlm.base)[0] / 1e6:,.0f} million parameters without embeddings, {args.tokens} tokens a step, "
           f"medians of {args.repeats}")
-    check(vlm, images, expressions, min(args.tokens, 16))
+    check(vlm, trainee, images, expressions, min(args.tokens, 16))
     show(HEAD)
     guesses = {} if args.run else {"at_once": 1}
     for row in decoding_rows(vlm, images, expressions, args.tokens, args.repeats, rates, args.sizes, **guesses):

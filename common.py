@@ -428,25 +428,25 @@ def with_lora_merged(decode):
     weights cannot take it. Afterwards the weights are the old ones to the bit, which takes a copy of them (1 GiB at most).
     """
     @functools.wraps(decode)
+    @torch.no_grad()
     def merged(vlm, *args, **kwargs):
-        weights = [layer.base_layer.weight for layer in vlm.model.modules() if hasattr(layer, "lora_A")]
-        if not weights or any(w.dtype != torch.float32 for w in weights) or sum(w.nbytes for w in weights) > 2 ** 30:
+        layers = [layer for layer in vlm.model.modules() if hasattr(layer, "lora_A")]
+        exact = [layer.base_layer.weight.data for layer in layers]
+        if not layers or any(w.dtype != torch.float32 for w in exact) or sum(w.nbytes for w in exact) > 2 ** 30 or layers[0].merged:
             return decode(vlm, *args, **kwargs)
-        exact = [weight.data for weight in weights]
-        for weight in weights:
-            weight.data = weight.data.clone()
-        vlm.model.merge_adapter()
         try:
+            for layer, weight in zip(layers, exact):
+                layer.base_layer.weight.data = weight.clone()
+            vlm.model.merge_adapter()
             return decode(vlm, *args, **kwargs)
-        finally:
-            vlm.model.unmerge_adapter()  # subtracts, which is not quite the inverse
-            for weight, data in zip(weights, exact):
-                weight.data = data
+        finally:  # PEFT's unmerge_adapter() subtracts, which is not quite the inverse
+            for layer, weight in zip(layers, exact):
+                layer.base_layer.weight.data = weight
+                layer.merged_adapters.clear()
     return merged
 
 
 @with_lora_merged
-@torch.no_grad()
 def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, group_size=1, temperatures=(0.0, 0.0), seeds=None,
             overlay=draw_overlay, agree=1.0, at_once=16):
     """Runs `group_size` trajectories for each of P (image, expression) pairs; returns P * group_size Trajectories.
