@@ -392,7 +392,7 @@ def decoding_rows(vlm, images, expressions, tokens, repeats, rates, sizes, **gue
                            "merged": lambda: with_lora_merged(plain_rollout)(vlm, images[:1], expressions[:1], 2, tokens, **group)}, repeats)
     least = rollout_floor(vlm, rates, ours(), 6)
     yield say("1. rollout of a group, N = 6, T = 2", measured["plain"], measured["ours"], least)
-    yield say("   against generate() with LoRA merged", measured["merged"], measured["ours"], least)
+    yield say("   against generate(), LoRA merged", measured["merged"], measured["ours"], least)
     for n in sizes:
         ours = lambda: rollout(vlm, images[:n], expressions[:n], 2, tokens, **guesses)
         measured = take_turns({"plain": lambda: plain_rollout(vlm, images[:n], expressions[:n], 2, tokens), "ours": ours}, repeats)
