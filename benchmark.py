@@ -2,7 +2,8 @@
 
     python benchmark.py                                 random weights, small, in the shapes of the real model; on two cores in half an hour
     python benchmark.py --config 4b --dtype bfloat16    the real model's dimensions, for a GPU; nothing is downloaded
-    python benchmark.py --run runs/toy                  a trained run: its model, best adapter and test samples
+    python benchmark.py --run runs/toy                  a trained run: its model, best adapter and test samples (the toy's preset trains
+                                                        with --checkpointing off)
 
 The plain way is `generate()` over the whole context, encoded anew at every step, and one forward pass per trajectory with all of
 its logits; the update is also compared with the same pass when it is asked for the logits of the targets alone (`logits_to_keep`).

@@ -453,7 +453,7 @@ def rollout(vlm, images, expressions, steps, max_tokens, prompt=IVT_PROMPT, grou
 
     images: PIL, RGB. steps: T; 0 is single-shot. max_tokens: per step. temperatures: at step 0 and after; 0 is greedy.
     seeds: P integers, for temperatures above 0: what a prompt samples depends on its own seed alone, not on the prompts that
-    share its batch, or on the number of processes.
+    share its batch, or on the number of processes (up to rounding, which differs from batch size to batch size).
     overlay: draws box t - 1 on the image for step t.
     agree: a trajectory ends early once its last two boxes have a higher IoU than this (adaptive refinement; 1: never).
     A step ends at a complete box, at the end-of-turn token (which is a target but never enters the context) or at
