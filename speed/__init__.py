@@ -1,0 +1,1 @@
+"""How fast the code is, against the plainest correct way: `python -m speed.benchmark`."""

@@ -1,0 +1,168 @@
+"""The plainest correct way, with the public API of transformers alone.
+
+Decoding is `generate()` over the whole context, encoded anew at every step; training is one forward
+pass of the model, over one trajectory for GRPO's update, with all of its logits.
+"""
+
+from common import (
+    IVT,
+    ImageTokens,
+    Trajectory,
+    continuation_ids,
+    grpo_loss,
+    last_valid,
+    parse_box,
+    prompt_ids,
+    recompute_activations,
+)
+
+import torch
+
+
+def size_in_tokens(vlm, image):
+    """An ImageTokens without content, for its number of placeholders."""
+    size = vlm.image_processor(images=[image], return_tensors="pt")["image_grid_thw"][0, 1:]
+    merge = vlm.base.config.vision_config.spatial_merge_size
+    return ImageTokens(None, [], *(int(v) // merge for v in size))
+
+
+def model_inputs(vlm, sequences, images):
+    """The arguments of the model's own forward pass, padded on the left as generate() wants it.
+
+    sequences: lists of ids; images: for each of them, a list of PIL images.
+    """
+    device = vlm.base.device
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[0] * (longest - len(s)) + s for s in sequences], device=device)
+    mask = [[0] * (longest - len(s)) + [1] * len(s) for s in sequences]
+    flat = [image for row in images for image in row]
+    pixels = vlm.image_processor(images=flat, return_tensors="pt")
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.tensor(mask, device=device),
+        mm_token_type_ids=(ids == vlm.base.config.image_token_id).int(),
+        pixel_values=pixels["pixel_values"].to(device, vlm.base.dtype),
+        image_grid_thw=pixels["image_grid_thw"].to(device),
+    )
+
+
+def append_written(vlm, row, tokens, t, loop):
+    """Appends what generate() wrote for a row at step t, as far as where the step ends."""
+    end_of_turn = vlm.token("<|im_end|>")
+    text = ""
+    for token in tokens:
+        row.target.append(token)
+        if token == end_of_turn:
+            break
+        row.ids.append(token)
+        text += vlm.tokenizer.decode([token])
+        if loop.ends(text, t):
+            break
+    row.texts.append(text)
+    row.boxes.append(parse_box(text))
+
+
+@torch.no_grad()
+def plain_rollout(
+    vlm, images, texts, steps, *, max_tokens, loop=IVT, group_size=1, temperatures=(0.0, 0.0)
+):
+    """As `rollout`, but all images and all tokens so far go through the model at every step.
+
+    Returns Trajectories with their ids, targets, texts and boxes; `images` are PIL.
+    """
+    end_of_turn = vlm.token("<|im_end|>")
+    recompute_activations(vlm)
+    rows = []
+    for image, text in zip(images, texts):
+        ids = prompt_ids(vlm, size_in_tokens(vlm, image), loop.prompt.format(text=text))
+        rows += [Trajectory(ids=list(ids), images=[image]) for _ in range(group_size)]
+    for t in range(steps + 1):
+        if t > 0:
+            for row in rows:
+                picture = loop.feedback(row.images[0], last_valid(row.boxes))
+                row.images.append(picture)
+                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), loop.continuation)
+        inputs = model_inputs(vlm, [row.ids for row in rows], [row.images for row in rows])
+        start = inputs["input_ids"].shape[1]
+
+        def step_ends(ids, scores, start=start, t=t, **_):
+            ends = [loop.ends(vlm.tokenizer.decode(row[start:]), t) for row in ids]
+            return torch.tensor(ends, device=ids.device)
+
+        temperature = temperatures[min(t, 1)]
+        sampling = dict(do_sample=False)
+        if temperature > 0:
+            sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+        out = vlm.base.generate(
+            **inputs,
+            max_new_tokens=max_tokens,
+            eos_token_id=end_of_turn,
+            pad_token_id=end_of_turn,
+            stopping_criteria=[step_ends],
+            suppress_tokens=[vlm.base.config.image_token_id],
+            **sampling,
+        )
+        for row, tokens in zip(rows, out[:, start:].tolist()):
+            append_written(vlm, row, tokens, t, loop)
+    return rows
+
+
+def plain_logprobs(vlm, trajectory, images, *, keep=False):
+    """Log-probabilities [M] and entropies [M] of one trajectory: the model's own forward pass.
+
+    images: PIL, those of the trajectory. keep: ask the model for the logits at the targets alone
+    (`logits_to_keep`).
+    """
+    device = vlm.base.device
+    predictor = torch.tensor(trajectory.predictor, device=device)  # [M]
+    target = torch.tensor(trajectory.target, device=device)  # [M]
+    recompute_activations(vlm)
+    inputs = model_inputs(vlm, [trajectory.ids], [images])
+    if keep:
+        logits = vlm.base(**inputs, use_cache=False, logits_to_keep=predictor).logits[0]  # [M, V]
+    else:
+        logits = vlm.base(**inputs, use_cache=False).logits[0][predictor]  # [M, V]
+    placeholder = torch.tensor([vlm.base.config.image_token_id], device=device)
+    logprobs = logits.float().index_fill(-1, placeholder, -1e30).log_softmax(-1)  # [M, V]
+    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [M]
+    return logprobs.gather(1, target[:, None])[:, 0], entropy
+
+
+def plain_update(vlm, trajectories, images, advantages, *, keep=False):
+    """GRPO's gradient, a trajectory at a time; returns the loss."""
+    tokens = sum(len(t.target) for t in trajectories)
+    total = 0.0
+    vlm.model.zero_grad()
+    for trajectory, pictures, advantage in zip(trajectories, images, advantages):
+        with torch.no_grad():
+            vlm.model.set_adapter("reference")
+            ref_logprob, _ = plain_logprobs(vlm, trajectory, pictures, keep=keep)  # [M]
+        vlm.model.set_adapter("policy")
+        logprob, entropy = plain_logprobs(vlm, trajectory, pictures, keep=keep)  # [M], [M]
+        advantage = torch.full_like(logprob, advantage)  # [M]
+        loss, *_ = grpo_loss(
+            logprob, ref_logprob, advantage, entropy, beta=0.04, entropy_weight=0.01
+        )
+        (loss / tokens).backward()
+        total += loss.item() / tokens
+    return total
+
+
+def plain_sft(vlm, trajectories, images):
+    """SFT's gradient, the model's own loss on labels over the batch; returns the loss."""
+    sequences = []
+    for t in trajectories:
+        # A last target that is not in the sequence, the end of the turn, is put behind it
+        is_outside = t.predictor[-1] == len(t.ids) - 1
+        sequences.append(t.ids + t.target[-1:] if is_outside else t.ids)
+    inputs = model_inputs(vlm, sequences, images)
+    labels = torch.full_like(inputs["input_ids"], -100)  # [B, L]
+    for row, sequence, t in zip(labels, sequences, trajectories):
+        padding = len(row) - len(sequence)
+        places = [padding + p + 1 for p in t.predictor]
+        row[places] = torch.tensor(t.target, device=row.device)
+    vlm.model.zero_grad()
+    recompute_activations(vlm)
+    loss = vlm.base(**inputs, labels=labels, use_cache=False).loss
+    loss.backward()
+    return loss.item()

@@ -1,0 +1,144 @@
+"""Checkpoints of a run (one file each) and LoRA adapters (PEFT folders)."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from support.errors import stop
+from support.files import Log, write_bytes, writing
+from support.models import fingerprint
+from support.processes import RANK, barrier, interrupted, leave_if_interrupted
+
+import torch
+
+ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
+
+
+def save_checkpoint(path, **state):
+    """All state of a run in one file: adapter, optimizer, place in the data, best so far.
+
+    What is drawn at random depends on the seed and the number of the update or prompt alone, so
+    there is no random state to keep.
+    """
+    write_bytes(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path, restart=False):
+    """The state, a dict, or None when there is none. With `restart` it is removed first."""
+    path = Path(path)
+    if restart and not RANK:
+        path.unlink(missing_ok=True)
+        # The adapter goes too: a later phase must not take the old one for the new.
+        (path.with_suffix("") / "adapter_model.safetensors").unlink(missing_ok=True)
+    if restart or not path.exists():
+        return None
+    try:
+        # weights_only: a checkpoint is data, and loading it runs no code.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        kind = type(e).__name__
+        stop(f"{path} is no checkpoint of this code ({kind}); move it away, or --restart")
+
+
+def leave_if_finished(args, name, updates):
+    """Ends the program, successfully, when the checkpoint of `name` is at its last update."""
+    state = load_checkpoint(args.out / f"{name}.checkpoint", args.restart)
+    barrier()  # with --restart the first process has removed it
+    if state and state.get("finished", state["update"] >= updates):
+        print(f"{args.out / name} is finished; --restart begins again")
+        raise SystemExit
+
+
+def resume(args, name, vlm, optimizer):
+    """Goes on where the last checkpoint of `name` was -> (log, update, best validation so far).
+
+    The active adapter and the optimizer get their state of then, the log its rows of then. Without
+    a checkpoint: an empty log, update 0, best -1.
+    """
+    state = load_checkpoint(args.out / f"{name}.checkpoint")
+    log_path = args.out / f"log/{name}.jsonl"
+    if not state:
+        return Log(log_path), 0, -1.0
+    restore_adapter(vlm.model, state["adapter"], vlm.model.active_adapter)
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"going on after update {state['update']}")
+    return Log(log_path, keep=state["logged"]), state["update"], state.get("best", -1.0)
+
+
+def save_progress(args, name, vlm, optimizer, log, *, update, finished, best=-1.0):
+    """What `resume` goes on from. finished: nothing is left to do, validation included."""
+    save_checkpoint(
+        args.out / f"{name}.checkpoint",
+        adapter=adapter_state(vlm.model, vlm.model.active_adapter),
+        optimizer=optimizer.state_dict(),
+        update=update,
+        best=best,
+        logged=log.rows,
+        finished=finished,
+    )
+
+
+def save_if_due(args, name, vlm, optimizer, log, *, update, last=None, best=-1.0):
+    """Saves progress after every --save-every updates, at the last one, and on Ctrl-C, which then
+    ends the program.
+
+    update: how many are done. last: the update at which the run is finished and its adapter saved;
+    None for a run that saves its result itself.
+    """
+    finished = update == last
+    if finished:
+        save_adapter(vlm, args.out / name)  # before the checkpoint that says that all is done
+    if finished or update % args.save_every == 0 or interrupted():
+        save_progress(args, name, vlm, optimizer, log, update=update, finished=finished, best=best)
+        leave_if_interrupted()
+
+
+def save_adapter(vlm, folder, name="default"):
+    """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, each moved into
+    place whole, and the fingerprint of the base model, so that it is never put on another one."""
+    if RANK:
+        return
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    with writing(folder):
+        vlm.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
+        made = temporary
+        if name != "default":  # PEFT puts any other adapter into a subfolder
+            made = temporary / name
+        (made / "base.json").write_text(json.dumps(fingerprint(vlm)) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ADAPTER_FILES:
+            os.replace(made / file, folder / file)
+        shutil.rmtree(temporary)
+
+
+def adapter_file(folder, command):
+    """The weights of an adapter; stops with the command that makes them when they are missing."""
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.exists():
+        stop(f"{folder} is missing; first run: {command}")
+    return file
+
+
+def best_adapter(run):
+    """The folder of the run's GRPO adapter, else of its SFT adapter, else None."""
+    for name in ("grpo", "sft"):
+        if (Path(run) / name / "adapter_model.safetensors").exists():
+            return Path(run) / name
+    return None
+
+
+def adapter_state(model, name="default"):
+    """name -> tensor, copies on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+
+def restore_adapter(model, state, name="default"):
+    """Gives an adapter the weights that `adapter_state` has taken of it."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, state, adapter_name=name)

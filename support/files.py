@@ -1,0 +1,271 @@
+"""Files of a run: each is written under a temporary name and moved into place, so that it is there
+whole or not at all; logs that a stopped run goes on with; one run at a time on a folder."""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.errors import explain_out_of_memory, stop, working_on
+from support.processes import RANK, barrier, catch_interrupts, gather, leave_if_interrupted, share
+
+# Flags of earlier versions, with the value at which they did nothing: a run with it can go on
+FORMER_FLAGS = {"first_step": "all", "reward": "simple", "agree": 1.0}
+FORMER_NAMES = {"toy_base": "base"}  # folders of base models that have moved
+LARGE_FILE = 2**26  # bytes
+
+
+@contextmanager
+def writing(path):
+    """Around every write: a full disk or a forbidden folder ends with a message.
+
+    The last whole file stays.
+    """
+    try:
+        yield
+    except Exception as e:
+        cause = e
+        while not isinstance(cause, OSError) and cause.__context__:  # torch.save wraps it
+            cause = cause.__context__
+        if not isinstance(cause, OSError) and "IoError" not in str(e):  # safetensors words it so
+            raise
+        reason = getattr(cause, "strerror", None) or cause
+        stop(
+            f"{path} cannot be written ({reason}). What was saved before is whole; make room, or "
+            "allow writing there, and the same command goes on"
+        )
+
+
+def write_bytes(path, save):
+    """save(file) writes the content of `path`, in the first process alone."""
+    if RANK:
+        return
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def write_text(path, text):
+    write_bytes(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_lines(path, command):
+    """The lines (bytes) of a file that `command` makes; stops with it when the file is not there.
+
+    Lines end at "\\n" alone: a text in them may hold any other line end.
+    """
+    path = Path(path)
+    try:
+        return path.read_bytes().removesuffix(b"\n").split(b"\n")
+    except FileNotFoundError:
+        stop(f"{path} is missing; first run: {command}")
+    except OSError as e:
+        stop(f"{path} cannot be read ({e.strerror}); move it away, then run: {command}")
+
+
+def read_jsonl(path, command):
+    """The rows of a .jsonl file that an earlier phase makes with `command`."""
+    rows = []
+    for number, line in enumerate(read_lines(path, command), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            line = line[:80].decode("utf-8", "backslashreplace")
+            stop(f"{path}, line {number}: not JSON ({e}); repair or remove the line: {line!r}")
+    return rows
+
+
+class Log:
+    """A .jsonl log, a line per event, on the disk at once.
+
+    keep: how many rows stay of an earlier run that goes on.
+    """
+
+    def __init__(self, path, keep=0):
+        self.path = Path(path)
+        kept = []
+        if keep:
+            kept = self.path.read_bytes().split(b"\n")[:keep]
+        write_bytes(self.path, lambda file: file.write(b"".join(row + b"\n" for row in kept)))
+        self.rows = len(kept)
+
+    def write(self, **row):
+        """Floats are rounded to six digits after the point."""
+        self.rows += 1
+        if RANK:
+            return
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+
+
+def resumable(path, samples, batch_size, name, work, restart=False):
+    """The rows of the log `path`, one for each sample in order; those not yet there are made.
+
+    work: takes a list of (number, sample), this process's share of a batch, and returns their
+    rows, each with the "id" of its sample. Of a run that was killed, the whole batches stay whose
+    ids are these samples', so that the others are made in the same batches as in a run that never
+    stopped.
+    """
+    from tqdm import tqdm
+
+    done = 0
+    if not restart:
+        done = count_done(path, samples)
+    if done < len(samples):
+        done -= done % batch_size
+    log = Log(path, keep=done)
+    explain_out_of_memory("--max-pixels or --batch-size")
+    quiet = RANK > 0 or done == len(samples)
+    with tqdm(total=len(samples), initial=done, desc=name, unit="sample", disable=quiet) as bar:
+        for i in range(done, len(samples), batch_size):
+            catch_interrupts()
+            batch = list(enumerate(samples[i : i + batch_size], i))
+            working_on([sample for _, sample in batch])
+            mine = share(batch)
+            rows = []
+            if mine:
+                rows = work(mine)
+            for row in gather(rows):
+                log.write(**row)
+            bar.update(len(batch))
+            leave_if_interrupted()
+    barrier()
+    if not samples:
+        return []
+    return read_jsonl(path, "")
+
+
+def count_done(path, samples):
+    """How many rows at the beginning of the log `path` belong to these samples, in their order."""
+    path = Path(path)
+    if not path.exists():
+        return 0
+    done = 0
+    for sample, line in zip(samples, path.read_bytes().split(b"\n")):
+        try:
+            if json.loads(line)["id"] != sample["id"]:
+                break
+        except (ValueError, KeyError, TypeError):  # cut short, or another file
+            break
+        done += 1
+    return done
+
+
+def begin(args, name, *inputs, ignore=(), only=None, **more):
+    """Writes down what `name` is made with, or checks that what has begun is made with the same.
+
+    inputs: files it reads, compared by their hash; ignore: flags that do not change it; only: the
+    flags that do (default: all); more: values that are no flags. Exits with the differing values:
+    a run is never continued under another configuration. Returns whether it was begun before, with
+    the same.
+    """
+    path = args.out / f"log/{name}.config.json"
+    config = {}
+    for key, value in vars(args).items():
+        if key in ("out", "restart", "save_every", "skip_bad", *ignore):
+            continue
+        if only is None or key in only:
+            config[key] = value
+    config.update(more)
+    if os.path.isdir(args.model):
+        config["model"] = f"{os.path.basename(args.model)} {folder_hash(args.model)}"
+    for file in map(Path, inputs):
+        config[f"{file.parent.name}/{file.name}"] = file_hash(file)
+    config = json.loads(json.dumps(config))
+    before = read_config(path)
+    # Every process has read it; the first one refuses or writes. When it refuses, torchrun ends
+    # the others.
+    barrier()
+    differing = differences(before, config)
+    if before and differing and not args.restart:
+        stop(
+            f"{name} in {args.out} was made otherwise:\n" + "\n".join(differing) + "\n"
+            "give the same values, another --out, or --restart to make it anew"
+        )
+    write_text(path, json.dumps(config, indent=1) + "\n")
+    return bool(before) and not differing
+
+
+def read_config(path):
+    """What `begin` wrote, a dict; empty when there is none. A damaged one is refused."""
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        stop(f"{path} cannot be read ({e}); remove it, and --restart")
+    if not isinstance(config, dict):
+        stop(f"{path} is not what this code writes; remove it, and --restart")
+    return config
+
+
+def differences(before, config):
+    """A line for each value in which two configurations differ; `before` may be of old code."""
+    lines = []
+    for key in sorted({*before, *config}):
+        then, now = before.get(key), config.get(key)
+        if key == "model":
+            then, now = present_name(then), present_name(now)
+        if then == now:
+            continue
+        if key in FORMER_FLAGS and key not in config:
+            if then != FORMER_FLAGS[key]:
+                flag = "--" + key.replace("_", "-")
+                lines.append(f"  {key}: {then} then; there is no {flag} any more")
+            continue
+        lines.append(f"  {key}: {then} then, {now} now")
+    return lines
+
+
+def present_name(model):
+    """What `begin` writes of a base model, "<folder> <hash>", with the folder's name of today."""
+    folder, _, digest = str(model).rpartition(" ")
+    if folder in FORMER_NAMES:
+        return f"{FORMER_NAMES[folder]} {digest}"
+    return model
+
+
+def file_hash(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def folder_hash(folder):
+    """Of a checkpoint folder: its config and weights; large files count by name and size alone."""
+    digest = hashlib.sha256()
+    folder = Path(folder)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        if size < LARGE_FILE:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def lock(folder):
+    """Refuses a second run on one folder. The system drops the lock with the process."""
+    if RANK:
+        return
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stop(f"another run works in {folder}; wait for it to end, or choose another --out")
+    lock.file = file  # open until the process ends

@@ -1,0 +1,34 @@
+"""The base model and the best adapter of a run as one plain checkpoint, for other engines.
+
+    python -m support.merge --folder merged
+
+Takes the GRPO adapter of the run, else its SFT adapter. The weights are in --dtype and never in 4
+bits: merging is an addition to the weights.
+"""
+
+from support.checkpoints import best_adapter
+from support.errors import stop
+from support.files import writing
+from support.flags import Flag, flags
+from support.models import add_adapter, load_vlm
+
+
+def save_merged(args, adapter, folder):
+    """Writes a checkpoint folder of the kind that --model takes."""
+    vlm = load_vlm(args, quantize="none")
+    add_adapter(vlm, adapter, "policy")
+    with writing(folder):
+        vlm.model.merge_and_unload().save_pretrained(folder)
+        vlm.tokenizer.save_pretrained(folder)
+        vlm.image_processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    args = flags(None, __doc__, folder=Flag("where the checkpoint is written", kind="new folder"))
+    if not args.folder:
+        stop("give the folder to write: --folder merged")
+    adapter = best_adapter(args.out)
+    if not adapter:
+        stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
+    save_merged(args, adapter, args.folder)
+    print(f"{adapter} merged into {args.model}: {args.folder}")

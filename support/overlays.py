@@ -1,0 +1,47 @@
+"""Does the overlay matter? What an ablation shows at step t instead of box t - 1 on the image.
+
+Each takes (image, box or None) and returns a picture of the same size, as the feedback of a loop
+does; what is random in it depends on the box alone, so that a run can be repeated.
+"""
+
+from common import draw_overlay
+
+import numpy as np
+from PIL import ImageDraw, ImageFont
+
+RED = (255, 0, 0)
+
+
+def no_overlay(image, box):
+    """The image itself."""
+    return image
+
+
+def random_text(image, box):
+    """A copy with red letters all over it, and no box: red to look at, which says nothing."""
+    rng = np.random.default_rng([2, *(box or [])])
+    image = image.copy()
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(max(8, image.height // 8))
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    for _ in range(12):
+        at = rng.integers(0, [image.width, image.height]).tolist()
+        word = "".join(rng.choice(letters, 5))
+        pen.text(at, word, fill=RED, font=font, anchor="mm")
+    return image
+
+
+def box_elsewhere(image, box):
+    """A copy with the overlay of a random box: what changes is whether the box is the model's
+    own."""
+    rng = np.random.default_rng([1, *(box or [])])
+    x, y = rng.integers(0, 700, 2).tolist()
+    width, height = rng.integers(100, 300, 2).tolist()
+    return draw_overlay(image, [x, y, x + width, y + height])
+
+
+OVERLAYS = {
+    "no overlay": no_overlay,
+    "random text": random_text,
+    "a box elsewhere": box_elsewhere,
+}

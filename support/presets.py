@@ -1,0 +1,97 @@
+"""Every hyperparameter, in two columns. Each row is a flag of its phase: `python sft.py --lr 1e-4`.
+
+The `paper` column is the paper's Sections 3.3 and 4.1 to the digit; where the paper is silent the
+help says "ours".
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Setting:
+    """One hyperparameter: its value in either preset, and what its flag takes."""
+
+    paper: object
+    toy: object
+    help: str
+    choices: tuple | None = None
+    low: float = 1  # numbers outside low..high are refused
+    high: float = 10**9
+
+
+PRESETS = {  # phase -> name -> Setting
+    "all": {
+        "model": Setting("Qwen/Qwen3-VL-4B-Instruct", "toy/base", "base model: folder or hub id"),
+        "quantize": Setting("nf4", "none", "4-bit with double quantisation", ("nf4", "none")),
+        "dtype": Setting("bfloat16", "float32", "of the weights; ours", ("bfloat16", "float32")),
+        "checkpointing": Setting("on", "off", "recompute activations; ours", ("on", "off")),
+        "max_pixels": Setting(
+            2**20, 2**20, "larger images are reduced to this area; the paper: native", low=1024
+        ),
+        "steps": Setting(2, 2, "T, refinement steps after step 0", high=20),
+        "seed": Setting(0, 0, "of everything random; ours", low=0, high=2**31 - 1),
+    },
+    "make_data": {
+        "train_samples": Setting(2400, 2400, "a third of them from each source"),
+        "val_samples": Setting(510, 510, "likewise"),
+        "test_samples": Setting(505, 505, "likewise: 169 + 168 + 168"),
+        "iou_max": Setting(0.85, 0.85, "better predictions are discarded", low=0, high=1),
+        "start": Setting(
+            "student",
+            "student",
+            "step 0: the student's boxes, or the truth perturbed (what the paper first tried)",
+            ("student", "perturbed"),
+        ),
+        "keep": Setting(
+            "errors",
+            "errors",
+            "all: what the filter discards stays, as trajectories that hold still; ours",
+            ("errors", "all"),
+        ),
+        "path": Setting(
+            "linear", "linear", "direct: at the truth from step 1 on; ours", ("linear", "direct")
+        ),
+        "teacher": Setting(
+            "vlm", "template", "who writes the traces: a VLM, or geometry", ("vlm", "template")
+        ),
+        "max_tokens": Setting(160, 80, "per step"),
+        "batch_size": Setting(8, 64, "samples decoded at once; ours"),
+    },
+    "sft": {
+        "lr": Setting(2e-5, 2e-3, "peak learning rate", low=1e-9, high=1),
+        "epochs": Setting(10, 4, "passes over the trajectories"),
+        "batch_size": Setting(4, 16, "trajectories per forward pass"),
+        "grad_accum": Setting(4, 1, "forward passes per update"),
+        "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
+        "lora_rank": Setting(64, 32, "on all projections of the language model"),
+        "lora_alpha": Setting(128, 64, "LoRA's scale is alpha / rank"),
+        "save_every": Setting(10, 10, "updates between checkpoints; ours"),
+    },
+    "grpo": {
+        "steps": Setting(2, 2, "T; 0 trains Table 1's single-step control", low=0, high=20),
+        "lr": Setting(2e-6, 1e-4, "learning rate, constant", low=1e-9, high=1),
+        "max_tokens": Setting(160, 80, "per step"),
+        "group_size": Setting(6, 6, "N, trajectories per prompt", low=2, high=1000),
+        "temperature_first": Setting(1.0, 1.0, "at step 0", low=0, high=10),
+        "temperature": Setting(0.7, 0.7, "at the refinement steps", low=0, high=10),
+        "beta": Setting(0.04, 0.04, "weight of the KL term", low=0, high=100),
+        "entropy": Setting(0.01, 0.01, "lambda, weight of the entropy", low=0, high=100),
+        "kl": Setting("paper", "paper", "mean |log pi - log ref|, or k3", ("paper", "k3")),
+        "grad_accum": Setting(8, 8, "prompts per update"),
+        "updates": Setting(300, 40, "300 x 8 is one pass over 2,400 prompts; ours"),
+        "batch_size": Setting(6, 6, "trajectories per forward pass; ours"),
+        "prompts_at_once": Setting(2, 16, "prompts decoded together; ours"),
+        "val_every": Setting(25, 20, "updates between validations; ours"),
+        "val_prompts": Setting(64, 128, "validation prompts; ours"),
+        "save_every": Setting(5, 5, "updates between checkpoints; ours"),
+    },
+    "evaluate": {
+        "max_tokens": Setting(160, 80, "per step"),
+        "batch_size": Setting(6, 64, "samples decoded at once; ours"),
+        "longest": Setting(6, 6, "steps that an IVT row is played to; ours"),
+        "control_temperature": Setting(
+            1.0, 1.0, "of the control that samples T + 1 single-shot answers", low=0.01, high=10
+        ),
+        "pictures": Setting(6, 6, "rows of each filmstrip"),
+    },
+}

@@ -1,0 +1,137 @@
+"""Several processes, Ctrl-C, seeds and the clock.
+
+`torchrun --nproc-per-node 8 sft.py` starts eight processes: each does its share of every batch, and
+the first one writes. Started with plain python there is one, and nothing here waits for another.
+"""
+
+import atexit
+import datetime
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from support.errors import stop
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+_interrupt_asked = False
+
+
+def start_processes():
+    """Joins the processes that torchrun started; alone, does nothing."""
+    if WORLD == 1:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(device())
+    # One process may write or evaluate for long while the others wait for it.
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def device():
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def barrier():
+    """Waits until all processes are here: what the first one wrote can then be read."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def share(items):
+    """This process's part of a list. The parts, in the order of the processes, are the list."""
+    size = -(-len(items) // WORLD)
+    return items[RANK * size : (RANK + 1) * size]
+
+
+def gather(items):
+    """The lists of all processes, one after the other, in every process: `share` undone."""
+    if WORLD == 1:
+        return items
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def sum_gradients(parameters):
+    """Adds up the gradients of all processes.
+
+    Each process has divided its loss by the tokens of the whole update, so the sum is the gradient
+    of the whole update, as one process would have computed it.
+    """
+    if WORLD == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = gradient.view_as(p)
+
+
+def divides(count, flag):
+    """Stops unless each process gets the same number: N processes then train as one does."""
+    if count % WORLD:
+        stop(
+            f"{flag} is {count}, not a multiple of the {WORLD} processes; give a multiple, or "
+            "start fewer"
+        )
+
+
+def program():
+    """What was started, without its flags: "python sft.py", "python -m support.own_picture"."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one with -m alone
+    if spec is None:
+        return f"python {Path(sys.argv[0]).name}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def catch_interrupts():
+    """From here on Ctrl-C ends a loop after the update or batch at hand, with all saved."""
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number, frame):
+    global _interrupt_asked
+    if _interrupt_asked:  # a second Ctrl-C ends at once
+        sys.exit(130)
+    _interrupt_asked = True
+    print("\nstopping after this update; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+
+
+def interrupted():
+    """Whether any process was asked to stop: all of them have to leave at the same update."""
+    return any(gather([_interrupt_asked]))
+
+
+def leave_if_interrupted():
+    """To be called when everything is saved. Ends the program with exit status 130."""
+    if interrupted():
+        given = [word for word in sys.argv[1:] if word != "--restart"]
+        print(f"stopped; to go on: {program()} {shlex.join(given)}".rstrip())
+        sys.exit(130)
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def minutes(start):
+    """Since `start`, a time.time(): "1.5 min"."""
+    return f"{(time.time() - start) / 60:.1f} min"

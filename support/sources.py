@@ -1,0 +1,119 @@
+"""Where the samples of phase 0 come from: the toy's world, a file of your own, the paper's data."""
+
+from pathlib import Path
+
+from common import normalize_box
+from support import datasets
+from support.errors import stop
+from support.files import begin, write_jsonl
+from support.flags import Flag
+from support.processes import RANK, barrier
+from support.samples import read_samples
+
+import torch
+
+SIDES = ("train", "val", "test")
+MADE = (*SIDES, "student", "traces", "sft")  # the files of make_data.py, in their order
+
+FLAGS = {
+    "data": Flag("your own samples: a .jsonl to split into train, val and test", kind="file"),
+    **{
+        name: Flag(f"folder with {dataset['about']}")  # missing_files says more than a path check
+        for name, dataset in datasets.DATASETS.items()
+    },
+    "teacher_model": Flag("another checkpoint for --teacher vlm (default: --model, the paper's)"),
+}
+
+
+def begin_data(args, data):
+    """Checks the flags and the paper's files; ends the program when all is made already.
+
+    With --restart, what was made before goes, so that all of it is made anew.
+    """
+    folders = {name: getattr(args, name) for name in datasets.DATASETS}
+    if args.data and any(folders.values()):
+        stop("--data is for samples of your own, the folders are for the paper's; give one of them")
+    if from_paper(args) and (args.restart or not split_is_there(data)):
+        missing = datasets.missing_files(folders)
+        if missing:
+            head = "the paper's data is not all there (for samples of your own: --data FILE.jsonl)"
+            stop("\n".join([head, *missing]))
+    inputs = [args.data] if args.data else []
+    begin(args, "make_data", *inputs, ignore=("batch_size", *datasets.DATASETS))
+    if (data / "sft.jsonl").exists() and not args.restart:
+        print(f"{data / 'sft.jsonl'} is finished; --restart makes everything again")
+        raise SystemExit
+    if args.restart and not RANK:
+        for name in MADE:
+            (data / f"{name}.jsonl").unlink(missing_ok=True)
+    barrier()
+
+
+def from_paper(args):
+    folders = [getattr(args, name) for name in datasets.DATASETS]
+    return not args.data and (args.preset == "paper" or any(folders))
+
+
+def split_is_there(data):
+    return all((data / f"{side}.jsonl").exists() for side in SIDES)
+
+
+def prepare(args, data, make_toy_samples):
+    """The training samples; data/{train,val,test}.jsonl are made unless they are there.
+
+    make_toy_samples: (folder, how many of each of three sources, seed) -> samples. All three sides
+    are checked, so that a bad test image does not come to light after the training.
+    """
+    sizes = {side: getattr(args, f"{side}_samples") for side in SIDES}
+    if not split_is_there(data) and not RANK:
+        folders = {name: getattr(args, name) for name in datasets.DATASETS}
+        if args.data:
+            samples = own_samples(args.data, args.skip_bad)
+        elif from_paper(args):
+            samples = datasets.paper_samples(folders, args.seed)
+        else:
+            samples = make_toy_samples(data, -(-sum(sizes.values()) // 3), args.seed)
+        try:
+            sides = datasets.split(samples, sizes, args.seed)
+        except ValueError as e:
+            flags = "--train-samples, --val-samples, --test-samples"
+            stop(f"{e}; give more samples or lower {flags}")
+        if from_paper(args):
+            datasets.write_images([s for side in sides.values() for s in side], data, folders)
+        for side, rows in sides.items():
+            write_jsonl(data / f"{side}.jsonl", rows)
+    barrier()
+    checked = {}
+    for side in SIDES:
+        path = data / f"{side}.jsonl"
+        checked[side] = read_samples(path, "python make_data.py", args.skip_bad)
+    print("samples: " + ", ".join(f"{side} {len(rows)}" for side, rows in checked.items()))
+    return checked["train"]
+
+
+def own_samples(path, skip_bad):
+    """The samples of a file of your own, with absolute paths of their images."""
+    samples = read_samples(path, "make_data.py with --data naming an existing file", skip_bad)
+    for sample in samples:
+        sample["image"] = str((Path(path).parent / sample["image"]).resolve())
+    return samples
+
+
+def show_student(samples, predictions):
+    """Prints how good the student is, and its first boxes beside the truth.
+
+    Coordinates that were converted twice, or not at all, show here and nowhere else.
+    """
+    ious = torch.tensor([row["iou"] for row in predictions])
+    accuracy = (ious >= 0.5).float().mean()
+    print(
+        f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {accuracy:.3f}; first boxes, and the truth:"
+    )
+    for sample, row in list(zip(samples, predictions))[:3]:
+        truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
+        print(f"  {sample['expression']!r}: {row['box']}, truth {truth}")
+    if ious.mean() < 0.1:
+        print(
+            "warning: the student hardly ever hits; are its boxes in 0..1000, and is the ground "
+            "truth in pixels?"
+        )

@@ -1,0 +1,432 @@
+"""The numbers of the tables, each with its uncertainty, and what they say about the paper's
+findings.
+
+S samples; `ious` is [S, T + 1], the IoU of every box of a trajectory with the truth, 0 where a
+box is not valid. A trajectory here is a row of a log: a dict with boxes, texts and read. An
+estimate is [mean, low, high], a mean over samples with its 95 percent bootstrap interval;
+differences are paired.
+"""
+
+import functools
+from pathlib import Path
+
+from common import box_iou, iou
+from support.errors import stop
+from support.files import read_jsonl
+
+import numpy as np
+
+METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
+
+# Rows of Table 1: the control, whose boxes are samples, and those the paper has findings about
+CONTROL = "Base (single-shot), T + 1 samples"
+UNTRAINED = "Base + IVT (no training)"
+SFT = "SFT + IVT"
+GRPO = "SFT + GRPO + IVT"
+
+# How far untrained IVT has to fall in Acc@0.5 to count as the paper's finding, in which it falls by
+# 0.31. The paper names no threshold; this one is ours.
+FALL = 0.1
+
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)  # of adaptive refinement; 1.0 never stops early
+
+
+# --------------------------------------------------------------------------------------------------
+# Estimates
+# --------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=8)  # the whole test set and its strata
+def resamples(n, count=10_000):
+    """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights
+    [count, n] that sum to 1.
+
+    They are seeded, so all rows get the same draws, and what is computed with them on two rows is
+    paired.
+    """
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), count).astype(np.float32)
+    draws /= n  # in place: with a large test set this is gigabytes
+    return draws
+
+
+def estimate(values):
+    """values [S] or [S, K] -> [3] or [K, 3]: the mean over the samples, and the 2.5th and 97.5th
+    percentile of the resampled means."""
+    values = np.asarray(values, np.float32)
+    means = resamples(len(values)) @ values  # [count] or [count, K]
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    return np.stack([values.mean(0), low, high], -1).astype(float).round(6).tolist()
+
+
+def metrics(ious):
+    """[S] IoU of one box per sample -> [S, 4], whose means are Acc@0.5, Acc@0.7, Acc@0.9 (the share
+    with at least this IoU) and the mean IoU."""
+    return np.stack([ious >= 0.5, ious >= 0.7, ious >= 0.9, ious], 1)
+
+
+def metric_estimates(values):
+    """[S, 4] of `metrics`, or the difference of two -> {metric: estimate}."""
+    return dict(zip(METRICS, estimate(values)))
+
+
+def all_ious(samples, trajectories):
+    """[S, T + 1]: the IoU of every box of every trajectory with the truth."""
+    rows = zip(samples, trajectories)
+    return np.array([[box_iou(box, sample) for box in row["boxes"]] for sample, row in rows])
+
+
+# --------------------------------------------------------------------------------------------------
+# What is estimated
+# --------------------------------------------------------------------------------------------------
+def changes(ious, threshold=0.01):
+    """From the first to the last step: n, and estimates of both IoUs, their difference, and the
+    shares of samples that improve, stagnate and degrade (by more than the threshold)."""
+    first = ious[:, 0]
+    last = ious[:, -1]
+    change = last - first
+    columns = {
+        "first": first,
+        "last": last,
+        "delta": change,
+        "improved": change > threshold,
+        "stagnated": abs(change) <= threshold,
+        "degraded": change < -threshold,
+    }
+    estimates = estimate(np.stack(list(columns.values()), 1))
+    return {"n": len(ious), **dict(zip(columns, estimates))}
+
+
+def choices(ious, boxes):
+    """Ways to choose one box of each trajectory: name -> [S], the IoU of the chosen one.
+
+    The paper's Table 1 scores the best of steps, which takes the ground truth to choose. The other
+    ways are open to a user: first step, last step, last valid box, and the medoid, the valid box
+    whose mean IoU to the other valid ones is highest (the latest of equals).
+    """
+    pairs = list(zip(ious, boxes))
+    return {
+        "best of steps": ious.max(1),
+        "last step": ious[:, -1],
+        "first step": ious[:, 0],
+        "last valid": np.array([iou_at(row, last_valid_step(b)) for row, b in pairs]),
+        "medoid": np.array([iou_at(row, medoid_step(b)) for row, b in pairs]),
+    }
+
+
+def iou_at(row, step):
+    """The IoU of a step, 0 when there is no such step (None)."""
+    return 0.0 if step is None else row[step]
+
+
+def valid_steps(boxes):
+    """The steps of a trajectory that have a valid box."""
+    return [t for t, box in enumerate(boxes) if box]
+
+
+def last_valid_step(boxes):
+    """The last step with a valid box, or None."""
+    return max(valid_steps(boxes), default=None)
+
+
+def medoid_step(boxes):
+    """The step whose box agrees best with the others, or None without a valid box."""
+    valid = valid_steps(boxes)
+
+    def agreement(t):
+        return sum(iou(boxes[t], boxes[k]) for k in valid), t
+
+    return max(valid, key=agreement, default=None)
+
+
+def strata(samples, first):
+    """Groups of the samples: name -> {stratum: [S] bool}.
+
+    By IoU at step 0 (`first` [S], Section 4.3), by source, and by size of the object: thirds of the
+    samples by the share of the image that the true box covers.
+    """
+    area = np.array([covered(sample) for sample in samples])
+    small, large = np.quantile(area, (1 / 3, 2 / 3))
+    sources = np.array([sample["source"] for sample in samples])
+    return {
+        "step-0 IoU": {
+            "hard, below 0.5": first < 0.5,
+            "medium": (first >= 0.5) & (first < 0.75),
+            "easy, from 0.75": first >= 0.75,
+        },
+        "source": {source: sources == source for source in sorted(set(sources.tolist()))},
+        "size": {
+            "small third": area <= small,
+            "middle": (area > small) & (area <= large),
+            "large third": area > large,
+        },
+    }
+
+
+def covered(sample):
+    """The share of the image that the true box covers."""
+    x1, y1, x2, y2 = sample["bbox"]
+    return (x2 - x1) * (y2 - y1) / sample["width"] / sample["height"]
+
+
+def repeats(boxes):
+    """An estimate of the share of trajectories whose boxes are all that of step 0 (the stagnation
+    of Section 4.2)."""
+    return estimate([all(box == row[0] for box in row) for row in boxes])
+
+
+def stop_step(boxes, threshold, longest):
+    """Adaptive refinement: the first step t >= 1 whose box agrees with that of step t - 1 (IoU
+    above the threshold), else `longest`."""
+    for t in range(1, longest + 1):
+        if boxes[t] and boxes[t - 1] and iou(boxes[t], boxes[t - 1]) > threshold:
+            return t
+    return longest
+
+
+def adaptive(ious, trajectories, thresholds=THRESHOLDS):
+    """Every threshold with every T from 0 to the longest, each read off the one longest run.
+
+    -> a list of {"threshold", "T", the four metrics of the box it stops at, "steps": mean number of
+    refinements done, "cost": tokens that pass through the model, relative to step 0 alone, "gain":
+    Acc@0.5 and mean IoU against T = 0, paired}.
+    """
+    read = np.array([row["read"] for row in trajectories], float)  # [S, T + 1] tokens
+    boxes = [row["boxes"] for row in trajectories]
+    never = metrics(ious[:, 0])
+    sample = np.arange(len(ious))
+    settings = []
+    for threshold in thresholds:
+        for longest in range(ious.shape[1]):
+            stop = np.array([stop_step(row, threshold, longest) for row in boxes])
+            reached = metrics(ious[sample, stop])
+            gain = metric_estimates(reached - never)
+            settings.append(
+                {
+                    "threshold": threshold,
+                    "T": longest,
+                    **metric_estimates(reached),
+                    "steps": stop.mean().item(),
+                    "cost": (read[sample, stop].sum() / read[:, 0].sum()).item(),
+                    "gain": {metric: gain[metric] for metric in ("Acc@0.5", "mean IoU")},
+                }
+            )
+    return settings
+
+
+# --------------------------------------------------------------------------------------------------
+# All tables
+# --------------------------------------------------------------------------------------------------
+def analyse(samples, trajectories_of, steps, shown, control=None):
+    """All tables: name -> trajectories becomes estimates, as results.json holds them.
+
+    The first row is what the others are compared against. steps: T of the tables; what lies
+    beyond it in a trajectory is used for adaptive refinement alone. shown: the row of which
+    strata and adaptive refinement are printed. control: the row whose boxes are samples without
+    an order, if any.
+    """
+    full = {name: all_ious(samples, rows) for name, rows in trajectories_of.items()}
+    ious_of = {name: ious[:, : steps + 1] for name, ious in full.items()}
+    first = metrics(next(iter(ious_of.values()))[:, 0])
+    results = {"shown": shown, "table1": {}, "differences": {}}
+    results |= {"table2": {}, "strata": {}, "adaptive": {}}
+    for name, rows in trajectories_of.items():
+        ious = ious_of[name]
+        boxes = [row["boxes"][: steps + 1] for row in rows]
+        ways = table1_ways(ious, boxes, ordered=name != control)
+        scores = {way: metrics(chosen) for way, chosen in ways.items()}
+        results["table1"][name] = {way: metric_estimates(v) for way, v in scores.items()}
+        results["differences"][name] = {
+            way: metric_estimates(v - first) for way, v in scores.items()
+        }
+        if ious.shape[1] == 1 or name == control:
+            continue  # there is no refinement to look at
+        results["table2"][name] = table2_row(full[name], ious, boxes)
+        results["strata"][name] = changes_by_stratum(samples, ious)
+        if all("read" in row for row in rows):  # other systems do not say
+            results["adaptive"][name] = adaptive(full[name], rows)
+    if control in ious_of and shown in results["table2"]:
+        results["sampling"] = sampling(ious_of, shown, control)
+    results["findings"] = findings(results, ious_of)
+    return results
+
+
+def main_row(names):
+    """The row that strata, adaptive refinement and pictures are of: the paper's last that is there,
+    or, of other systems, the last."""
+    for name in (GRPO, SFT, UNTRAINED):
+        if name in names:
+            return name
+    return list(names)[-1]
+
+
+def table1_ways(ious, boxes, ordered):
+    """The ways to choose a box that make sense for a row: name -> [S] IoU of the chosen box."""
+    if ious.shape[1] == 1:
+        return {"its only box": ious[:, 0]}
+    ways = choices(ious, boxes)
+    if ordered:
+        return ways
+    return {way: ways[way] for way in ("best of steps", "medoid")}
+
+
+def table2_row(full, ious, boxes):
+    """A row of Table 2. full: the IoUs of the longest run, of which `ious` and `boxes` are the
+    first T + 1 steps."""
+    return {
+        "iou": estimate(full),
+        **changes(ious),
+        "repeats": repeats(boxes),
+        "valid": estimate([[box is not None for box in row] for row in boxes]),
+    }
+
+
+def changes_by_stratum(samples, ious):
+    """`changes` in every stratum that has samples: group -> {stratum: dict}."""
+    table = {}
+    for group, parts in strata(samples, ious[:, 0]).items():
+        table[group] = {name: changes(ious[mask]) for name, mask in parts.items() if mask.any()}
+    return table
+
+
+def ablation(samples, trajectories, steps, log):
+    """A row of the ablation table. log: the path of its GRPO log, of which the table has the step-0
+    IoU at the first and the last validation; it need not be there."""
+    ious = all_ious(samples, trajectories)[:, : steps + 1]
+    boxes = [row["boxes"][: steps + 1] for row in trajectories]
+    validations = []
+    if log.is_file():
+        validations = [row["val_iou"][0] for row in read_jsonl(log, "") if "val_iou" in row]
+    return {
+        **changes(ious),
+        "repeats": repeats(boxes),
+        "Acc@0.5": estimate(ious[:, -1] >= 0.5),
+        "validation": validations[:1] + validations[-1:],
+    }
+
+
+def by_change(samples, trajectories):
+    """The numbers of the samples, ordered by IoU at the last step minus IoU at the first: the
+    largest gain first, the largest loss last."""
+    ious = all_ious(samples, trajectories)
+    return np.argsort(ious[:, 0] - ious[:, -1], kind="stable").tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# Verdicts. They are of intervals: a mean alone decides nothing.
+# --------------------------------------------------------------------------------------------------
+def verdict(estimates, *, above=None, below=None):
+    """Whether all values lie above (or below) a limit: "holds" when every interval does,
+    "DOES NOT HOLD" when one lies wholly on the other side, else "NOT SETTLED"."""
+    if below is not None:  # mirrored
+        estimates = [(-mean, -high, -low) for mean, low, high in estimates]
+        above = -below
+    if all(low > above for _, low, _ in estimates):
+        return "holds"
+    if any(high < above for _, _, high in estimates):
+        return "DOES NOT HOLD"
+    return "NOT SETTLED"
+
+
+def signed(value):
+    """An estimate of a difference as text: +0.012 [-0.003, +0.027]."""
+    mean, low, high = value
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def findings(results, ious_of):
+    """The paper's findings as hypotheses on these rows: a list of (sentence, numbers, verdict)."""
+    differences = results["differences"]
+    rows = results["table2"]  # of other systems, a row may have one box only
+    found = []
+
+    def judge(sentence, estimates, **side):
+        numbers = ", ".join(map(signed, estimates))
+        found.append((sentence, numbers, verdict(estimates, **side)))
+
+    ways = ("best of steps", "last step")
+    if UNTRAINED in rows:
+        for way in ways:
+            sentence = (
+                f"Untrained, IVT falls 10 points or more below single-shot in Acc@0.5 ({way})"
+            )
+            judge(sentence, [differences[UNTRAINED][way]["Acc@0.5"]], below=-FALL)
+    if SFT in rows:
+        for way in ways:
+            sentence = f"SFT + IVT passes single-shot on every metric ({way})"
+            judge(sentence, list(differences[SFT][way].values()), above=0)
+        judge("SFT declines from step 0 to step T", [rows[SFT]["delta"]], below=0)
+    if SFT in rows and GRPO in rows:
+        sft, grpo = (ious_of[name][:, -1] - ious_of[name][:, 0] for name in (SFT, GRPO))
+        sentence = "GRPO's change from step 0 to step T is better than SFT's"
+        judge(sentence, [estimate(grpo - sft)], above=0)
+    return found
+
+
+def sampling(ious_of, shown, control):
+    """The best of T + 1 samples against the best of T + 1 steps: {"row", "control", "difference":
+    estimate of the control's IoU minus the row's, paired}."""
+    difference = ious_of[control].max(1) - ious_of[shown].max(1)
+    return {"row": shown, "control": control, "difference": estimate(difference)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Logs of trajectories, and the table of ablations over them
+# --------------------------------------------------------------------------------------------------
+def log_line(sample, trajectories):
+    """What a log keeps of a sample's trajectory, or of its T + 1 single-shot answers, as a dict.
+
+    logprob: log pi of each step's text. read: tokens in the context when the step ends, its cost.
+    """
+    line = {"id": sample["id"], "boxes": [], "iou": [], "texts": [], "logprob": [], "read": []}
+    for t in trajectories:
+        line["boxes"] += t.boxes
+        line["iou"] += [round(box_iou(box, sample), 6) for box in t.boxes]
+        line["texts"] += t.texts
+        for step in range(len(t.boxes)):
+            targets = [m for m in range(len(t.target)) if t.step[m] == step]
+            line["logprob"].append(round(sum(t.logprob[m] for m in targets), 4))
+            line["read"].append(t.predictor[targets[-1]] + 1)
+    return line
+
+
+def ablations(samples, args, lines_of, others, logs):
+    """The table of ablations, name -> row: the run's own rows, `others` (played with other
+    pictures) and those of the runs in args.compare; {} when there is nothing to compare.
+
+    logs: the name of each row's log. Exits when another run has other test samples.
+    """
+    rows = {}
+    for name, lines in others.items():
+        rows[name] = ablation(samples, lines, args.steps, Path())
+    for folder in map(Path, args.compare):
+        rows |= rows_of_run(samples, folder, logs, args.steps)
+    if not rows:
+        return {}
+    own = {}
+    for name, lines in lines_of.items():
+        if (
+            name in logs
+            and len(lines[0]["boxes"]) > args.steps > 0
+            and logs[name] != "base_samples"
+        ):
+            log = args.out / f"log/{logs[name]}.jsonl"
+            own[name] = ablation(samples, lines, args.steps, log)
+    return own | rows
+
+
+def rows_of_run(samples, folder, logs, steps):
+    """The rows of `ablation` for another run's trained policies. Exits when there are none."""
+    rows = {}
+    for name, log in logs.items():
+        path = folder / f"log/evaluate_{log}.jsonl"
+        if log.startswith("base") and log != "base_grpo" or not path.is_file():
+            continue
+        lines = read_jsonl(path, "")
+        if [line["id"] for line in lines] != [sample["id"] for sample in samples]:
+            stop(f"{folder} has other test samples; make its data with the same --seed and sizes")
+        if len(lines[0]["boxes"]) > steps:
+            training_log = folder / f"log/{log}.jsonl"
+            rows[f"{folder}: {name}"] = ablation(samples, lines, steps, training_log)
+    if not rows:
+        stop(
+            f"--compare {folder}: no evaluated policy in it; first run: evaluate.py --out {folder}"
+        )
+    return rows

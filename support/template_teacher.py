@@ -1,0 +1,59 @@
+"""Reasoning traces from geometry alone, for a model too small to write its own.
+
+The paper's teacher is a VLM (make_data.py, `vlm_traces`); this one stands in for it in the toy
+preset.
+"""
+
+from common import iou, place
+
+
+def join(words):
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def template_trace(boxes, truth, t):
+    """The trace of step t, from geometry alone: what is wrong with box t - 1, and what to do.
+
+    Shifts and sizes count from about a tenth of the true box on. The description is not repeated: a
+    model as small as the toy's copies it wrongly, and then finds what it wrote.
+    """
+    if t == 0:  # forward reasoning: why this region, right or wrong (Section 3.2)
+        return f"I look for the object. I see it at the {place(boxes[0])}."
+    before = boxes[t - 1]
+    width = max(truth[2] - truth[0], 1)
+    height = max(truth[3] - truth[1], 1)
+    # How far the truth's centre lies to the right and below, in sizes of the true box
+    dx = (truth[0] + truth[2] - before[0] - before[2]) / 2 / width
+    dy = (truth[1] + truth[3] - before[1] - before[3]) / 2 / height
+    wider = width / max(before[2] - before[0], 1)
+    taller = height / max(before[3] - before[1], 1)
+    rules = [  # whether it is so, the fault, the cure
+        (dx > 0.1, "too far left", "right"),
+        (dx < -0.1, "too far right", "left"),
+        (dy > 0.1, "too high", "down"),
+        (dy < -0.1, "too low", "up"),
+        (wider > 1.15, "too narrow", "wider"),
+        (wider < 0.87, "too wide", "narrower"),
+        (taller > 1.15, "too short", "taller"),
+        (taller < 0.87, "too tall", "shorter"),
+    ]
+    faults = [fault for true, fault, _ in rules if true]
+    moves = [cure for true, _, cure in rules[:4] if true]
+    sizes = [cure for true, _, cure in rules[4:] if true]
+    if iou(before, truth) == 0:
+        return (
+            f"The red box is on the wrong object. I see the target at the {place(truth)}. "
+            f"I move the box {join(moves or ['there'])}."
+        )
+    if not faults and before == boxes[t]:
+        return "The red box fits well. I keep it."
+    if not faults:
+        return "The red box is nearly right. I tighten it slightly."
+    cures = []
+    if moves:
+        cures.append(f"move it {join(moves)}")
+    if sizes:
+        cures.append(f"make it {join(sizes)}")
+    return f"The red box is {join(faults)}. I {join(cures)}."

@@ -1,0 +1,155 @@
+"""What surrounds a training loop: the largest batch first, and the health of a run."""
+
+import math
+
+from common import IVT, box_iou, build_trajectory, encode_images, trajectory_logprobs
+from support.errors import stop, working_on
+from support.processes import RANK, device, gather
+from support.samples import load_image
+
+import torch
+from tqdm import tqdm
+
+# Metrics that are watched, as means over the last updates: the healthy range (rules of thumb, ours)
+# and what to try outside it
+HEALTHY = {
+    "kl": (0, 0.5, "the policy runs from its reference; lower --lr or raise --beta"),
+    "entropy": (
+        0.01,
+        3,
+        "low: groups stop differing, raise --entropy; high: a collapse on the way, lower --lr",
+    ),
+    "no_signal": (
+        0,
+        0.7,
+        "most groups have equal rewards and teach nothing; raise --temperature or --group-size",
+    ),
+    "valid": (
+        0.9,
+        1,
+        "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished",
+    ),
+}
+LAST_UPDATES = 10
+FEWEST_UPDATES = 5  # before these a mean says little
+
+
+def unhealthy(rows, warned, healthy=HEALTHY):
+    """Sentences on the metrics whose mean over the last updates has left its range; each once.
+
+    rows: the log's rows of the updates so far, a dict each. warned: the metrics already spoken of,
+    a set, which grows. healthy: metric -> (low, high, what to try).
+    """
+    recent = rows[-LAST_UPDATES:]
+    if len(recent) < FEWEST_UPDATES:
+        return []
+    sentences = []
+    for key, (low, high, advice) in healthy.items():
+        mean = sum(row[key] for row in recent) / len(recent)
+        if key not in warned and not low <= mean <= high:
+            warned.add(key)
+            sentences.append(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
+    return sentences
+
+
+def image_token_count(vlm, sample):
+    """How many tokens the sample's image is to the language model, after --max-pixels."""
+    processor = vlm.image_processor
+    patches = processor.get_number_of_image_patches(sample["height"], sample["width"], {})
+    return patches // processor.merge_size**2
+
+
+def probe(vlm, trajectories, sample):
+    """One forward and backward pass over the largest batch of the run, before any work.
+
+    Prints how many tokens it has and, on a GPU, what it takes and what the GPU has.
+    """
+    working_on([sample])
+    (-trajectory_logprobs(vlm, trajectories)[0].mean()).backward()
+    vlm.model.zero_grad()
+    memory = ""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
+        memory = f": peak {peak:.1f} of {whole:.1f} GiB, before the optimizer's state"
+    longest = max(len(t.ids) for t in trajectories)
+    size = f"{len(trajectories)} x {longest} tokens"
+    print(f"largest batch, forward and backward, {size}{memory}")
+
+
+def probe_sft(vlm, rows, samples, examples, batch_size):
+    """`probe` of the row whose sequence is longest.
+
+    rows: of data/sft.jsonl. samples: id -> sample. examples: makes the trajectories of rows.
+    """
+
+    def size(row):
+        return image_token_count(vlm, samples[row["id"]]), len(str(row))
+
+    largest = max(rows, key=size)
+    working_on([samples[largest["id"]]])
+    probe(vlm, examples([largest]) * batch_size, samples[largest["id"]])
+
+
+def probe_grpo(vlm, samples, args, data):
+    """`probe` of what the rollout may sample at most: the largest image, all steps full.
+
+    data: the folder that the samples' images are relative to.
+    """
+
+    def size(sample):
+        return image_token_count(vlm, sample), len(sample["expression"])
+
+    largest = max(samples, key=size)
+    working_on([largest])
+    count = args.steps + 1
+    images = encode_images(vlm, [load_image(largest, data)]) * count
+    prompt = IVT.prompt.format(text=largest["expression"])
+    text = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
+    trajectory = build_trajectory(vlm, prompt, images, [text] * count)
+    probe(vlm, [trajectory] * args.batch_size, largest)
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop's bar, its log, and the end of a run that has gone astray
+# --------------------------------------------------------------------------------------------------
+def progress(name, updates, first_update):
+    """The bar of a run: updates done, an ETA, and what `set_postfix` adds."""
+    return tqdm(total=updates, initial=first_update, desc=name, unit="update", disable=RANK > 0)
+
+
+def stop_unless_finite(update, loss, norm, rows):
+    """Stops before a step that would spoil the weights. rows: the dicts of the update's batch."""
+    if not math.isfinite(loss + norm):
+        ids = [row["id"] for row in rows]
+        stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {ids}; lower --lr")
+
+
+def step_ious(trajectories, owners):
+    """The mean IoU of each step, T + 1 floats, over the trajectories of all processes.
+
+    owners: the sample of each trajectory. The reward does not see these (Section 3.4, "Advantage
+    scoring"); they show whether refining helps.
+    """
+    ious = [[box_iou(box, s) for box in t.boxes] for t, s in zip(trajectories, owners)]
+    return [round(v, 4) for v in torch.tensor(gather(ious)).mean(0).tolist()]
+
+
+def rollout_facts(rewards, trajectories, owners):
+    """What the log of GRPO has of a batch of rollouts, over all processes. rewards: [P, N].
+
+    no_signal: the share of groups whose rewards are all equal, which teach nothing.
+    """
+    valid = [sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories]
+    valid = gather(valid)
+    lengths = gather([len(t.target) for t in trajectories])
+    rewards = torch.tensor(gather(rewards.tolist()))  # [P, N] of all processes
+    deviation = rewards.std(1, unbiased=False)  # [P]
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": deviation.mean().item(),
+        "no_signal": (deviation < 1e-6).float().mean().item(),
+        "iou": step_ious(trajectories, owners),
+        "valid": sum(valid) / len(valid),
+        "tokens": sum(lengths) / len(lengths),
+    }

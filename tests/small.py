@@ -1,0 +1,45 @@
+"""What the tests share: a very small Qwen3-VL, a picture, two texts of a trajectory, a sample."""
+
+from common import VLM, format_box
+from support.models import quiet
+from toy.model import make_image_processor, make_model, make_tokenizer
+
+import pytest
+import torch
+from PIL import Image
+
+TEXTS = [
+    "<think>I look for it.</think>\n" + format_box([1, 2, 30, 40]),
+    "<think>The red box is too low.</think>\n" + format_box([5, 6, 70, 800]),
+]
+GOOD = {
+    "id": "1",
+    "source": "s",
+    "image": "a.png",
+    "width": 20,
+    "height": 10,
+    "expression": "x",
+    "bbox": [0, 0, 5, 5],
+}
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    """Random weights: it writes nonsense, and never the same twice in a row."""
+    quiet()
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, layers=2, vision_layers=2).requires_grad_(False)
+    language = model.model.language_model  # as the toy begins its training, it would repeat a word
+    language.embed_tokens.weight.normal_(0, 0.08)
+    # Some steps end early.
+    language.embed_tokens.weight[tokenizer.convert_tokens_to_ids("<|im_end|>")] *= 4
+    language.norm.weight.fill_(1.0)
+    return VLM(model, tokenizer, make_image_processor())
+
+
+def picture(width, height, seed=0):
+    """Noise (PIL, RGB)."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())

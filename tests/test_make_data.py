@@ -1,0 +1,94 @@
+"""Tests of phase 0: trajectories of boxes and the two teachers."""
+
+import random
+
+import make_data
+from common import Trajectory, draw_overlay, iou
+from support.template_teacher import template_trace
+from tests.small import picture
+
+import pytest
+
+
+def test_interpolation():
+    first = [0, 0, 100, 100]
+    last = [100, 50, 300, 101]
+    assert make_data.interpolate(first, last, 2) == [first, [50, 25, 200, 100], last]
+    assert make_data.interpolate(first, last, 2, "direct") == [first, last, last]
+
+
+def test_perturbed_boxes_keep_to_the_filter():
+    rng = random.Random(0)
+    box = [400, 300, 600, 900]
+    ious = [iou(make_data.perturb(rng, box, 0.85), box) for _ in range(50)]
+    assert 0.1 < min(ious) and max(ious) <= 0.85 and max(ious) - min(ious) > 0.3
+    with pytest.raises(ValueError, match="raise --iou-max"):
+        make_data.perturb(rng, [0, 0, 1, 1], 0.11)
+
+
+def test_template_traces_say_what_the_geometry_is():
+    truth = [400, 400, 600, 600]
+
+    def trace(before, after):
+        return template_trace([before, after], truth, 1)
+
+    assert trace([360, 400, 560, 600], truth) == "The red box is too far left. I move it right."
+    assert trace([400, 440, 600, 560], truth) == "The red box is too short. I make it taller."
+    assert trace([450, 330, 700, 530], truth) == (
+        "The red box is too far right, too high and too wide. "
+        "I move it left and down and make it narrower."
+    )
+    assert trace([100, 700, 200, 800], truth) == (
+        "The red box is on the wrong object. I see the target at the middle. "
+        "I move the box right and up."
+    )
+    assert trace(truth, truth) == "The red box fits well. I keep it."
+    near = [401, 400, 600, 600]
+    assert trace(near, truth) == "The red box is nearly right. I tighten it slightly."
+    first = template_trace([[0, 0, 100, 100]], truth, 0)
+    assert first == "I look for the object. I see it at the upper left."
+
+
+def test_teacher_traces_may_not_leak():
+    fault = make_data.trace_fault
+    assert fault("The box is too low. I move it up.", "the cat") is None
+    assert fault("Number 23 is left.", "player 23") is None
+    assert fault("Move it to 312.", "the cat") == "coordinates"
+    assert fault("", "the cat") == "empty"
+    assert fault("The ground truth is higher.", "the cat") == "leak"
+    assert fault("It is too low. So I", "the cat") == "unfinished"
+    assert fault("A. B. C. D. E.", "the cat") == "sentences"
+
+
+def test_the_vlm_teacher_asks_again_and_sees_the_overlay(monkeypatch):
+    good = "I see it at the left. It is the only one."
+    rows = [
+        {"id": "1", "expression": "the cat", "boxes": [[0, 0, 500, 500], [500, 500, 900, 900]]},
+        {"id": "2", "expression": "a dog", "boxes": [[0, 0, 100, 100]] * 2},
+    ]
+    texts = {
+        "the cat": ["Go to 312.", good, good],
+        "a dog": [good, "no full stop", "", good],
+    }
+    calls = []
+
+    def answer(vlm, images, prompts, steps, *, seeds, **options):
+        calls.append((images, prompts, seeds))
+        names = ["the cat" if "the cat" in prompt else "a dog" for prompt in prompts]
+        return [Trajectory(texts=[texts[name].pop(0)]) for name in names]
+
+    monkeypatch.setattr(make_data, "rollout", answer)
+    images = [picture(32, 32), picture(32, 32, 1)]
+    made = make_data.vlm_traces(None, images, rows, [10, 20], max_tokens=4)
+    assert [row["traces"] for row in made] == [[good, good], [good, good]]
+    assert [row["rejected"] for row in made] == [["coordinates"], ["unfinished", "empty"]]
+    # Only what was rejected is asked for again, with another seed
+    assert [len(call[0]) for call in calls] == [2, 1, 2, 1, 1]
+    assert calls[1][2] == [11]
+    # Step 0 sees the plain image, step 1 the overlay of box 0, and is told box 1
+    assert calls[0][0][0].tobytes() == images[0].tobytes()
+    assert calls[2][0][0].tobytes() == draw_overlay(images[0], [0, 0, 500, 500]).tobytes()
+    assert "[500, 500, 900, 900]" in calls[2][1][0]
+    texts["a dog"] = ["1"] * 3 + [good]
+    [row] = make_data.vlm_traces(None, images[1:], rows[1:], [20], max_tokens=4)
+    assert row["traces"] == [None, good]

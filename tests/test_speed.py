@@ -1,0 +1,151 @@
+"""The benchmark: what it counts, and that it times nothing before both ways agree."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+from common import VLM, rollout
+from speed import benchmark
+from speed.floor import lengths, rollout_floor
+from speed.measure import Rates, Tally, take_turns
+from speed.work import Work, random_vlm
+from support.checkpoints import save_adapter
+from support.models import new_adapter
+from tests.small import picture
+from toy.model import make_image_processor
+from toy.train import BASE
+from toy.world import make_samples
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_memory_is_that_of_tensors_alive():
+    def work():
+        a = torch.zeros(1000)  # 4,000 bytes
+        b = a + 1  # 8,000
+        a = b.view(10, 100).t()  # the same memory as b; a's first is free
+        return (a * 2).sum()  # 8,004 with the product and the sum, next to b
+
+    assert take_turns({"work": work}, 1)["work"][1] == 8004
+    weight = torch.ones(1000, requires_grad=True)
+    with Tally() as tally:
+        (weight * 2).sum().backward()
+        assert tally.now == 4000  # the gradient
+        weight.grad = None
+    assert tally.now == 0 and tally.most == 4008
+
+
+@pytest.fixture(scope="module")
+def work():
+    text = dict(
+        hidden_size=80,  # LoRA of rank 2
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        intermediate_size=64,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=1e5, mrope_section=[6, 5, 5], mrope_interleaved=True
+        ),
+    )
+    vision = dict(
+        depth=3,
+        hidden_size=64,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=80,
+        deepstack_visual_indexes=[0, 1],
+    )
+    vlm = random_vlm(text, vision, 1024, torch.float32, checkpointing=True)
+    images = [picture(96, 80), picture(64, 160, 1)]
+    return Work(vlm, vlm, images, ["a", "the cat"], tokens=6, repeats=1, sizes=[2], alone=1)
+
+
+def test_nothing_is_timed_before_both_ways_agree(work, capsys, monkeypatch):
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 5 * 1024)
+    benchmark.check(work, 6)
+    assert "2 of 2 greedy trajectories" in capsys.readouterr().out
+
+    def without_images(ids, images, image_token_id, start=0):  # an image's tokens as if text
+        positions = [(start + i,) * 3 for i in range(len(ids))]
+        return positions, start + len(ids)
+
+    monkeypatch.setattr(common, "mrope_positions", without_images)
+    with pytest.raises(SystemExit, match="do not agree"):
+        benchmark.check(work, 6)
+
+
+def test_the_floor_counts_a_groups_prompt_once(work):
+    (row,) = rollout(work.vlm, work.images[:1], work.texts[:1], 2, max_tokens=6)
+    assert sum(new + written for new, written in lengths(row)) == len(row.ids)
+    rates = Rates(1e9, 1e9)
+    one = rollout_floor(work.vlm, rates, [row], 1)
+    group = rollout_floor(work.vlm, rates, [row] * 6, 6)
+    assert one < group < 6 * one
+
+
+def test_the_cache_of_row_7_is_the_only_difference(work):
+    plain, ours = benchmark.decoders(work, 2)
+    growing = common.GrowingLayer
+    with benchmark.transformers_cache():
+        assert common.GrowingLayer is not growing
+        theirs = [row.target for row in ours()]
+    assert common.GrowingLayer is growing
+    assert theirs == [row.target for row in ours()] == [row.target for row in plain()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run: test samples, and an adapter that was not trained."""
+    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+    out = tmp_path_factory.mktemp("speed") / "run"
+    samples = make_samples(out / "data", 1, 0)
+    lines = [json.dumps(sample) + "\n" for sample in samples]
+    (out / "data/test.jsonl").write_text("".join(lines))
+    model = Qwen3VLForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32)
+    vlm = VLM(model, AutoTokenizer.from_pretrained(BASE), make_image_processor())
+    new_adapter(vlm, 4, 8)
+    save_adapter(vlm, out / "sft")
+    return out
+
+
+def row_numbers(said):
+    return [line[0] for line in said.splitlines() if re.match(r"[1-7]\. ", line)]
+
+
+def test_benchmark_of_a_run(run):
+    argv = [sys.executable, "-m", "speed.benchmark", "--run", str(run), "--checkpointing", "off"]
+    argv += ["--repeats", "1", "--sizes", "1", "--tokens", "4"]
+    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    said = ran.stdout + ran.stderr
+    assert ran.returncode == 0 and not re.search(r"warn|Traceback|deprecat", said, re.I), said
+    assert row_numbers(said) == list("1234567") and "2 of 2 greedy" in said, said
+
+
+def test_rows_can_be_chosen(run, monkeypatch, capsys):
+    flags = ["--rows", "7", "3", "--repeats", "1", "--sizes", "1", "--tokens", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--run", str(run), *flags])
+    benchmark.main()
+    assert row_numbers(capsys.readouterr().out) == ["3", "7"]
+
+
+def test_a_wrong_flag_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for path in ("nope", "file", "empty"):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--run", str(tmp_path / path)])
+        with pytest.raises(SystemExit) as error:
+            benchmark.main()
+        message = error.value.code
+        assert message.startswith(f"error: --run {tmp_path / path}") and "\n" not in message
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--tokens", "0"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "expected 1 or more" in capsys.readouterr().err
