@@ -124,13 +124,14 @@ for update in range(first_update, args.updates + 1):
         break
 
     # Rollout --------------------------------------------------------------------------------------
-    # N trajectories for each of this process's prompts: a group stays on one process.
+    # N trajectories for each of this process's prompts. A group stays on one process, so that its
+    # advantages need nothing from the others.
     prompts = []
     for i in range(update * args.grad_accum, (update + 1) * args.grad_accum):
-        order = random.Random(f"{args.seed} {i // len(train)}").sample(
-            range(len(train)), len(train)
-        )
-        prompts.append(train[order[i % len(train)]])
+        epoch, number = divmod(i, len(train))
+        # The order depends on the seed and the epoch alone: a resumed run draws the same prompts
+        order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
+        prompts.append(train[order[number]])
     mine = processes.share(prompts)
     first = update * args.grad_accum + processes.RANK * len(mine)
     temperatures = (args.temperature_first, args.temperature)
@@ -138,14 +139,17 @@ for update in range(first_update, args.updates + 1):
     owners = [sample for sample in mine for _ in range(args.group_size)]
 
     # Reward ---------------------------------------------------------------------------------------
+    # Of the final box, so that what the steps before it are worth is for the policy to find out.
     rewards = torch.tensor([reward(t.boxes, s) for t, s in zip(trajectories, owners)])  # [P * N]
     rewards = rewards.view(-1, args.group_size)  # [P, N]
 
     # Advantage ------------------------------------------------------------------------------------
+    # Against the trajectory's own group: the other answers to a prompt are its baseline (Eq. 1).
     advantage = advantages(rewards).flatten()  # [P * N]
 
     # Update ---------------------------------------------------------------------------------------
-    # One gradient step on all tokens of all trajectories.
+    # One gradient step. Each term is divided by the tokens of the whole update, whichever
+    # micro-batch or process they are in, so that accumulation equals one large batch.
     tokens = sum(processes.gather([sum(len(t.target) for t in trajectories)]))
     terms = torch.zeros(4)  # loss, policy, KL, entropy: means over the tokens of the update
     for i in range(0, len(trajectories), args.batch_size):
@@ -155,7 +159,7 @@ for update in range(first_update, args.updates + 1):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
         token_advantage = advantage[i : i + args.batch_size].to(policy.row.device)[policy.row]
-        sums = grpo_loss(
+        sums = grpo_loss(  # Eq. 2
             policy.logprob,  # [M]
             reference.logprob,  # [M]
             token_advantage,  # [M]

@@ -21,7 +21,6 @@ import time
 from common import (
     IVT,
     build_trajectory,
-    encode_images,
     feedback_pictures,
     step_text,
     trajectory_logprobs,
@@ -73,19 +72,24 @@ def learning_rate(update):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
 
 
+image_tokens = {}  # id -> those of a trajectory's pictures, constants that an epoch can use again
+
+
 def examples(rows):
     """Training sequences, in which step t sees the overlay of box t - 1, as at inference."""
-    pictures = []
+    pictures = {}
     for row in rows:
-        image = samples.load_image(sample_of[row["id"]], data)
-        pictures += feedback_pictures(image, row["boxes"])
-    shown = iter(encode_images(vlm, pictures))
+        if row["id"] not in image_tokens:
+            image = samples.load_image(sample_of[row["id"]], data)
+            pictures[row["id"]] = feedback_pictures(image, row["boxes"])
+    encoded = training.encode_all(vlm, pictures)
     trajectories = []
     for row in rows:
-        images = [next(shown) for _ in row["boxes"]]
+        images = image_tokens.get(row["id"]) or encoded[row["id"]]
         texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
         prompt = IVT.prompt.format(text=row["expression"])
         trajectories.append(build_trajectory(vlm, prompt, images, texts, IVT.continuation))
+    training.keep(image_tokens, encoded)
     return trajectories
 
 

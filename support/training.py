@@ -111,6 +111,32 @@ def probe_grpo(vlm, samples, args, data):
 
 
 # --------------------------------------------------------------------------------------------------
+# Image tokens, which are constants of a run
+# --------------------------------------------------------------------------------------------------
+KEPT_BYTES = 2**30
+
+
+def encode_all(vlm, pictures):
+    """name -> PIL images becomes name -> ImageTokens, in one pass of the vision tower."""
+    if not pictures:
+        return {}
+    tokens = iter(encode_images(vlm, [image for images in pictures.values() for image in images]))
+    return {name: [next(tokens) for _ in images] for name, images in pictures.items()}
+
+
+def keep(kept, encoded):
+    """Adds name -> ImageTokens to those kept, on a CPU and up to KEPT_BYTES.
+
+    A GPU encodes again: there memory is scarcer than time.
+    """
+    for name, images in encoded.items():
+        size = sum(part.nbytes for image in images for part in (image.embeds, *image.deepstack))
+        on_cpu = images[0].embeds.device.type == "cpu"
+        if on_cpu and size * (len(kept) + 1) <= KEPT_BYTES:
+            kept[name] = images
+
+
+# --------------------------------------------------------------------------------------------------
 # The loop's bar, its log, and the end of a run that has gone astray
 # --------------------------------------------------------------------------------------------------
 def progress(name, updates, first_update):

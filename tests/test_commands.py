@@ -181,14 +181,6 @@ def test_scripts_around_a_run(whole, tmp_path):
     assert status == 0 and load_file(merged / "model.safetensors"), printed
 
 
-def test_the_benchmark_of_a_run(whole, tmp_path):
-    argv = ["-m", "speed.benchmark", "--run", str(whole[0])]
-    argv += "--repeats 1 --sizes 1 --tokens 8".split()
-    status, printed = run(argv, tmp_path)
-    assert status == 0 and "2 of 2 greedy" in printed, printed
-    assert not re.search(r"warn|Traceback|deprecat", printed, re.I), printed
-
-
 def test_a_trajectory_may_hold_still_or_go_straight_to_the_truth(tmp_path):
     out = tmp_path / "run"
     status, printed = command("make_data", out, "--keep", "all", "--path", "direct")
