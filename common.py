@@ -22,10 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-# A thread that waits for work spins for a moment and then sleeps. Spinning on, as is the default,
-# trains many times slower beside another busy process; not spinning at all decodes slower alone.
-# OpenMP reads this when torch is loaded, so it stands before that import.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Threads that spin on while they wait slow training many times beside another busy process; threads
+# that never spin slow decoding. These spin for a moment. OpenMP (GNU's) reads it when torch is
+# loaded, so it stands before that import.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from PIL import Image, ImageDraw
@@ -84,15 +85,6 @@ def box_iou(box, sample):
     return iou(denormalize_box(box, sample["width"], sample["height"]), sample["bbox"])
 
 
-def place(box):
-    """Where on the image a box (0..1000) lies, in words."""
-    x = (box[0] + box[2]) / 2
-    y = (box[1] + box[3]) / 2
-    row = "upper" if y < 333 else "lower" if y > 667 else ""
-    column = "left" if x < 333 else "right" if x > 667 else ""
-    return f"{row} {column}".strip() or "middle"
-
-
 def format_box(box):
     """The text of a box: Qwen3-VL's native grounding format, without its label."""
     return '{"bbox_2d": [%d, %d, %d, %d]}' % tuple(box)
@@ -111,7 +103,7 @@ _BOX = re.compile(r"[\[(]\s*[\[(]?" + _PAIR + r"[\])]?\s*,\s*[\[(]?" + _PAIR + r
 
 
 def answer_of(text):
-    """What follows the reasoning; empty while the reasoning is still open."""
+    """What follows the last end of reasoning; empty while the first reasoning is open."""
     if "</think>" in text:
         return text.rpartition("</think>")[2]
     return "" if "<think>" in text else text
@@ -211,7 +203,8 @@ class VLM:
 
     @property
     def base(self):  # LoRA lives inside the layers, so calling this runs the active adapter
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        wrapped = hasattr(self.model, "get_base_model")
+        return self.model.get_base_model() if wrapped else self.model
 
     def token(self, name):
         return self.tokenizer.convert_tokens_to_ids(name)
@@ -242,7 +235,7 @@ class Trajectory:
     predictor: list = field(default_factory=list)  # M places in `ids` whose logits give a target
     target: list = field(default_factory=list)  # M token ids
     step: list = field(default_factory=list)  # M numbers 0..T: the step that a target belongs to
-    logprob: list = field(default_factory=list)  # M floats, under the policy that sampled them
+    logprob: list = field(default_factory=list)  # M floats, as sampled; taken at temperature 1
     texts: list = field(default_factory=list)  # T + 1 strings
     boxes: list = field(default_factory=list)  # T + 1 boxes; None where a step gave no valid one
 
@@ -338,7 +331,7 @@ def build_trajectory(vlm, prompt, images, texts, continuation=CORRECTION):
 # The model, in its explicit form: embeddings, image tokens put in their places, language model
 # --------------------------------------------------------------------------------------------------
 def recompute_activations(vlm):
-    """In a training pass and in no other: a checkpointed layer does not write to the cache."""
+    """On where gradients are wanted, off elsewhere: a checkpointed layer writes no cache."""
     for layer in vlm.base.model.language_model.layers:
         layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
 
@@ -414,14 +407,14 @@ class GrowingLayer(DynamicLayer):
     SPARE tokens.
     """
 
-    SPARE = 128
+    SPARE = 128  # about two steps of the toy, less than one of the paper preset
     storage = None  # keys and values [B, heads, capacity, head dim]; self.keys is the part in use
 
     def update(self, keys, values, *args, **kwargs):
         start = self.get_seq_length()
         end = start + keys.shape[2]
-        grown_or_repeated = self.storage is None or len(self.storage[0]) != len(keys)
-        if grown_or_repeated or end > self.storage[0].shape[2]:
+        same_rows = self.storage is not None and len(self.storage[0]) == len(keys)
+        if not same_rows or end > self.storage[0].shape[2]:
             shape = (*keys.shape[:2], end + self.SPARE, keys.shape[3])
             storage = keys.new_empty(shape), values.new_empty(shape)
             if start > 0:
@@ -524,6 +517,7 @@ def write_step(vlm, context, rows, hidden, t, *, temperature, noise, ends):
             break  # the last token of a step goes through the model with what is injected after it
         hidden = context.catch_up(rows)  # [B, D]
     for row in rows:
+        # Decoded as a whole: `text` shows a character that is split over two tokens as two halves
         tokens = [token for token, step in zip(row.target, row.step) if step == t]
         row.texts.append(vlm.tokenizer.decode([token for token in tokens if token != end_of_turn]))
 
@@ -546,8 +540,9 @@ def rollout(
 
     images: PIL, RGB. texts: what fills the loop's prompt. steps: T; 0 is single-shot. max_tokens:
     per step. temperatures: at step 0 and after; 0 is greedy. seeds: P integers, needed to sample;
-    what a prompt samples depends on its seed alone, not on its batch (up to rounding). first_texts:
-    P texts of step 0 that the trajectories go on from, instead of sampling their own.
+    what a prompt samples depends on its seed, T, N and max_tokens, not on its batch (up to
+    rounding). first_texts: P texts of step 0 that the trajectories go on from instead of sampling
+    their own; T is then 1 or more.
 
     Each image is encoded once, each token goes through the model once, and a group's prompt is fed
     once. Where a step gave no valid box, the last valid one is shown. Raises ValueError when it is
@@ -580,7 +575,7 @@ def rollout(
         last_boxes = [last_valid(row.boxes) for row in rows]
         if t > 0:
             # Render and inject: the picture and the instruction join the same assistant turn
-            pictures = [loop.feedback(*pair) for pair in zip(originals, last_boxes)]
+            pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
             shown = encode_images(vlm, pictures)
             for row, image in zip(rows, shown):
                 row.ids += continuation_ids(vlm, image, loop.continuation)
@@ -591,8 +586,8 @@ def rollout(
                 row.texts.append(first_texts[i // group_size])
                 row.ids += vlm.encode(row.texts[0])  # context, not targets: it was not sampled
         else:
-            chance = dict(temperature=temperatures[min(t, 1)], noise=noise[t])
-            write_step(vlm, context, rows, hidden, t, **chance, ends=loop.ends)
+            options = dict(temperature=temperatures[min(t, 1)], noise=noise[t], ends=loop.ends)
+            write_step(vlm, context, rows, hidden, t, **options)
         for row, last_box in zip(rows, last_boxes):
             box = parse_box(row.texts[-1])
             row.boxes.append(loop.to_image(box, last_box) if box else None)
@@ -633,8 +628,9 @@ def trajectory_logprobs(vlm, trajectories):
     images = [image for t in trajectories for image in t.images]
     hidden = hidden_states(vlm, ids, positions, mask, images)  # [B, L, D]
 
-    def flat(lists):  # B lists -> [M]
-        return torch.tensor([value for one in lists for value in one], device=ids.device)
+    def flat(lists):  # B lists of integers -> [M]
+        values = [value for one in lists for value in one]
+        return torch.tensor(values, dtype=torch.long, device=ids.device)
 
     row = flat([[i] * len(t.target) for i, t in enumerate(trajectories)])  # [M]
     at_targets = hidden[row, flat([t.predictor for t in trajectories])]  # [M, D]

@@ -38,13 +38,13 @@ class Row:
     loop: Loop = IVT
     adapter: str | None = None  # folder under --out; None is the untrained base
     refine: bool = True  # False: step 0 alone
-    samples: int = 1  # 0: T + 1 single-shot answers, sampled at --control-temperature
+    samples: int | None = 1  # None: T + 1 answers, sampled at --control-temperature
     command: str = ""  # what makes the adapter of a row that belongs to the paper's tables
 
 
 ROWS = [  # rows of one adapter follow each other, so that each model is loaded once
     Row("Base (single-shot)", "base", loop=SINGLE_SHOT, refine=False),
-    Row(statistics.CONTROL, "base_samples", loop=SINGLE_SHOT, refine=False, samples=0),
+    Row(statistics.CONTROL, "base_samples", loop=SINGLE_SHOT, refine=False, samples=None),
     Row("Base + IVT (no training)", "base_ivt"),
     Row("SFT + IVT", "sft", adapter="sft", command="python sft.py"),
     Row(
@@ -70,7 +70,7 @@ args = flags(
 processes.seed_all(args.seed)
 start = time.time()
 data = args.out / "data"
-if args.image or args.expression:
+if args.image or args.expression:  # no test samples, and no tables
     look_at(args, args.image, args.expression)
     raise SystemExit
 test = samples.read_samples(
@@ -134,12 +134,12 @@ def play(row):
 # --------------------------------------------------------------------------------------------------
 lines_of = {}
 for row in ROWS:
-    folder = args.out / str(row.adapter)
-    if row.adapter is None or (folder / "adapter_model.safetensors").exists():
+    adapter = row.adapter and args.out / row.adapter
+    if adapter is None or (adapter / "adapter_model.safetensors").exists():
         lines_of[row.name] = play(row)
     elif row.command:
         command = f"{row.command} --preset {args.preset}"
-        print(f"{row.name}: left out, {folder} is missing; to add it: {command}")
+        print(f"{row.name}: left out, {adapter} is missing; to add it: {command}")
 shown = statistics.main_row(lines_of)  # the row that pictures and further tables are of
 
 # Does the box in the picture matter? The same policy, shown something else.

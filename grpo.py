@@ -70,14 +70,16 @@ parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 
 
-def sample_trajectories(prompts, first, group_size=1, temperatures=(0.0, 0.0)):
+def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0):
     """Trajectories of the current policy, `group_size` for each prompt, a few prompts at a time.
 
-    first: the number of the first prompt in the run; it seeds what is sampled for it.
+    first: the number of the first prompt in the run, which seeds what is sampled (not greedy).
     """
     trajectories = []
-    for i in range(0, len(prompts), args.prompts_at_once):
-        part = prompts[i : i + args.prompts_at_once]
+    # Validation decodes as many trajectories together as a rollout does
+    at_once = args.prompts_at_once * args.group_size // group_size
+    for i in range(0, len(prompts), at_once):
+        part = prompts[i : i + at_once]
         errors.working_on(part)
         trajectories += rollout(
             vlm,
@@ -112,7 +114,7 @@ for update in range(first_update, args.updates + 1):
     # The mean greedy reward; the best adapter so far is the result of the run.
     if update % args.val_every == 0 or update == args.updates:
         mine = processes.share(val)
-        trajectories = sample_trajectories(mine, first=0)
+        trajectories = sample_trajectories(mine)
         rewards = processes.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)])
         val_reward = sum(rewards) / len(rewards)
         val_iou = training.step_ious(trajectories, mine)
@@ -135,7 +137,7 @@ for update in range(first_update, args.updates + 1):
     mine = processes.share(prompts)
     first = update * args.grad_accum + processes.RANK * len(mine)
     temperatures = (args.temperature_first, args.temperature)
-    trajectories = sample_trajectories(mine, first, args.group_size, temperatures)
+    trajectories = sample_trajectories(mine, args.group_size, temperatures, first)
     owners = [sample for sample in mine for _ in range(args.group_size)]
 
     # Reward ---------------------------------------------------------------------------------------
@@ -159,17 +161,17 @@ for update in range(first_update, args.updates + 1):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
         token_advantage = advantage[i : i + args.batch_size].to(policy.row.device)[policy.row]
-        sums = grpo_loss(  # Eq. 2
+        loss, *parts = grpo_loss(  # Eq. 2, sums over the tokens of the micro-batch
             policy.logprob,  # [M]
             reference.logprob,  # [M]
-            token_advantage,  # [M]
+            token_advantage,  # [M], that of the token's trajectory
             policy.entropy,  # [M]
             beta=args.beta,
             entropy_weight=args.entropy,
             kl=args.kl,
         )
-        (sums[0] / tokens).backward()
-        terms += torch.stack(sums).detach().cpu() / tokens  # [4]
+        (loss / tokens).backward()
+        terms += torch.stack([loss, *parts]).detach().cpu() / tokens  # [4]
     processes.sum_gradients(parameters)
     terms = torch.tensor(processes.gather([terms.tolist()])).sum(0)  # [processes, 4] -> [4]
     loss, policy_term, kl, entropy = terms.tolist()

@@ -16,16 +16,16 @@ Section 3.2, in five steps:
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
    step 0, the overlay of box t - 1 at step t.
 
-Departure from the paper, toy preset: `--teacher template` (support/template_teacher.py) computes
+Departure from the paper, toy preset: `--teacher template` (support/traces.py) computes
 the traces from the geometry of the boxes, since no small model can write them. `--teacher vlm` is
 the paper's.
 
-Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl under --out.
+Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl (and, for a VLM
+teacher, data/traces.jsonl) under --out.
 """
 
 import math
 import random
-import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -35,12 +35,16 @@ from common import (
     SINGLE_SHOT,
     answer_of,
     box_iou,
-    feedback_pictures,
+    draw_overlay,
     format_box,
     iou,
     normalize_box,
     rollout,
 )
+from support import errors, files, models, processes, samples, sources
+from support.flags import flags
+from support.traces import template_trace, trace_fault
+from toy import world
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,8 +66,8 @@ def interpolate(first, last, steps, path="linear"):
 def perturb(rng, box, iou_max):
     """The box (0..1000) moved and stretched at random: an IoU of 0.1 to iou_max with the original.
 
-    What the paper tried first, and found to teach poor first answers. Raises ValueError when
-    iou_max asks for what hardly exists.
+    What the paper tried first, and found to teach poor first answers. Stops when iou_max asks for
+    what hardly exists.
     """
     x1, y1, x2, y2 = box
     for _ in range(10_000):
@@ -76,7 +80,7 @@ def perturb(rng, box, iou_max):
         out = [min(1000, max(0, round(v))) for v in corners]
         if 0.1 < iou(out, box) <= iou_max:
             return out
-    raise ValueError(f"no box with an IoU of 0.1 to {iou_max} with {box}; raise --iou-max")
+    errors.stop(f"no box with an IoU of 0.1 to {iou_max} with {box}; raise --iou-max")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -95,44 +99,37 @@ TEACHER_STEP = (
     "large, too small, on the wrong object) and which spatial correction is needed. Do not write "
     "any number or coordinate, and no box."
 )
-
-
-def trace_fault(trace, expression):
-    """Why a teacher's trace cannot be used, in a word, or None.
-
-    It must not hold what the student could not know: coordinates, or that the truth was told.
-    """
-    if not trace:
-        return "empty"
-    if not trace.endswith((".", "!", "?")):
-        return "unfinished"
-    if set(re.findall(r"\d+", trace)) - set(re.findall(r"\d+", expression)) or "[" in trace:
-        return "coordinates"
-    if re.search(r"ground truth|was told|better region|bbox", trace, re.I):
-        return "leak"
-    if len(re.findall(r"[.!?](?:\s|$)", trace)) not in (1, 2, 3, 4):
-        return "sentences"
-    return None
+TEACHER_HOLD = (  # for trajectories that hold still, with --keep all or --path direct
+    'The red box in this image is your last prediction for "{expression}", and it is right. In two '
+    "sentences, in the first person, examine the red box: say why it fits and that you keep it. Do "
+    "not write any number or coordinate, and no box."
+)
 
 
 def vlm_traces(vlm, images, rows, seeds, *, max_tokens):
     """The paper's teacher for a batch of rows: a VLM is asked for each step, up to three times.
 
     rows: dicts with id, expression and boxes. Returns for each {"id", "traces", "rejected"}: T + 1
-    traces, None where a step stayed unusable; the faults of those that were asked for again.
+    traces, or None when a step stayed unusable; the faults of the traces that were refused.
     """
     made = [{"id": row["id"], "traces": [], "rejected": []} for row in rows]
     for t in range(len(rows[0]["boxes"])):
-        todo = range(len(rows))
+        todo = [i for i, row in enumerate(made) if row["traces"] is not None]
         for attempt in range(3):
+            if not todo:
+                break
             pictures = []
             prompts = []
             for i in todo:
-                words = TEACHER_STEP if t > 0 else TEACHER_FIRST
-                box = format_box(rows[i]["boxes"][t])
-                prompts.append(words.format(expression=rows[i]["expression"], box=box))
-                # Exactly what the student will see at this step
-                pictures.append(feedback_pictures(images[i], rows[i]["boxes"])[t])
+                box = rows[i]["boxes"][t]
+                last_box = rows[i]["boxes"][t - 1] if t > 0 else None
+                words = TEACHER_STEP
+                if t == 0:
+                    words = TEACHER_FIRST
+                elif box == last_box:
+                    words = TEACHER_HOLD
+                prompts.append(words.format(expression=rows[i]["expression"], box=format_box(box)))
+                pictures.append(draw_overlay(images[i], last_box))  # what the student will see
             trajectories = rollout(
                 vlm,
                 pictures,
@@ -143,29 +140,22 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens):
                 temperatures=(0.0 if attempt == 0 else 0.7,) * 2,
                 seeds=[seeds[i] + attempt for i in todo],
             )
-            again = []
+            refused = []
             for i, trajectory in zip(todo, trajectories):
-                trace = " ".join(answer_of(trajectory.texts[0]).split())
-                fault = trace_fault(trace, rows[i]["expression"])
+                text = " ".join(answer_of(trajectory.texts[0]).split())
+                fault = trace_fault(text, rows[i]["expression"])
                 if fault:
                     made[i]["rejected"].append(fault)
-                    again.append(i)
+                    refused.append(i)
                 else:
-                    made[i]["traces"].append(trace)
-            todo = again
-            if not todo:
-                break
+                    made[i]["traces"].append(text)
+            todo = refused
         for i in todo:
-            made[i]["traces"].append(None)
+            made[i]["traces"] = None  # the trajectory is dropped
     return made
 
 
 if __name__ == "__main__":
-    from support import errors, files, models, processes, samples, sources
-    from support.flags import flags
-    from support.template_teacher import template_trace
-    from toy import world
-
     args = flags("make_data", __doc__, **sources.FLAGS)
     processes.seed_all(args.seed)
     start = time.time()
@@ -175,7 +165,8 @@ if __name__ == "__main__":
     # 1. Samples -----------------------------------------------------------------------------------
     train = sources.prepare(args, data, world.make_samples)
 
-    # 2. The student's predictions: greedy, single-shot --------------------------------------------
+    # 2. The student's predictions -----------------------------------------------------------------
+    # Greedy and single-shot: the errors that this model makes, not those that we would think of.
     vlm = models.load_vlm(args)
 
     def predict(batch):
@@ -199,6 +190,8 @@ if __name__ == "__main__":
     sources.show_student(train, student)
 
     # 3. and 4. Filter and trajectories of boxes ---------------------------------------------------
+    # The student's own errors are where GRPO's rollouts will begin; from boxes perturbed at random
+    # the model learns to imitate bad starts (Section 3.2, "sandbagging").
     rows = []
     dropped = Counter()
     for sample, row in zip(train, student):
@@ -216,7 +209,8 @@ if __name__ == "__main__":
         first = row["box"]
         last = truth
         if args.start == "perturbed":
-            first = perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
+            rng = random.Random(f"{args.seed} {sample['id']}")
+            first = perturb(rng, truth, args.iou_max)
         elif good:
             last = first  # a good prediction holds still
         boxes = interpolate(first, last, args.steps, args.path)
@@ -226,16 +220,17 @@ if __name__ == "__main__":
     print(f"filter: {len(rows)} of {len(train)} kept; dropped: {reasons}")
 
     # 5. Traces ------------------------------------------------------------------------------------
+    # The teacher sees at each step what the student will see there, and knows the next box besides.
     if args.teacher == "template":
+        steps = range(args.steps + 1)
         for row in rows:
-            steps = range(args.steps + 1)
             row["traces"] = [template_trace(row["boxes"], row["truth"], t) for t in steps]
     else:
         if args.teacher_model:
-            vlm = None  # its memory goes before another model comes
+            vlm = None  # free it before another model is loaded
             vlm = models.load_vlm(args, args.teacher_model)
 
-        def trace(batch):
+        def teach(batch):
             numbers, part = zip(*batch)
             images = [samples.load_image(row, data) for row in part]
             seeds = [args.seed * 1_000_003 + 3 * number for number in numbers]
@@ -244,21 +239,22 @@ if __name__ == "__main__":
         sample_of = {sample["id"]: sample for sample in train}
         todo = [{**sample_of[row["id"]], **row} for row in rows]
         path = data / "traces.jsonl"
+        taught = files.resumable(path, todo, args.batch_size, "teacher", teach)
         rejections = Counter()
-        for row, made in zip(rows, files.resumable(path, todo, args.batch_size, "teacher", trace)):
+        for row, made in zip(rows, taught):
             row["traces"] = made["traces"]
             rejections.update(made["rejected"])
-        unusable = sum(None in row["traces"] for row in rows)
+        unusable = sum(row["traces"] is None for row in rows)
         print(f"teacher: rejected traces: {dict(rejections) or 'none'}; {unusable} rows dropped")
-        rows = [row for row in rows if None not in row["traces"]]
+        rows = [row for row in rows if row["traces"] and None not in row["traces"]]
     if not rows:
         errors.stop(
-            "no trajectory is left for phase 1: the student is right, or invalid, on every sample "
-            "(--iou-max)"
+            "no trajectory is left for phase 1: the student is right or invalid on every sample "
+            "(--iou-max), or no trace of the teacher was usable (the counts are above)"
         )
     files.write_jsonl(data / "sft.jsonl", rows)
     print("one trajectory:")
-    for box, trace in zip(rows[0]["boxes"], rows[0]["traces"]):
-        print(f"  {box}  {trace}")
+    for box, text in zip(rows[0]["boxes"], rows[0]["traces"]):
+        print(f"  {box}  {text}")
     count = f"{len(rows)} trajectories in {data / 'sft.jsonl'}"
     print(f"{count}, {processes.minutes(start)}; next: python sft.py")

@@ -43,7 +43,9 @@ make_data = f"python make_data.py --preset {args.preset}"
 train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad)
 sample_of = {sample["id"]: sample for sample in train}
 rows = files.read_jsonl(data / "sft.jsonl", make_data)
-rows = [row for row in rows if row["id"] in sample_of]
+rows = [row for row in rows if row["id"] in sample_of]  # --skip-bad leaves some samples out
+if not rows:
+    errors.stop(f"{data / 'sft.jsonl'} has no trajectory of a sample in train.jsonl; {make_data}")
 if len(rows[0]["boxes"]) != args.steps + 1:
     found = f"{data / 'sft.jsonl'} holds {len(rows[0]['boxes'])} boxes a trajectory"
     errors.stop(f"{found}; run make_data.py with --steps {args.steps}")
@@ -72,24 +74,22 @@ def learning_rate(update):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
 
 
-image_tokens = {}  # id -> those of a trajectory's pictures, constants that an epoch can use again
+def pictures(row):
+    """What the model sees at each step: at step t the overlay of box t - 1, as at inference."""
+    image = samples.load_image(sample_of[row["id"]], data)
+    return feedback_pictures(image, row["boxes"])
+
+
+image_tokens = training.image_token_source(vlm, pictures)
 
 
 def examples(rows):
-    """Training sequences, in which step t sees the overlay of box t - 1, as at inference."""
-    pictures = {}
-    for row in rows:
-        if row["id"] not in image_tokens:
-            image = samples.load_image(sample_of[row["id"]], data)
-            pictures[row["id"]] = feedback_pictures(image, row["boxes"])
-    encoded = training.encode_all(vlm, pictures)
+    """The training sequences of these rows."""
     trajectories = []
-    for row in rows:
-        images = image_tokens.get(row["id"]) or encoded[row["id"]]
+    for row, images in zip(rows, image_tokens(rows)):
         texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
         prompt = IVT.prompt.format(text=row["expression"])
         trajectories.append(build_trajectory(vlm, prompt, images, texts, IVT.continuation))
-    training.keep(image_tokens, encoded)
     return trajectories
 
 

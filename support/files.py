@@ -96,7 +96,9 @@ class Log:
         self.path = Path(path)
         kept = []
         if keep:
-            kept = self.path.read_bytes().split(b"\n")[:keep]
+            kept = read_lines(self.path, "the phase again, with --restart")[:keep]
+        if len(kept) < keep:
+            stop(f"{self.path} has lost lines since the checkpoint; begin again with --restart")
         write_bytes(self.path, lambda file: file.write(b"".join(row + b"\n" for row in kept)))
         self.rows = len(kept)
 

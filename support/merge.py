@@ -2,8 +2,9 @@
 
     python -m support.merge --folder merged
 
-Takes the GRPO adapter of the run, else its SFT adapter. The weights are in --dtype and never in 4
-bits: merging is an addition to the weights.
+Takes the GRPO adapter of the run, else its SFT adapter. The sum is taken in float32 and stored in
+--dtype, so bfloat16 rounds the update with the weights. An adapter that was trained on 4-bit
+weights is added to the weights in full, which are not quite those it was trained on.
 """
 
 from support.checkpoints import best_adapter
@@ -12,13 +13,17 @@ from support.files import writing
 from support.flags import Flag, flags
 from support.models import add_adapter, load_vlm
 
+import torch
+
 
 def save_merged(args, adapter, folder):
     """Writes a checkpoint folder of the kind that --model takes."""
+    dtype = getattr(torch, args.dtype)
+    args.dtype = "float32"
     vlm = load_vlm(args, quantize="none")
     add_adapter(vlm, adapter, "policy")
     with writing(folder):
-        vlm.model.merge_and_unload().save_pretrained(folder)
+        vlm.model.merge_and_unload().to(dtype).save_pretrained(folder)
         vlm.tokenizer.save_pretrained(folder)
         vlm.image_processor.save_pretrained(folder)
 

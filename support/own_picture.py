@@ -1,19 +1,11 @@
-"""The trained model on a picture of your own: its boxes in pixels, its reasoning, and a
-filmstrip.
-
-    python -m support.own_picture --image photo.jpg --expression "the cat on the left"
-
-Takes the GRPO adapter of the run, else its SFT adapter. Writes figures/<name of the image>.png
-under --out.
-"""
+"""The trained model on a picture of your own (`evaluate.py --image`)."""
 
 from pathlib import Path
 
 from common import denormalize_box, rollout
 from support.checkpoints import best_adapter
 from support.errors import explain_out_of_memory, stop, working_on
-from support.flags import Flag, flags
-from support.models import add_adapter, load_vlm
+from support.models import load_with_adapter
 from support.pictures import filmstrip, write_picture
 from support.samples import load_image
 
@@ -23,19 +15,23 @@ ORIENTATION = 0x0112  # EXIF; from 5 on, width and height are exchanged
 
 
 def look_at(args, image, expression):
-    """Runs the loop on the image file for an expression; prints every step and writes the
-    filmstrip.
+    """Runs the loop on an image file for an expression; prints every step, with boxes in pixels,
+    and writes the filmstrip figures/<name of the image>.png under --out.
 
-    Exits when the run has no adapter or the file is no image that can be used.
+    Takes the GRPO adapter of the run, else its SFT adapter. Exits when there is none, or when the
+    file is no image or the expression no text that can be used.
     """
+    if not image or not expression:
+        stop('give both: --image photo.jpg --expression "the cat on the left"')
+    if not expression.strip() or "<|" in expression:
+        stop(f"--expression {expression!r}: say what to find, without special tokens (<|...|>)")
     adapter = best_adapter(args.out)
     if not adapter:
         stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
     sample, picture = own_sample(image)
     explain_out_of_memory("--max-pixels")
     working_on([sample])
-    vlm = load_vlm(args)
-    add_adapter(vlm, adapter, "policy")
+    vlm = load_with_adapter(args, adapter)
     [trajectory] = rollout(vlm, [picture], [expression], args.steps, max_tokens=args.max_tokens)
     for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
         where = "no valid box"
@@ -62,15 +58,3 @@ def own_sample(path):
         return sample, load_image(sample, "/", upright=True)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         stop(f"--image {path}: {e}")
-
-
-if __name__ == "__main__":
-    args = flags(
-        "evaluate",
-        __doc__,
-        image=Flag("the picture", kind="file"),
-        expression=Flag("what to find in it"),
-    )
-    if not args.image or not args.expression:
-        stop('give both: --image photo.jpg --expression "the cat on the left"')
-    look_at(args, args.image, args.expression)

@@ -117,9 +117,7 @@ if __name__ == "__main__":
     shown = main_row(rows_of)
     results = {
         "n": len(samples),
-        "seed": args.seed,
         "steps": args.steps,
-        "model": Path(args.model).name,
         **analyse(samples, rows_of, args.steps, shown, CONTROL),
         "ablations": {},
     }

@@ -96,9 +96,12 @@ def section(title, head, rows):
 
 def report(results):
     """results.md: Tables 1 and 2 and the verdicts first, then what goes beyond them."""
+    made = ""
+    if "model" in results:  # of other systems' boxes nothing is known
+        made = f", greedy, seed {results['seed']}, model `{results['model']}`"
     lines = [
-        f"{results['n']} test samples, T = {results['steps']}, greedy, seed {results['seed']}, "
-        f"model `{results['model']}`. [low, high]: 95 percent bootstrap interval over the samples; "
+        f"{results['n']} test samples, T = {results['steps']}{made}. "
+        "[low, high]: 95 percent bootstrap interval over the samples; "
         "*: the interval of a difference excludes zero.",
         "",
         *section(f"**Table 1.** {CHOICE}", ("Method", "box", *METRICS), table1_rows(results)),
@@ -151,7 +154,7 @@ def sampling_lines(results):
         words = "which of the two is better is not settled"
     return [
         f"With the truth as judge, {results['steps'] + 1} sampled single-shot answers of the "
-        f"untrained model reach mean IoU {best[0]:.3f} and {name} {best[1]:.3f} (difference "
+        f"base reach mean IoU {best[0]:.3f} and {name} {best[1]:.3f} (difference "
         f"{signed(difference)}, paired): {words}.",
         "",
     ]

@@ -87,7 +87,6 @@ def probe_sft(vlm, rows, samples, examples, batch_size):
         return image_token_count(vlm, samples[row["id"]]), len(str(row))
 
     largest = max(rows, key=size)
-    working_on([samples[largest["id"]]])
     probe(vlm, examples([largest]) * batch_size, samples[largest["id"]])
 
 
@@ -116,24 +115,30 @@ def probe_grpo(vlm, samples, args, data):
 KEPT_BYTES = 2**30
 
 
-def encode_all(vlm, pictures):
-    """name -> PIL images becomes name -> ImageTokens, in one pass of the vision tower."""
-    if not pictures:
-        return {}
-    tokens = iter(encode_images(vlm, [image for images in pictures.values() for image in images]))
-    return {name: [next(tokens) for _ in images] for name, images in pictures.items()}
+def image_token_source(vlm, pictures):
+    """-> a function from rows (dicts with an id) to the ImageTokens of each row's pictures.
 
-
-def keep(kept, encoded):
-    """Adds name -> ImageTokens to those kept, on a CPU and up to KEPT_BYTES.
-
-    A GPU encodes again: there memory is scarcer than time.
+    pictures: row -> PIL images. Image tokens are constants, so on a CPU they are kept for the next
+    epoch, up to KEPT_BYTES; a GPU, whose memory is scarcer than its time, encodes them again.
     """
-    for name, images in encoded.items():
-        size = sum(part.nbytes for image in images for part in (image.embeds, *image.deepstack))
-        on_cpu = images[0].embeds.device.type == "cpu"
-        if on_cpu and size * (len(kept) + 1) <= KEPT_BYTES:
-            kept[name] = images
+    kept = {}
+    room = KEPT_BYTES if vlm.base.device.type == "cpu" else 0
+
+    def tokens_of(rows):
+        nonlocal room
+        new = {row["id"]: pictures(row) for row in rows if row["id"] not in kept}
+        encoded = {}
+        if new:
+            flat = iter(encode_images(vlm, [image for images in new.values() for image in images]))
+            encoded = {name: [next(flat) for _ in images] for name, images in new.items()}
+        for name, images in encoded.items():
+            size = sum(part.nbytes for i in images for part in (i.embeds, *i.deepstack))
+            if size <= room:
+                kept[name] = images
+                room -= size
+        return [kept.get(row["id"]) or encoded[row["id"]] for row in rows]
+
+    return tokens_of
 
 
 # --------------------------------------------------------------------------------------------------

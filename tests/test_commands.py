@@ -175,6 +175,10 @@ def test_scripts_around_a_run(whole, tmp_path):
     assert status == 0 and "step 2: " in printed, printed
     assert (out / "figures/photo.png").exists()
 
+    for more in (["--image", str(tmp_path / "photo.png")], ["--expression", "the red star"]):
+        status, printed = command("evaluate", out, *more)
+        assert status == 1 and "give both" in printed, printed
+
     merged = tmp_path / "merged"
     argv = ["-m", "support.merge", "--folder", str(merged), "--out", str(out)]
     status, printed = run(argv, tmp_path)

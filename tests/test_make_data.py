@@ -4,7 +4,7 @@ import random
 
 import make_data
 from common import Trajectory, draw_overlay, iou
-from support.template_teacher import template_trace
+from support.traces import template_trace, trace_fault
 from tests.small import picture
 
 import pytest
@@ -22,7 +22,7 @@ def test_perturbed_boxes_keep_to_the_filter():
     box = [400, 300, 600, 900]
     ious = [iou(make_data.perturb(rng, box, 0.85), box) for _ in range(50)]
     assert 0.1 < min(ious) and max(ious) <= 0.85 and max(ious) - min(ious) > 0.3
-    with pytest.raises(ValueError, match="raise --iou-max"):
+    with pytest.raises(SystemExit, match="raise --iou-max"):
         make_data.perturb(rng, [0, 0, 1, 1], 0.11)
 
 
@@ -50,7 +50,7 @@ def test_template_traces_say_what_the_geometry_is():
 
 
 def test_teacher_traces_may_not_leak():
-    fault = make_data.trace_fault
+    fault = trace_fault
     assert fault("The box is too low. I move it up.", "the cat") is None
     assert fault("Number 23 is left.", "player 23") is None
     assert fault("Move it to 312.", "the cat") == "coordinates"
@@ -89,6 +89,8 @@ def test_the_vlm_teacher_asks_again_and_sees_the_overlay(monkeypatch):
     assert calls[0][0][0].tobytes() == images[0].tobytes()
     assert calls[2][0][0].tobytes() == draw_overlay(images[0], [0, 0, 500, 500]).tobytes()
     assert "[500, 500, 900, 900]" in calls[2][1][0]
+    # A box that holds still is not to be found fault with
+    assert "it is right" in calls[2][1][1]
     texts["a dog"] = ["1"] * 3 + [good]
     [row] = make_data.vlm_traces(None, images[1:], rows[1:], [20], max_tokens=4)
-    assert row["traces"] == [None, good]
+    assert row["traces"] is None

@@ -8,9 +8,9 @@ from common import (
     iou,
     normalize_box,
     parse_box,
-    place,
     step_text,
 )
+from support.traces import place
 from toy.world import SIDE, SOURCES, describe, make_scene, refer, render
 
 FRAMES = {"red": (255, 0, 0), "green": (0, 220, 0), "blue": (0, 60, 255), "yellow": (255, 230, 0)}

@@ -1,10 +1,39 @@
-"""Reasoning traces from geometry alone, for a model too small to write its own.
+"""Reasoning traces: what is wrong with one that a VLM wrote, and traces from geometry alone.
 
-The paper's teacher is a VLM (make_data.py, `vlm_traces`); this one stands in for it in the toy
-preset.
+The paper's teacher is a VLM (make_data.py, `vlm_traces`). For the toy preset, whose model is too
+small to write them, `template_trace` computes them from the boxes.
 """
 
-from common import iou, place
+import re
+
+from common import iou
+
+
+def trace_fault(trace, expression):
+    """Why a teacher's trace cannot be used, in a word, or None.
+
+    It must not hold what the student could not know: coordinates, or that the truth was told.
+    """
+    if not trace:
+        return "empty"
+    if not trace.endswith((".", "!", "?")):
+        return "unfinished"
+    if set(re.findall(r"\d+", trace)) - set(re.findall(r"\d+", expression)) or "[" in trace:
+        return "coordinates"
+    if re.search(r"ground truth|was told|better region|bbox", trace, re.I):
+        return "leak"
+    if len(re.findall(r"[.!?](?:\s|$)", trace)) not in (1, 2, 3, 4):
+        return "sentences"
+    return None
+
+
+def place(box):
+    """Where on the image a box (0..1000) lies, in words."""
+    x = (box[0] + box[2]) / 2
+    y = (box[1] + box[3]) / 2
+    row = "upper" if y < 333 else "lower" if y > 667 else ""
+    column = "left" if x < 333 else "right" if x > 667 else ""
+    return f"{row} {column}".strip() or "middle"
 
 
 def join(words):
