@@ -93,7 +93,7 @@ def divides(count, flag):
 
 
 def program():
-    """What was started, without its flags: "python sft.py", "python -m support.own_picture"."""
+    """What was started, without its flags: "python sft.py", "python -m support.merge"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one with -m alone
     if spec is None:
         return f"python {Path(sys.argv[0]).name}"

@@ -31,7 +31,6 @@ PHASE = {  # a script with rows of PRESETS -> its phase
     "sft.py": "sft",
     "grpo.py": "grpo",
     "evaluate.py": "evaluate",
-    "support/own_picture.py": "evaluate",
     "support/score_predictions.py": "evaluate",
     "support/merge.py": None,
 }
