@@ -22,7 +22,7 @@ class Setting:
 PRESETS = {  # phase -> name -> Setting
     "all": {
         "model": Setting("Qwen/Qwen3-VL-4B-Instruct", "toy/base", "base model: folder or hub id"),
-        "quantize": Setting("nf4", "none", "4-bit with double quantisation", ("nf4", "none")),
+        "quantize": Setting("nf4", "none", "4-bit; double quantisation is ours", ("nf4", "none")),
         "dtype": Setting("bfloat16", "float32", "of the weights; ours", ("bfloat16", "float32")),
         "checkpointing": Setting("on", "off", "recompute activations; ours", ("on", "off")),
         "max_pixels": Setting(
@@ -32,9 +32,9 @@ PRESETS = {  # phase -> name -> Setting
         "seed": Setting(0, 0, "of everything random; ours", low=0, high=2**31 - 1),
     },
     "make_data": {
-        "train_samples": Setting(2400, 2400, "a third of them from each source"),
-        "val_samples": Setting(510, 510, "likewise"),
-        "test_samples": Setting(505, 505, "likewise: 169 + 168 + 168"),
+        "train_samples": Setting(2400, 2400, "training samples, a third from each source"),
+        "val_samples": Setting(510, 510, "validation samples, a third from each source"),
+        "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
         "iou_max": Setting(0.85, 0.85, "better predictions are discarded", low=0, high=1),
         "start": Setting(
             "student",
@@ -45,7 +45,7 @@ PRESETS = {  # phase -> name -> Setting
         "keep": Setting(
             "errors",
             "errors",
-            "all: what the filter discards stays, as trajectories that hold still; ours",
+            "all: what the filter discards stays and holds still (--start student); ours",
             ("errors", "all"),
         ),
         "path": Setting(
@@ -69,15 +69,15 @@ PRESETS = {  # phase -> name -> Setting
     },
     "grpo": {
         "steps": Setting(2, 2, "T; 0 trains Table 1's single-step control", low=0, high=20),
-        "lr": Setting(2e-6, 1e-4, "learning rate, constant", low=1e-9, high=1),
+        "lr": Setting(2e-6, 1e-4, "learning rate; that it is constant is ours", low=1e-9, high=1),
         "max_tokens": Setting(160, 80, "per step"),
         "group_size": Setting(6, 6, "N, trajectories per prompt", low=2, high=1000),
         "temperature_first": Setting(1.0, 1.0, "at step 0", low=0, high=10),
         "temperature": Setting(0.7, 0.7, "at the refinement steps", low=0, high=10),
         "beta": Setting(0.04, 0.04, "weight of the KL term", low=0, high=100),
         "entropy": Setting(0.01, 0.01, "lambda, weight of the entropy", low=0, high=100),
-        "kl": Setting("paper", "paper", "mean |log pi - log ref|, or k3", ("paper", "k3")),
-        "grad_accum": Setting(8, 8, "prompts per update"),
+        "kl": Setting("paper", "paper", "mean |log pi - log ref|; k3 is ours", ("paper", "k3")),
+        "grad_accum": Setting(8, 8, "prompts per update: our reading of 8 accumulation steps"),
         "updates": Setting(300, 40, "300 x 8 is one pass over 2,400 prompts; ours"),
         "batch_size": Setting(6, 6, "trajectories per forward pass; ours"),
         "prompts_at_once": Setting(2, 16, "prompts decoded together; ours"),
@@ -90,8 +90,8 @@ PRESETS = {  # phase -> name -> Setting
         "batch_size": Setting(6, 64, "samples decoded at once; ours"),
         "longest": Setting(6, 6, "steps that an IVT row is played to; ours"),
         "control_temperature": Setting(
-            1.0, 1.0, "of the control that samples T + 1 single-shot answers", low=0.01, high=10
+            1.0, 1.0, "of the control of T + 1 sampled answers; ours", low=0.01, high=10
         ),
-        "pictures": Setting(6, 6, "rows of each filmstrip"),
+        "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
     },
 }

@@ -93,7 +93,7 @@ def prepare(args, data, make_toy_samples):
 
 def own_samples(path, skip_bad):
     """The samples of a file of your own, with absolute paths of their images."""
-    samples = read_samples(path, "make_data.py with --data naming an existing file", skip_bad)
+    samples = read_samples(path, "python make_data.py --data FILE.jsonl", skip_bad)
     for sample in samples:
         sample["image"] = str((Path(path).parent / sample["image"]).resolve())
     return samples
