@@ -19,7 +19,6 @@ base): a PEFT adapter, the best by validation reward; log/<name>.jsonl and <name
 --out.
 """
 
-import random
 import time
 
 from common import advantages, grpo_loss, reward, rollout, trajectory_logprobs
@@ -131,9 +130,7 @@ for update in range(first_update, args.updates + 1):
     prompts = []
     for i in range(update * args.grad_accum, (update + 1) * args.grad_accum):
         epoch, number = divmod(i, len(train))
-        # The order depends on the seed and the epoch alone: a resumed run draws the same prompts
-        order = random.Random(f"{args.seed} {epoch}").sample(range(len(train)), len(train))
-        prompts.append(train[order[number]])
+        prompts.append(training.shuffled(train, args.seed, epoch)[number])
     mine = processes.share(prompts)
     first = update * args.grad_accum + processes.RANK * len(mine)
     temperatures = (args.temperature_first, args.temperature)

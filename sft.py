@@ -15,7 +15,6 @@ under --out.
 """
 
 import math
-import random
 import time
 
 from common import (
@@ -107,11 +106,10 @@ processes.catch_interrupts()
 bar = training.progress("sft", updates, first_update)
 for update in range(first_update, updates):
     # Batch ----------------------------------------------------------------------------------------
-    # The order of an epoch depends on the seed and its number alone, so that a resumed run sees
-    # what an unbroken one would have seen.
+    # Each epoch goes through all trajectories in an order of its own.
     epoch, number = divmod(update, updates_per_epoch)
-    order = random.Random(f"{args.seed} {epoch}").sample(range(len(rows)), len(rows))
-    chosen = [rows[i] for i in order[number * per_update : (number + 1) * per_update]]
+    shuffled = training.shuffled(rows, args.seed, epoch)
+    chosen = shuffled[number * per_update : (number + 1) * per_update]
     mine = processes.share(chosen)
     errors.working_on([sample_of[row["id"]] for row in mine])
     batch = examples(mine)

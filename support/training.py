@@ -1,6 +1,7 @@
 """What surrounds a training loop: the largest batch first, and the health of a run."""
 
 import math
+import random
 
 from common import IVT, box_iou, build_trajectory, encode_images, trajectory_logprobs
 from support.errors import stop, working_on
@@ -147,6 +148,15 @@ def image_token_source(vlm, pictures):
 def progress(name, updates, first_update):
     """The bar of a run: updates done, an ETA, and what `set_postfix` adds."""
     return tqdm(total=updates, initial=first_update, desc=name, unit="update", disable=RANK > 0)
+
+
+def shuffled(rows, seed, epoch):
+    """The rows in the order of an epoch.
+
+    It depends on the seed and the epoch alone: a run that was resumed sees what an unbroken one
+    would have seen.
+    """
+    return random.Random(f"{seed} {epoch}").sample(rows, len(rows))
 
 
 def stop_unless_finite(update, loss, norm, rows):
