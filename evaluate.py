@@ -87,7 +87,7 @@ loaded = {}  # the adapter whose model is loaded -> the model
 def model_with(adapter):
     """The base model with this adapter (None: as it is), loaded when a row needs it."""
     if adapter not in loaded:
-        loaded.clear()  # the memory of one model goes before another comes
+        loaded.clear()  # free one model before another is loaded
         loaded[adapter] = models.load_with_adapter(args, adapter and args.out / adapter)
     return loaded[adapter]
 
@@ -119,7 +119,7 @@ def play(row):
             loop=row.loop,
             group_size=count,
             temperatures=(args.control_temperature if count > 1 else 0.0,) * 2,
-            seeds=[args.seed * 1_000_003 + number for number in numbers],
+            seeds=[args.seed * 1_000_003 + number for number in numbers],  # of the control alone
         )
         groups = [trajectories[j : j + count] for j in range(0, len(trajectories), count)]
         return [statistics.log_line(*pair) for pair in zip(part, groups)]
