@@ -42,11 +42,15 @@ class Row:
     command: str = ""  # what makes the adapter of a row that belongs to the paper's tables
 
 
-ROWS = [  # rows of one adapter follow each other, so that each model is loaded once
+# Table 1, top to bottom, and the control that the paper lacks. Rows of one adapter follow each
+# other, so that each model is loaded once.
+ROWS = [
     Row("Base (single-shot)", "base", loop=SINGLE_SHOT, refine=False),
+    # A best-of column rewards having several boxes: what do as many samples without a loop reach?
     Row(statistics.CONTROL, "base_samples", loop=SINGLE_SHOT, refine=False, samples=None),
     Row("Base + IVT (no training)", "base_ivt"),
     Row("SFT + IVT", "sft", adapter="sft", command="python sft.py"),
+    # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
     Row(
         "SFT + GRPO (single-step)",
         "grpo_single",
@@ -132,6 +136,7 @@ def play(row):
 # --------------------------------------------------------------------------------------------------
 # All rows, on the same samples
 # --------------------------------------------------------------------------------------------------
+# A policy that is not trained yet is left out, so that a run can be looked at after any phase.
 lines_of = {}
 for row in ROWS:
     adapter = row.adapter and args.out / row.adapter

@@ -86,6 +86,8 @@ def perturb(rng, box, iou_max):
 # --------------------------------------------------------------------------------------------------
 # The teacher, a VLM that is told the next box and may not say so
 # --------------------------------------------------------------------------------------------------
+# The paper does not print the teacher's prompts either. At step 0 it reasons forward, whether the
+# box is right or wrong: the student cannot know that when it writes its first box (Section 3.2).
 TEACHER_FIRST = (
     'You located "{expression}" in this image and chose the region {box} (coordinates relative to '
     "1000). In two sentences, in the first person, reason forward from the description to this "
@@ -137,6 +139,7 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens):
                 0,
                 max_tokens=max_tokens,
                 loop=replace(IVT, prompt="{text}"),
+                # The likeliest trace first; asked again, greedy decoding would repeat it
                 temperatures=(0.0 if attempt == 0 else 0.7,) * 2,
                 seeds=[seeds[i] + attempt for i in todo],
             )
@@ -163,6 +166,7 @@ if __name__ == "__main__":
     sources.begin_data(args, data)
 
     # 1. Samples -----------------------------------------------------------------------------------
+    # Split by image, whatever the source: no test image is ever trained on.
     train = sources.prepare(args, data, world.make_samples)
 
     # 2. The student's predictions -----------------------------------------------------------------
@@ -200,9 +204,11 @@ if __name__ == "__main__":
         if row["box"] is None:
             dropped["no valid box"] += 1
             continue
+        # Rounding down to thousandths may leave a tiny true box without an area
         if truth[0] == truth[2] or truth[1] == truth[3]:
             dropped["true box below a thousandth of the image"] += 1
             continue
+        # The paper keeps 934 of 2,400: a nearly perfect start has nothing to correct
         if good and args.keep == "errors":
             dropped[f"IoU above {args.iou_max}"] += 1
             continue
