@@ -26,7 +26,7 @@ PRESETS = {  # phase -> name -> Setting
         "dtype": Setting("bfloat16", "float32", "of the weights; ours", ("bfloat16", "float32")),
         "checkpointing": Setting("on", "off", "recompute activations; ours", ("on", "off")),
         "max_pixels": Setting(
-            2**20, 2**20, "larger images are reduced to this area; the paper: native", low=1024
+            2**20, 96**2, "larger images are reduced to this area; the paper: native", low=1024
         ),
         "steps": Setting(2, 2, "T, refinement steps after step 0", high=20),
         "seed": Setting(0, 0, "of everything random; ours", low=0, high=2**31 - 1),

@@ -29,13 +29,17 @@ def vlm():
     quiet()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, layers=2, vision_layers=2).requires_grad_(False)
+    model = make_model(tokenizer, layers=2, vision_layers=3).requires_grad_(False)
+    for merger in model.model.visual.deepstack_merger_list:  # the toy's begin at zero
+        merger.linear_fc2.weight.normal_(0, 0.08)
     language = model.model.language_model  # as the toy begins its training, it would repeat a word
     language.embed_tokens.weight.normal_(0, 0.08)
     # Some steps end early.
     language.embed_tokens.weight[tokenizer.convert_tokens_to_ids("<|im_end|>")] *= 4
     language.norm.weight.fill_(1.0)
-    return VLM(model, tokenizer, make_image_processor())
+    processor = make_image_processor()
+    processor.size = {"shortest_edge": 16**2, "longest_edge": 2**20}  # small pictures stay so
+    return VLM(model, tokenizer, processor)
 
 
 def picture(width, height, seed=0):

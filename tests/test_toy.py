@@ -1,18 +1,23 @@
-"""The toy: its world, its tokenizer, its base and the recipe."""
+"""The toy: its world, its tokenizer, what its base learns from, the recipe, its skills."""
 
 import json
 import random
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from common import parse_box
-from toy import train
-from toy.conversations import FRAMES, compare, conversation
-from toy.model import make_model, make_tokenizer
-from toy.train import BASE, token_labels
-from toy.world import SOURCES, SUPERLATIVES, make_samples, make_scene, refer
+from common import CORRECTION, IVT_PROMPT, SINGLE_PROMPT, encode_images, parse_box
+from support.traces import template_trace
+from tests.small import TEXTS, vlm
+from toy import lessons, skills, train
+from toy.model import make_image_processor, make_model, make_tokenizer
+from toy.questions import FRAMES, compare, draw_frame, is_inside, view
+from toy.train import BASE
+from toy.world import SIDE, SOURCES, SUPERLATIVES, center, make_samples, make_scene, refer
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
@@ -39,16 +44,16 @@ def related(objects, relation):
         "below": (1, 1),
     }
     axis, sign = directions[where]
-    center = anchors[0]["center"]
+    edge = center(anchors[0]["box"])[axis]
     others = [o for o in objects if o is not anchors[0]]
-    return [o for o in others if sign * (o["center"][axis] - center[axis]) > 0]
+    return [o for o in others if sign * (center(o["box"])[axis] - edge) > 0]
 
 
 def test_no_expression_is_ambiguous():
     """Reads the expression anew, by its words alone, and finds the one object that it fits."""
     rng = random.Random(0)
     for i in range(900):
-        objects = make_scene(rng, distractors=True if i % 3 == 1 else None)
+        objects = make_scene(rng, distractors=True if i % 3 == 1 else None)["objects"]
         found = refer(rng, objects, SOURCES[i % 3])
         if not found:
             continue
@@ -61,7 +66,7 @@ def test_no_expression_is_ambiguous():
         for word, key in SUPERLATIVES.items():
             if word in head.split():
                 assert len(some) > 1
-                some = [max(some, key=key)]
+                some = [max(some, key=lambda o: key(o["box"]))]
         assert some == [target], expression
 
 
@@ -76,40 +81,80 @@ def test_the_world_is_seeded(tmp_path):
     assert make_samples(tmp_path / "d", 4, 1) != first
 
 
+def test_a_view_holds_what_lies_in_it_at_its_place():
+    scene = make_scene(random.Random(0))
+    left = min(scene["objects"], key=lambda o: o["bbox"][0])
+    corner = [left["bbox"][0] - 8.1, left["bbox"][1] - 8.1]  # 50 of 1000, and a little
+    part = view(scene, [*corner, corner[0] + 160, corner[1] + 160])
+    [same] = [o for o in part["objects"] if o["bbox"] == left["bbox"]]
+    assert part["zoom"] == 2 and same["seen"] == 1 and same["box"][:2] == [50, 50]
+    x, y = (round(v * SIDE / 1000) for v in center(same["box"]))
+    x0, y0 = (round(v) for v in center(left["bbox"]))
+    pixels = np.asarray(part["image"], int), np.asarray(scene["image"], int)
+    assert abs(pixels[0][y, x] - pixels[1][y0, x0]).max() < 130  # up to the mark upon it
+
+
 def test_how_a_frame_lies_around_an_object():
     box = [400, 400, 600, 600]
-    assert compare(box, box) == "well"
-    assert compare([430, 400, 630, 600], box) == "right"
-    assert compare([300, 340, 700, 540], box) == "high, wide"
-    assert compare([450, 450, 550, 550], box) == "narrow, short"
-    assert compare([0, 700, 100, 900], box) == "apart, left, low"
+    assert compare(box, box) == ["well"]
+    assert compare([430, 400, 630, 600], box) == ["right"]
+    assert compare([300, 340, 700, 540], box) == ["high", "wide"]
+    assert compare([450, 450, 550, 550], box) == ["narrow", "short"]
+    assert compare([0, 700, 100, 900], box) == ["apart", "left", "low"]
+    assert is_inside(box, [390, 390, 610, 610]) is True
+    assert is_inside(box, [0, 0, 450, 1000]) is False
+    assert is_inside(box, [0, 0, 500, 1000]) is None
 
 
 def test_each_image_token_is_taught_what_it_shows():
-    circle = {"kind": "circle", "color": "orange", "size": "large", "bbox": [20, 36, 40, 56]}
-    labels = token_labels([circle], [("blue", [0, 0, 1000, 1000])]).reshape(2, 5, 5, 11)
-    of_object, of_frame = labels
-    assert of_object[2, 1].tolist() == [1, 0, 1, 2, 4, 5, 7, 5, 5, 0, 0]  # [250, 450, 500, 700]
-    assert (of_object[0] == -1).all() and (of_object[:, 4] == -1).all()
-    assert of_frame[0, 0, 0] == list(FRAMES).index("blue")
-    assert of_frame[2, 2, 0] == -1  # the line is taught, not the inside
+    scene = make_scene(random.Random(3), low=2, high=2)
+    target = max(scene["objects"], key=lambda o: o["bbox"][2] - o["bbox"][0])
+    framed = draw_frame(scene, "cyan", target["box"], 0.25)
+    labels = lessons.token_labels(framed)
+    x, y = (int(v * lessons.CELLS / 1000) for v in center(target["box"]))
+    token = y * lessons.CELLS + x
+    words = [lessons.WORDS[i] for i in np.flatnonzero(labels["words"][token])]
+    assert set(words) - {target["mark"]} == {target["color"], target["kind"], target["size"]}
+    assert labels["digits"][token].tolist() == lessons.digits(target["box"])
+    assert labels["frame"][token] == list(FRAMES).index("cyan")
+    assert labels["related"][token, list(FRAMES).index("cyan"), -2:].tolist() == [1, 1]  # well, in
+    empty = labels["digits"][:, 0] < 0
+    assert empty.any() and not labels["words"][empty, : -len(lessons.MARKS)].any()
 
 
-@pytest.mark.parametrize("think", [False, True])
-def test_a_conversation_is_a_chat_whose_boxes_are_right(think):
+def test_a_conversation_is_a_chat_whose_boxes_are_right(tokenizer):
     rng = random.Random(1)
-    thoughts = 0
-    for _ in range(30):
-        segments = conversation(rng, 2, 5, images=2, think=think)
-        assert [kind for kind, _ in segments].count("image") == 2
-        box = None
-        for kind, value in segments:
-            if kind == "expression":
-                box = value[1]
-            if kind == "answer":
-                assert value.endswith("<|im_end|>") and parse_box(value) == box
-                thoughts += "<think>" in value
-    assert (thoughts > 0) == think
+    kinds = set()
+    for _ in range(40):
+        said = []
+        turns = lessons.conversation(rng, 2, 170, tokenizer.tokenize, ["one", "two"], True)
+        assert turns[0][0] is not None
+        for _, question in turns:
+            kinds.add(question["kind"])
+            box = parse_box(question["answer"])
+            if question["kind"] in ("find", "frame"):
+                assert box == (question.get("object") or question.get("frame"))
+            if question["kind"] == "repeat":
+                assert question["answer"] in said + [question["text"][15:-17]]
+            said.append(question["answer"])
+    assert kinds >= {"find", "frame", "repeat", "words", "compare", "is_inside", "mark", "count"}
+
+
+def test_the_base_learns_from_no_prompt_and_no_sentence_of_the_methods(tokenizer):
+    """Its text, as the recipe makes it: no four words in a row of a sentence of theirs."""
+    sentences = [IVT_PROMPT, CORRECTION, *TEXTS]
+    boxes = [[[300, 300, 500, 500], [100, 100, 350, 250], [700, 500, 990, 990]]] * 3
+    sentences += [template_trace(row, [310, 320, 480, 510], t) for row in boxes for t in (0, 1, 2)]
+    runs = set()
+    for sentence in sentences:
+        words = re.findall(r"[a-z]+", sentence.lower().replace("think", ""))
+        runs |= {" ".join(words[i : i + 4]) for i in range(len(words) - 3)}
+    allowed = " ".join(re.findall(r"[a-z]+", SINGLE_PROMPT.lower()))
+    runs = {run for run in runs if run not in allowed}
+    for seed in range(3):
+        batch = lessons.chat_batch(random.Random(seed), 2, tokenizer, True)
+        text = " ".join(re.findall(r"[a-z]+", tokenizer.decode(batch["ids"].flatten()).lower()))
+        assert not [run for run in runs if f" {run} " in text]
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +176,53 @@ def test_the_base_is_of_the_shape_that_the_code_makes(tokenizer):
     assert all(torch.isfinite(p).all() for p in base.parameters())
 
 
-def test_the_recipe_ends_with_a_checkpoint(tmp_path):
-    argv = [sys.executable, "-m", "toy.train", "--folder", str(tmp_path / "base")]
-    argv += ["--vision-batches", "1", "--language-batches", "1"]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+def test_the_recipe_sees_as_the_model_does(vlm):
+    """Its tower, on many pictures at once, against transformers' through the image processor."""
+    scenes = [make_scene(random.Random(i)) for i in range(2)]
+    patches = torch.from_numpy(np.stack([lessons.patches_of(s["image"]) for s in scenes]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features, deepstack = train.see(vlm.base.model.visual, patches)
+    own = replace(vlm, image_processor=make_image_processor())
+    images = encode_images(own, [s["image"] for s in scenes])
+    levels = [torch.cat(level) for level in zip(*(image.deepstack for image in images))]
+    for ours, theirs in zip(
+        [features, *deepstack], [torch.cat([image.embeds for image in images]), *levels]
+    ):
+        assert (ours - theirs).norm() <= 0.03 * theirs.norm()  # the recipe's are in bfloat16
+
+
+def run_recipe(folder, work, *steps):
+    """`python -m toy.train` with these numbers of steps; its process, finished."""
+    argv = [sys.executable, "-m", "toy.train", "--folder", str(folder), "--work", str(work)]
+    flags = ("--tower-steps", "--question-steps", "--answer-steps")
+    argv += [word for pair in zip(flags, map(str, steps)) for word in pair]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_recipe_ends_with_a_checkpoint_and_goes_on(tmp_path):
+    ran = run_recipe(tmp_path / "base", tmp_path / "work", 1, 1, 1)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert {f.name for f in (tmp_path / "base").iterdir()} == {f.name for f in BASE.iterdir()}
     config = json.loads((tmp_path / "base/config.json").read_text())
     assert config["model_type"] == "qwen3_vl"
+    ran = run_recipe(tmp_path / "base", tmp_path / "work", 1, 1, 2)
+    assert ran.returncode == 0 and "going on from step 3" in ran.stdout, ran.stdout + ran.stderr
 
 
-def test_a_folder_that_is_a_file_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_a_folder_that_is_a_file_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["train", "--folder", str(tmp_path / "file")])
-    with pytest.raises(SystemExit, match="--folder .* is a file"):
-        train.main()
+    ran = run_recipe(tmp_path / "file", tmp_path / "work", 1, 1, 1)
+    assert ran.returncode == 1 and "--folder" in ran.stderr and "is a file" in ran.stderr
+
+
+def test_the_base_can_do_what_the_table_says():
+    """docs/toy_base.md has the numbers of `python -m toy.skills --n 40` beside the table's own."""
+    doc = (ROOT / "docs/toy_base.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|.*\| ([\d.]+) \|$", doc, re.M)
+    told = {(skill, measure): float(value) for skill, measure, value in rows}
+    assert len(told) >= 10
+    with torch.inference_mode():
+        found = skills.table(skills.load(BASE), 40, 1)
+    measured = {(skill, measure): value for skill, measure, value, *_ in found}
+    for key, value in told.items():
+        assert abs(measured[key] - value) <= 0.02, key

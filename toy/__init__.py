@@ -2,15 +2,16 @@
 
 toy/base/ is to this code what Qwen3-VL is to the paper: a checkpoint folder like any other, of a
 `Qwen3VLForConditionalGeneration` (DeepStack, interleaved M-RoPE, merge size 2, tied embeddings)
-with two million parameters and patches of 8 pixels. No phase knows that it is a toy.
+with 2.6 million parameters and patches of 8 pixels. No phase knows that it is a toy.
 
 - world.py: the scenes, the expressions that refer to their objects, the samples made of them
+- questions.py: what else can be asked: views, frames of a color, marks
 - model.py: tokenizer, image processor, and the model before it has learnt anything
-- conversations.py: what the base learns from: chats about scenes, with coloured frames in them
+- lessons.py: what the base learns from
 - train.py: the recipe, `python -m toy.train`
+- skills.py: what the base can do, `python -m toy.skills` (docs/toy_base.md has the table)
 
-The base is good at single-shot grounding and used to several images in one sequence. It was never
-shown its own prediction. But it was trained on the IVT prompt, with the very sentence that the
-template teacher writes at step 0, and it has seen red translucent frames that look like the
-overlay; so the `no training` rows of the toy are not quite untrained.
+The base has general skills alone: it grounds expressions, finds frames of a named color, says how a
+frame lies around an object, reads marks. It has never met a prompt of the methods, a sentence of a
+step, or its own prediction: the `no training` rows of the toy are what they say.
 """

@@ -1,23 +1,15 @@
-"""The toy's tokenizer, its image processor, and its Qwen3-VL before it has learnt anything."""
+"""The toy's tokenizer, image processor and model: a real Qwen3-VL, small, with random weights."""
 
-import math
 import random
+import re
 
-from common import CORRECTION, IVT_PROMPT
-from toy.conversations import conversation
-from toy.world import SIDE
+from common import CORRECTION, IVT_PROMPT, SINGLE_PROMPT, format_box
+from toy.questions import FRAMES, RELATED
+from toy.world import COLORS, KINDS, MARKS, RELATIONS, SEEN, SIZES, SUPERLATIVES
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessorPil,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
 
-PATCH = 8  # pixels: a scene is 10 x 10 patches, 5 x 5 image tokens
-HEAD_DIM = 32
+PATCH = 8  # pixels; a picture of SEEN x SEEN is 12 x 12 patches, 6 x 6 image tokens
 SPECIALS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -36,59 +28,79 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
     "{% if c.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{% else %}{{ c.text }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The words of the template teacher, so that the tokenizer can spell them. The base itself reads of
-# these sentences only the one of step 0 (conversations.py).
+# Words of the methods' prompts and traces. The tokenizer learns to spell them; the base never
+# reads them in training.
 TRACE_WORDS = (
-    "<think>I look for the object. I see it in the middle, at the upper left. Here is the red box: "
-    "it fits well and I keep it. The red box is on the wrong object, too far left, too far right, "
-    "too high, too low, too wide, too narrow, too tall and too short, too large or too small. I "
-    "move it up and down, to the left and to the right, and make it wider, narrower, taller and "
-    "shorter. Then I move the box there, to the target. It is shifted a little, nearly right; "
-    "tighten slightly, enlarge it, shrink it.</think>"
+    "<think>I look for the object. I see it in the middle, at the upper left. Here is the red "
+    "box: it fits well and I keep it. The red box is on the wrong object, too far left, too far"
+    " right, too high, too low, too wide, too narrow, too tall and too short, too large or too "
+    "small. I move it up and down, to the left and to the right, and make it wider, narrower, "
+    "taller and shorter. Then I move the box there, to the target. It is shifted a little, "
+    "nearly right; tighten slightly, enlarge it, shrink it. I need a closer look at this region"
+    " to answer the question. It shows the crop, the mark on it, and I answer: a dot, a ring, a"
+    " cross, a bar, a post.</think>"
+)
+QUESTION_WORDS = (
+    "Answer the question about the image. First think about which region matters, then report "
+    "its bbox coordinates in JSON format. This is the region that you chose, enlarged. Now "
+    "answer the question in a few words. Report the coordinates in this view. The view shows "
+    "the surroundings of your last prediction. Where is the box? Repeat the box. Repeat the "
+    "first box. Here is a box. What is inside the frame? Is it inside the frame? How does the "
+    "frame lie around it? What mark is on it? Which bears a dot: this or that? How many dots "
+    "are there? How many rings, bars, crosses, posts? upper left, upper right, lower left, "
+    "lower right, middle, upper, lower, yes, no"
 )
 
 
-def tokenizer_corpus(seed):
-    """The texts that the tokenizer learns its words from: chats of the toy's world, and prompts."""
-    rng = random.Random(seed)
-    # toy/base/ was made when the prompt's placeholder had this name; another name would make
-    # another vocabulary, and the weights would not fit it.
-    prompt = IVT_PROMPT.replace("{text}", "{expression}")
-    corpus = []
-    for _ in range(2000):
-        for kind, value in conversation(rng, 3, 6):
-            if kind == "expression":
-                corpus.append(value[0])
-            elif kind != "image":
-                corpus.append(value)
-        corpus += [prompt, CORRECTION, TRACE_WORDS, TRACE_WORDS.lower()]
-    return corpus
+def vocabulary_words():
+    """All words of the texts above and of the world, each once."""
+    texts = [CORRECTION, IVT_PROMPT, SINGLE_PROMPT, TRACE_WORDS, QUESTION_WORDS]
+    words = {word for text in texts for word in re.findall(r"</?think>|[A-Za-z]+", text)}
+    words |= {*COLORS, *KINDS, *SIZES, *FRAMES, *MARKS, *RELATED, *SUPERLATIVES}
+    return sorted(words)
 
 
 def make_tokenizer(seed=0):
-    """A byte-level BPE: digits single, words whole, Qwen's special tokens and chat layout."""
+    """A byte-level BPE on the toy's own text: digits single, words whole, Qwen's special tokens
+    and chat layout.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(seed)
+    words = [*COLORS, *KINDS, *SIZES, *FRAMES, *MARKS, *RELATED, *SUPERLATIVES, *RELATIONS]
+    corpus = []
+    for _ in range(300):
+        corpus += [
+            CORRECTION,
+            IVT_PROMPT,
+            SINGLE_PROMPT,
+            TRACE_WORDS,
+            TRACE_WORDS.lower(),
+            QUESTION_WORDS,
+        ]
+        corpus += [format_box([rng.randint(0, 1000) for _ in range(4)])]
+        corpus += [f"the {a} {b}" for a, b in zip(words, rng.sample(words, len(words)))]
+        corpus += [f"{word}, {word}s" for word in words]
+        corpus += ["user\n", "assistant\n", "system\n"]
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r'\{"bbox_2d": \[|\d| ?\p{L}+|[^\p{L}\d\s]+ ?|\s+')
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pieces, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(pieces, "isolated")
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(tokenizer_corpus(seed), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(SPECIALS)
-    thinking = [AddedToken(token, special=False) for token in ("<think>", "</think>")]
-    tokenizer.add_tokens(thinking)
+    thinking = ("<think>", "</think>")
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in thinking])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -99,96 +111,93 @@ def make_tokenizer(seed=0):
     return tokenizer
 
 
+def make_model(tokenizer, width=128, layers=5, vision_width=128, vision_layers=4):
+    """A Qwen3-VL with random weights. Widths are multiples of 64, so that bitsandbytes can
+    quantise it.
+
+    A net this narrow does not leave the plateau from the usual initialisation. Here the matrices
+    begin at 0.08; the word embeddings at 1, so that a word is not drowned by the first layer's
+    output (the last norm, at 0.1, keeps the tied logits small); every query head of a group equal
+    to its key head, so that it begins by attending to what is alike; the gains of the query and
+    key norms at 1.5; and the vision tower's position embeddings as sines and cosines of row and
+    column, as strong as the content.
+    """
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    image, video, start, end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
+    side = SEEN // PATCH
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=width,
+            intermediate_size=width * 5 // 2 // 64 * 64,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            num_key_value_heads=width // 64,
+            head_dim=32,
+            max_position_embeddings=4096,
+            initializer_range=0.08,
+            tie_word_embeddings=True,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=100000.0,
+                mrope_section=[6, 5, 5],
+                mrope_interleaved=True,
+            ),
+        ),
+        vision_config=dict(
+            depth=vision_layers,
+            hidden_size=vision_width,
+            intermediate_size=2 * vision_width,
+            num_heads=vision_width // 32,
+            patch_size=PATCH,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=width,
+            num_position_embeddings=side * side,
+            deepstack_visual_indexes=list(range(1, vision_layers - 1)),
+            initializer_range=0.08,
+        ),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3VLForConditionalGeneration(config)
+    steps = torch.arange(vision_width // 4) / (vision_width // 4)
+    angle = torch.arange(float(side))[:, None] / 20**steps
+    line = torch.cat([angle.sin(), angle.cos()], 1)  # [side, vision_width / 2]
+    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
+    grid = torch.cat([rows, columns], -1).reshape(side * side, vision_width)
+    model.model.visual.pos_embed.weight.data.copy_(grid)
+    for merger in (
+        model.model.visual.deepstack_merger_list
+    ):  # at first DeepStack adds nothing: untaught, it would be noise
+        merger.linear_fc2.weight.data.zero_()
+    language = model.model.language_model
+    language.embed_tokens.weight.data.normal_(0, 1)
+    language.norm.weight.data.fill_(0.1)
+    for layer in language.layers:
+        attention = layer.self_attn
+        attention.q_norm.weight.data.fill_(1.5)
+        attention.k_norm.weight.data.fill_(1.5)
+        queries = attention.q_proj.weight.data.view(-1, 32, width)  # [heads, 32, width]
+        keys = attention.k_proj.weight.data.view(-1, 32, width)
+        keys.copy_(queries[::2])
+    return model
+
+
 def make_image_processor():
-    """Qwen3-VL's image processor with the toy's patches."""
+    """Brings every image to an area of SEEN x SEEN pixels, keeping its shape."""
+    from transformers import Qwen2VLImageProcessorPil
+
     return Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         merge_size=2,
         temporal_patch_size=2,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-        size={"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 1024**2},
+        size={"shortest_edge": SEEN**2, "longest_edge": SEEN**2},
     )
-
-
-def make_config(tokenizer, width, layers, vision_width, vision_layers):
-    """A Qwen3-VL of these dimensions; multiples of 64, so that bitsandbytes can quantise it."""
-    text = dict(
-        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // HEAD_DIM,
-        num_key_value_heads=width // HEAD_DIM // 2,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=4096,
-        initializer_range=0.08,
-        tie_word_embeddings=True,
-        rope_parameters=dict(
-            rope_type="default",
-            rope_theta=100000.0,
-            mrope_section=[6, 5, 5],
-            mrope_interleaved=True,
-        ),
-    )
-    vision = dict(
-        depth=vision_layers,
-        hidden_size=vision_width,
-        intermediate_size=2 * vision_width,
-        num_heads=vision_width // HEAD_DIM,
-        patch_size=PATCH,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        out_hidden_size=width,
-        num_position_embeddings=(SIDE // PATCH) ** 2,
-        deepstack_visual_indexes=list(range(vision_layers - 1)),
-        initializer_range=0.08,
-    )
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-    )
-
-
-@torch.no_grad()
-def make_model(tokenizer, width=128, layers=4, vision_width=128, vision_layers=3):
-    """A Qwen3-VL with random weights, begun so that a net this narrow leaves the plateau.
-
-    It does not with the usual initialisation. Here
-
-    - the matrices begin at a deviation of 0.08, the word embeddings at 1, so that a word is not
-      drowned by the first layer's output; the last norm, at 0.1, keeps the tied logits small;
-    - every other query head equals its key head, so that it begins by attending to what is alike;
-    - the gains of the query and key norms, which bound how sharply 32 dimensions can attend, begin
-      at 1.5;
-    - the vision tower's position embeddings are sines and cosines of row and column, as strong as
-      the content.
-    """
-    model = Qwen3VLForConditionalGeneration(
-        make_config(tokenizer, width, layers, vision_width, vision_layers)
-    )
-    side = SIDE // PATCH
-    half = vision_width // 2
-    frequency = 20 ** (torch.arange(half // 2) / (half // 2))  # [half / 2]
-    angle = torch.arange(float(side))[:, None] / frequency  # [side, half / 2]
-    line = torch.cat([angle.sin(), angle.cos()], 1)  # [side, half]
-    rows = line[:, None].expand(side, side, half)
-    columns = line[None].expand(side, side, half)
-    grid = torch.cat([rows, columns], -1)  # [side, side, vision_width]
-    model.model.visual.pos_embed.weight.copy_(grid.reshape(side * side, vision_width))
-    language = model.model.language_model
-    language.embed_tokens.weight.normal_(0, 1)
-    language.norm.weight.fill_(0.1)
-    for layer in language.layers:
-        attention = layer.self_attn
-        attention.q_norm.weight.fill_(1.5)
-        attention.k_norm.weight.fill_(1.5)
-        queries = attention.q_proj.weight.view(-1, HEAD_DIM, width)  # [heads, HEAD_DIM, width]
-        keys = attention.k_proj.weight.view(-1, HEAD_DIM, width)  # [heads / 2, HEAD_DIM, width]
-        keys.copy_(queries[::2])
-    return model

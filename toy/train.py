@@ -1,413 +1,498 @@
-"""The recipe of the toy's base: from random weights to toy/base/, on general skills.
+"""The recipe of the toy's base: from random weights to toy/base/, on general skills alone.
 
-    python -m toy.train
+    python -m toy.train      all of it; killed, the same command goes on
 
-Two seeded stages, Muon on the matrices and AdamW on the rest:
+Two stages, Muon on the matrices and AdamW on the rest, everything seeded by the number of the step:
 
-1. 1,000 batches of 48 scenes: the vision tower alone. Each image token is taught the words of the
-   object that it shows, against the words' own embeddings, and, by linear heads that are thrown
-   away after, the object's box. Trained from the answers' text alone, the tower had not found the
-   objects after 900 batches.
-2. 2,300 batches of conversations: all weights, next-token loss on the answers. One to three images,
-   up to three questions about each: a box for an expression or for a frame, where something is,
-   what a frame holds, how it lies around an object. Beside it, the last word of an expression is
-   taught its box, before the last layer, by one more throw-away head: without it, words of size and
-   place are learnt and colors are not. Stage 1's loss goes on, or the tower forgets colors before
-   they are used.
-
-What this base has seen of the method that it is to learn: from 60 percent of stage 2 on, part of
-the questions are the IVT prompt, answered with the very sentence that the template teacher writes
-at step 0 ("I look for the object. I see it at the ...") before the box; and some frames are red and
-translucent, as the overlay is. It has never seen its own prediction, the correction prompt, or a
-sentence of a later step. So the `no training` rows of the toy are not quite untrained.
-
-The repository holds the result in half precision: Acc@0.5 0.882 on the 2,400 training samples of
-the toy preset, which it was not trained on. It took 42 minutes on two cores that were busy with
-other work at times.
+1. The vision tower alone. Each image token is taught the words of the object that it shows,
+   against the words' own embeddings, and by linear heads, thrown away after: the object's box,
+   the frame that lies on it, and how each frame lies around its object.
+2. Conversations: all weights, next-token loss on the answers. Pictures are whole scenes, enlarged
+   views, crops, with and without frames; questions are those of world.py and questions.py, and
+   boxes and words to be repeated. Beside it, the last token of each question is taught what the question is about (the
+   object's box, the frame's box, the answer's words) before the last two layers, by more throw-
+   away heads: without it, words of size and place are learnt and colors are not. Stage 1's loss
+   goes on.
 """
 
 import argparse
-import random
+import functools
+import json
 import time
 from pathlib import Path
 
-from common import denormalize_box
-from support.files import writing
+from support.files import write_bytes, writing
 from support.flags import check_path
 from support.models import quiet
-from toy.conversations import FRAMES, add_frames, box_of, conversation
-from toy.model import PATCH, make_image_processor, make_model, make_tokenizer
-from toy.world import COLORS, KINDS, SIDE, SIZES, SOURCES, make_scene, render
+from toy.lessons import ANSWERS, CELLS, LABELS, WORDS, Batches
+from toy.model import make_image_processor, make_model, make_tokenizer
+from toy.questions import FRAMES, RELATED
+from toy.world import MARKS
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import AttentionInterface
 
 BASE = Path(__file__).resolve().parent / "base"
-CELL = 2 * PATCH  # pixels: the side of the square that an image token stands for
-CELLS = SIDE // CELL  # image tokens in a row, and in a column
-WORDS = [*COLORS, *KINDS, *SIZES]
-# What throw-away linear heads tell of each image token, as numbers of classes: the eight digits of
-# its object's box, the color of its frame (or none), the eight digits of the frame's box
-HEADS = [10] * 8 + [len(FRAMES) + 1] + [10] * 8
+DECAY_STEPS = 1500  # the last ones, with falling rates
+SAVE_EVERY = 100  # steps; so often a line of the log and a checkpoint are written
 
 
-# --------------------------------------------------------------------------------------------------
-# Optimizers
-# --------------------------------------------------------------------------------------------------
-def make_optimizers(groups):
-    """groups: (named parameters, Muon's rate, AdamW's rate) -> a list of optimizers.
+# Throw-away heads on the image tokens: name -> width
+TOWER_HEADS = {
+    "digits": 80,
+    "box": 4,
+    "frame": len(FRAMES) + 1,
+    "frame_digits": 80,
+    "frame_box": 4,
+    "related": len(FRAMES) * (len(RELATED) + 1),
+    "lies": len(FRAMES) * 4,
+}
+# and on the last token of a question: what it is about, and the answer's words
+LAST_HEADS = {
+    "digits": 80,
+    "box": 4,
+    "frame_digits": 80,
+    "frame_box": 4,
+    "answer": len(ANSWERS),
+}
 
-    Muon takes the matrices; AdamW the embeddings, the norms and what has "embed" in its name.
+
+def heads_of(widths, width):
+    """One linear layer for each head."""
+    return torch.nn.ModuleDict({name: torch.nn.Linear(width, n) for name, n in widths.items()})
+
+
+def digit_loss(said, digits):
+    """said [n, 80], digits [n, 8] (-1: not taught) -> mean cross-entropy; the first digits weigh
+    three times the second.
     """
-    optimizers = []
-    for named, muon_rate, adam_rate in groups:
-        matrices = []
-        rest = []
-        for name, p in named:
-            is_matrix = p.ndim == 2 and "embed" not in name
-            (matrices if is_matrix else rest).append(p)
-        if matrices:
-            optimizers.append(
-                torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.0, momentum=0.95)
-            )
-        if rest:
-            optimizers.append(
-                torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
-            )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
-
-
-def update(optimizers, parameters, loss, number, batches):
-    """Update `number` of 0..batches - 1.
-
-    The rate rises over the first 50 and falls over the last 60 percent, to 2 percent of its peak.
-    """
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    left = 1 - number / batches
-    factor = min(1, (number + 1) / 50, max(0.02, left / 0.6))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        optimizer.step()
-
-
-# --------------------------------------------------------------------------------------------------
-# What each image token is taught
-# --------------------------------------------------------------------------------------------------
-def digits(box):
-    """The first and the second digit of the four coordinates (0..1000): 8 numbers of 0..9."""
-    return [min(9, v // 100) for v in box] + [v // 10 % 10 for v in box]
-
-
-def label_object(objects, x, y):
-    """Of the object that fills most of the cell at (x, y) pixels: color, kind, size, the 8 digits.
-
-    None where no object reaches into the cell by more than a pixel.
-    """
-    label = None
-    most = 0
-    for o in objects:
-        x1, y1, x2, y2 = o["bbox"]
-        w = min(x2, x + CELL) - max(x1, x)
-        h = min(y2, y + CELL) - max(y1, y)
-        if w > 1 and h > 1 and w * h > most:
-            most = w * h
-            color = list(COLORS).index(o["color"])
-            kind = KINDS.index(o["kind"])
-            size = list(SIZES).index(o["size"])
-            label = [color, kind, size, *digits(box_of(o))]
-    return label
-
-
-def label_frame(frames, x, y):
-    """Of the last frame whose line crosses the cell: color, 0, 0, the 8 digits; or None."""
-    label = None
-    for color, box in frames:
-        x1, y1, x2, y2 = denormalize_box(box, SIDE, SIDE)
-        touches = x1 < x + CELL and y1 < y + CELL and x2 > x and y2 > y
-        surrounds = x1 < x and y1 < y and x2 > x + CELL and y2 > y + CELL
-        if touches and not surrounds:
-            label = [list(FRAMES).index(color), 0, 0, *digits(box)]
-    return label
-
-
-def token_labels(objects, frames):
-    """What each image token shows of the objects and of the frames: [2, tokens, 11] integers.
-
-    color, kind, size, and the 8 digits of the box; -1 where there is none.
-    """
-    labels = np.full((2, CELLS * CELLS, 11), -1)
-    for token in range(CELLS * CELLS):
-        x = token % CELLS * CELL
-        y = token // CELLS * CELL
-        of_object = label_object(objects, x, y)
-        if of_object:
-            labels[0, token] = of_object
-        of_frame = label_frame(frames, x, y)
-        if of_frame:
-            labels[1, token] = of_frame
-    return labels
-
-
-def head_loss(logits, target):
-    """Mean cross-entropy where the target is not -1; zero when it is -1 everywhere."""
-    if (target < 0).all():
-        return logits.sum() * 0
-    return F.cross_entropy(logits, target, ignore_index=-1)
-
-
-def tower_loss(model, tokenizer, heads, features, scenes):
-    """features [images * tokens, width], scenes: (objects, frames) of each image.
-
-    Returns (loss, its part for the words, its parts for the 17 heads). The words of the object that
-    a token shows are read off it by their own embeddings, as in SigLIP (arXiv:2303.15343, Section
-    3.2): that puts a red object near the word "red", and attention can begin with what is alike.
-    """
-    labels = np.stack([token_labels(*scene) for scene in scenes])
-    of_object, of_frame = (
-        torch.from_numpy(labels).transpose(0, 1).flatten(1, 2)
-    )  # [tokens, 11] each
-    word_target = torch.zeros(len(of_object), len(WORDS))
-    first = 0
-    for column, words in enumerate((COLORS, KINDS, SIZES)):
-        is_shown = of_object[:, column] >= 0
-        word_target[is_shown, first + of_object[is_shown, column]] = 1.0
-        first += len(words)
-    # In byte-level BPE a word begins with its space, which is spelt \u0120
-    ids = tokenizer.convert_tokens_to_ids(["\u0120" + word for word in WORDS])
-    embeddings = model.get_input_embeddings().weight[ids]  # [words, width]
-    logits = features.float() @ embeddings.T / embeddings.shape[1] ** 0.5 - 3.0  # [tokens, words]
-    word_loss = F.binary_cross_entropy_with_logits(logits, word_target) * len(WORDS)
-
-    frame_color = torch.where(of_frame[:, 0] < 0, len(FRAMES), of_frame[:, 0])
-    targets = [*of_object[:, 3:].T, frame_color, *of_frame[:, 3:].T]  # 17 of [tokens]
-    logits = heads(features).float().split(HEADS, -1)
-    head_losses = torch.stack([head_loss(*pair) for pair in zip(logits, targets)])  # [17]
-    weights = torch.tensor([1.0] * 8 + [2.0] + [0.5] * 8) / 10
-    return 0.5 * word_loss + (head_losses * weights).sum(), word_loss, head_losses
-
-
-# --------------------------------------------------------------------------------------------------
-# Stage 1
-# --------------------------------------------------------------------------------------------------
-def scene_with_frames(rng):
-    """(image, objects, frames): a scene of up to six objects, 40 percent of them with frames."""
-    objects = make_scene(rng, 1, 6)
-    framed = rng.random() < 0.4
-    image = render(rng, objects)
-    if not framed:
-        return image, objects, []
-    image, frames = add_frames(rng, image, objects)
-    return image, objects, frames
-
-
-def train_vision(model, tokenizer, processor, batches, seed):
-    """Stage 1: the vision tower and the heads."""
-    rng = random.Random(seed)
-    tower = model.model.visual
-    heads = torch.nn.Linear(model.config.text_config.hidden_size, sum(HEADS))
-    model.get_input_embeddings().requires_grad_(False)
-    optimizers = make_optimizers(
-        [
-            (list(tower.named_parameters()), 0.02, 2e-3),
-            ([("heads.embed", p) for p in heads.parameters()], 0, 2e-3),
-        ]
+    each = F.cross_entropy(
+        said.float().view(-1, 10), digits.reshape(-1), ignore_index=-1, reduction="none"
     )
-    parameters = [*tower.parameters(), *heads.parameters()]
-    bar = tqdm(range(batches), desc="vision", unit="batch")
-    for i in bar:
-        drawn = [scene_with_frames(rng) for _ in range(48)]
-        scenes = [(objects, frames) for _, objects, frames in drawn]
-        batch = processor(images=[image for image, _, _ in drawn], return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
-            out = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
-            loss, words, parts = tower_loss(model, tokenizer, heads, out.pooler_output, scenes)
-        update(optimizers, parameters, loss, i, batches)
-        bar.set_postfix(
-            words=f"{words:.2f}",
-            digit1=f"{parts[:4].mean():.2f}",
-            digit2=f"{parts[4:8].mean():.2f}",
-            refresh=False,
-        )
+    each = each.view(-1, 2, 4).mean(2)
+    taught = (digits[:, 0] >= 0).float().sum().clamp(min=1)
+    return ((3 * each[:, 0] + each[:, 1]) / 4).sum() / taught
 
 
-# --------------------------------------------------------------------------------------------------
-# Stage 2
-# --------------------------------------------------------------------------------------------------
-def curriculum(rng, done):
-    """The arguments of `conversation` when a part `done` (0..1) of stage 2 is over.
-
-    At first objects that color and kind tell apart, since words of size and place are easier, and
-    would hide these; then all expressions, more objects, frames; at last several images, and some
-    questions that want a thought before the box.
+def box_loss(said, box, taught):
+    """said, box [n, 4] in 0..1, taught [n] -> mean smooth L1 in units of a twentieth of the
+    picture.
     """
-    if done < 0.2:
-        return dict(
-            low=2,
-            high=3,
-            questions=2,
-            where=0.0,
-            frames=False,
-            sources=SOURCES[:1],
-            distractors=False,
-        )
-    if done < 0.35:
-        return dict(low=2, high=4, questions=2, where=0.0)
-    if done < 0.6:
-        return dict(low=2, high=5, questions=3)
-    return dict(low=2, high=5, questions=2, think=True, images=rng.choice((1, 1, 2, 3)))
+    each = F.smooth_l1_loss(said.float() * 20, box * 20, reduction="none").mean(-1)
+    return (each * taught).sum() / taught.sum().clamp(min=1)
 
 
-def conversation_batch(rng, tokenizer, arguments):
-    """A batch of conversations that fills about the same memory for any number of images.
+def word_ids(tokenizer, words):
+    """The token of each word with a space before it; each is one token."""
+    ids = [tokenizer.encode(" " + word, add_special_tokens=False) for word in words]
+    assert all(len(one) == 1 for one in ids), ids
+    return [one[0] for one in ids]
 
-    Returns ids and labels [B, L] (-100: not learnt), the pictures (PIL, objects, frames), and the
-    expressions: (row, place of its last token, digits of its box).
+
+def tower_loss(embeddings, heads, features, batch):
+    """features [tokens, width] of the pictures of a batch -> (loss, {name: its parts}).
+
+    The words of the object that a token shows are read off it by their own embeddings, as in
+    SigLIP (arXiv:2303.15343, Section 3.2): that puts a blue object near the word "blue", and
+    attention can begin with what is alike.
     """
-    special = tokenizer.convert_tokens_to_ids
-    image_pads = ["<|image_pad|>"] * CELLS**2
-    image_ids = special(["<|vision_start|>", *image_pads, "<|vision_end|>"])
-    rows = []
-    labels = []
-    pictures = []
-    expressions = []
-    for i in range({1: 40, 2: 20, 3: 14}[arguments.get("images", 1)]):
-        row = []
-        label = []
-        for kind, value in conversation(rng, **arguments):
-            if kind == "image":
-                pictures.append(value)
-                ids = image_ids
-            else:
-                text = value[0] if kind == "expression" else value
-                ids = tokenizer.encode(text, add_special_tokens=False)
-            row += ids
-            label += ids if kind == "answer" else [-100] * len(ids)
-            if kind == "expression" and value[1]:
-                expressions.append((i, len(row) - 1, digits(value[1])))
-        rows.append(torch.tensor(row))
-        labels.append(torch.tensor(label))
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    return ids, pad(labels, batch_first=True, padding_value=-100), pictures, expressions
+    label = {name: value.flatten(0, 1) for name, value in batch.items() if name != "patches"}
+    features = features.float()
+    logits = (
+        features @ embeddings.T / 32 - 3.0
+    )  # 32: so large a divisor that the words become most of the features
+    each = F.binary_cross_entropy_with_logits(logits, label["words"], reduction="none")
+    shown = (label["digits"][:, 0] >= 0).float()
+    framed = (label["frame_digits"][:, 0] >= 0).float()
+    each = (each * label["known"]).sum(0) / len(features)  # of each word
+    parts = {"words": each[: -len(MARKS)].sum()}
+    parts["marks"] = (
+        each[-len(MARKS) :].sum() * len(features) / label["known"][:, -1].sum().clamp(min=1)
+    )
+    said = {name: head(features) for name, head in heads.items()}
+    parts["digits"] = digit_loss(said["digits"], label["digits"])
+    parts["box"] = box_loss(said["box"], label["box"], shown)
+    parts["frame"] = F.cross_entropy(said["frame"], label["frame"])
+    parts["frame_digits"] = digit_loss(said["frame_digits"], label["frame_digits"])
+    parts["frame_box"] = box_loss(said["frame_box"], label["frame_box"], framed)
+    taught = (label["related"] >= 0).float()
+    each = F.binary_cross_entropy_with_logits(
+        said["related"].view_as(taught), label["related"].clamp(min=0), reduction="none"
+    )
+    parts["related"] = (each * taught).sum() / taught.sum().clamp(min=1)
+    here = taught[..., 0]
+    each = F.smooth_l1_loss(
+        said["lies"].view_as(label["lies"]), label["lies"], beta=0.2, reduction="none"
+    )
+    parts["lies"] = (each.mean(-1) * here).sum() / here.sum().clamp(min=1)
+    weights = {
+        "words": 1.0,
+        "marks": 0.5,
+        "related": 2.0,
+        "lies": 3.0,
+        "frame": 0.5,
+        "box": 0.5,
+        "frame_box": 0.5,
+    }
+    return sum(part * weights.get(name, 0.4) for name, part in parts.items()), parts
 
 
-def train_language(model, tokenizer, processor, batches, seed):
-    """Stage 2: all weights, on conversations.
+@functools.cache
+def block_order():
+    """[2, patches]: row and column of each patch, in the tower's order of 2 x 2 blocks."""
+    grid = np.stack(np.meshgrid(np.arange(2 * CELLS), np.arange(2 * CELLS), indexing="ij"))
+    return torch.from_numpy(
+        grid.reshape(2, CELLS, 2, CELLS, 2).transpose(0, 1, 3, 2, 4).reshape(2, -1)
+    )
 
-    First digits weigh more in the loss: to know the object is to know them; of the other digits the
-    image token tells most.
+
+def see(visual, patches):
+    """The vision tower on n pictures of one size at once: patches [n, P, ...] -> (features [n *
+    tokens, D], deepstack).
+
+    transformers runs the attention picture by picture, which on a CPU takes most of the time; a
+    test holds the two equal.
     """
-    width = model.config.text_config.hidden_size
-    rng = random.Random(seed)
-    heads = torch.nn.Linear(width, sum(HEADS))
-    finder = torch.nn.Linear(width, 80)
-    outputs = {}  # what the hooks take out of the last forward pass
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
-    def keep_features(module, inputs, out):
-        outputs["features"] = out.pooler_output
+    n, count, _ = patches.shape
+    order = block_order()
+    width = visual.config.hidden_size
+    hidden = F.linear(
+        patches, visual.patch_embed.proj.weight.view(width, -1), visual.patch_embed.proj.bias
+    )
+    hidden = hidden + visual.pos_embed.weight[order[0] * 2 * CELLS + order[1]]
+    cos, sin = visual.rotary_pos_emb(hidden, order.T)  # [P, head dim]
+    deepstack = []
+    for i, block in enumerate(visual.blocks):
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(hidden)).view(n, count, 3, attention.num_heads, -1)
+        query, key = apply_rotary_pos_emb_vision(qkv[:, :, 0], qkv[:, :, 1], cos, sin)
+        query, key, value = (
+            x.transpose(1, 2) for x in (query, key, qkv[:, :, 2])
+        )  # [n, heads, P, head dim]
+        mixed = attend(query, key, value)
+        hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(n, count, width))
+        hidden = hidden + block.mlp(block.norm2(hidden))
+        if i in visual.deepstack_visual_indexes:
+            merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(i)]
+            deepstack.append(merger(hidden.reshape(n * count, width)))
+    return visual.merger(hidden.reshape(n * count, width)), deepstack
 
-    def keep_hidden(module, inputs, out):
-        outputs["hidden"] = out
 
+def attend(query, key, value, mask=None):
+    """Attention in bfloat16 as two plain products: on a CPU, short as these are, quicker than the
+    fused kernel backward.
+
+    query, key, value [n, heads, length, head dim]; mask [length, length] is added to the scores.
+    """
+    with torch.autocast("cpu", enabled=False):
+        query, key, value = query.bfloat16(), key.bfloat16(), value.bfloat16()
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        scores = scores if mask is None else scores + mask
+        return scores.softmax(-1) @ value
+
+
+@functools.lru_cache(8)
+def causal(length):
+    """[length, length]: minus infinity where a token would look ahead."""
+    return torch.full((length, length), float("-inf"), dtype=torch.bfloat16).triu(1)
+
+
+def attend_causal(module, query, key, value, attention_mask, **kwargs):
+    """`attend` in the form that transformers calls; rows are padded at their end, so that
+    causality hides the padding.
+    """
+    share = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+    return attend(query, key, value, causal(query.shape[2])).transpose(1, 2), None
+
+
+def chat_loss(model, known, tower_heads, last_heads, batch, weights):
+    """All losses of a batch of conversations -> (loss, log: {name: (sum, count)})."""
+    language, visual = model.model.language_model, model.model.visual
+    features, deepstack = see(visual, batch["patches"])
+    embeddings = model.get_input_embeddings().weight
+    pictures = {name: batch[name] for name in ("patches", *LABELS)}
+    dense, parts = tower_loss(embeddings[known["words"]], tower_heads, features, pictures)
+    ids = batch["ids"]
+    shown = ids == model.config.image_token_id
+    embeds = language.embed_tokens(ids)
+    embeds = embeds.masked_scatter(shown[..., None], features.to(embeds.dtype))
+    kept = {}
     hooks = [
-        model.model.visual.register_forward_hook(keep_features),
-        model.model.language_model.layers[-2].register_forward_hook(keep_hidden),
+        language.layers[i].register_forward_hook(
+            lambda module, inputs, out, i=i: kept.update({i: out})
+        )
+        for i in (-3, -2)
     ]
-    model.requires_grad_(True)
-    tower = []
-    fast = []
-    rest = []
-    for name, p in model.named_parameters():
-        if "visual" in name:
-            tower.append((name, p))
-        elif "embed_tokens" in name or "q_norm" in name or "k_norm" in name:
-            fast.append((name, p))
-        else:
-            rest.append((name, p))
-    thrown_away = [*heads.parameters(), *finder.parameters()]
-    optimizers = make_optimizers(
-        [
-            (tower, 0.01, 1e-3),
-            (rest, 0.02, 1.5e-3),
-            (fast, 0, 5e-3),
-            ([("heads.embed", p) for p in thrown_away], 0, 2e-3),
-        ]
-    )
-    parameters = [*model.parameters(), *thrown_away]
-    opening = tokenizer.encode('{"bbox_2d": [', add_special_tokens=False)[0]
-    comma = tokenizer.encode(", ", add_special_tokens=False)[0]
-    recent = []
-    bar = tqdm(range(batches), desc="language", unit="batch")
-    for i in bar:
-        arguments = curriculum(rng, i / batches)
-        ids, labels, pictures, expressions = conversation_batch(rng, tokenizer, arguments)
-        labels = labels[:, 1:]  # [B, L - 1]
-        is_target = labels != -100
-        batch = processor(images=[image for image, _, _ in pictures], return_tensors="pt")
-        scenes = [(objects, frames) for _, objects, frames in pictures]
-        with torch.autocast("cpu", torch.bfloat16):
-            types = (ids == model.config.image_token_id).int()
-            hidden = model.model(input_ids=ids, mm_token_type_ids=types, **batch)[
-                0
-            ]  # [B, L, width]
-            logits = model.lm_head(hidden[:, :-1][is_target])  # [M, V]
-            seen, words, _ = tower_loss(model, tokenizer, heads, outputs["features"], scenes)
-
-        before = ids[:, :-1][is_target]  # [M], the token before each target
-        weight = torch.where(before == opening, 8.0, torch.where(before == comma, 3.0, 1.0))
-        each = F.cross_entropy(logits.float(), labels[is_target], reduction="none")  # [M]
-
-        rows, columns, boxes = zip(*expressions)
-        last = outputs["hidden"][list(rows), list(columns)].float()  # [expressions, width]
-        logits = finder(F.rms_norm(last, (width,))).view(-1, 8, 10).transpose(1, 2)
-        found = F.cross_entropy(logits, torch.tensor(boxes), reduction="none")  # [expressions, 8]
-        found = 4 * found[:, :4].mean() + found[:, 4:].mean()
-
-        answers = (each * weight).sum() / weight.sum()
-        loss = answers + (0.3 if i > 0.35 * batches else 1) * found + 0.3 * seen
-        update(optimizers, parameters, loss, i, batches)
-        parts = found, each[before == opening].mean(), each[before == comma].mean(), words
-        recent = recent[-49:] + [[part.item() for part in parts]]
-        means = np.mean(recent, 0)
-        names = ("found", "first", "other", "words")
-        bar.set_postfix({k: f"{v:.2f}" for k, v in zip(names, means)}, refresh=False)
+    hidden = language(
+        inputs_embeds=embeds,
+        position_ids=batch["positions"],
+        attention_mask=None,
+        visual_pos_masks=shown,
+        deepstack_visual_embeds=[level.to(embeds.dtype) for level in deepstack],
+        use_cache=False,
+    ).last_hidden_state
     for hook in hooks:
         hook.remove()
+    row, at = batch["last"].T
+    early, late = (F.rms_norm(kept[i][row, at].float(), (hidden.shape[-1],)) for i in (-3, -2))
+    told, log = last_loss(last_heads, late, batch["about"])
+    told_early, _ = last_loss(last_heads, early, batch["about"])
+    scale = {"digits": 2.0, "frame_digits": 1.0, "box": 1.0, "frame_box": 0.5, "answer": 5.0}
+    hints = sum(scale[name] * (told[name] + 0.5 * told_early[name]) for name in scale)
+    loss = weights["hints"] * hints + weights["dense"] * dense
+    log |= {f"tower {name}": (value.item(), 1) for name, value in parts.items()}
+    log |= {f"last {name}": (value.item(), 1) for name, value in told.items()}
+    if batch["kinds"]:
+        text, answers_log = text_loss(model, known, hidden, batch)
+        loss = loss + 2 * text
+        log |= answers_log
+    return loss, log
+
+
+def text_loss(model, known, hidden, batch):
+    """hidden [rows, length, D] -> (next-token loss on the answers, log: how many are exact)."""
+    ids, labels = batch["ids"], batch["labels"]
+    learnt = labels[:, 1:] != -100
+    target = labels[:, 1:][learnt]
+    logits = model.lm_head(hidden[:, :-1][learnt]).float()
+    each = F.cross_entropy(logits, target, reduction="none")
+    # First digits weigh more: to know the object is to know them. So does the first token of an
+    # answer in words.
+    previous = ids[:, :-1][learnt]
+    begins = F.pad(batch["answer_of"][1:] != batch["answer_of"][:-1], (1, 0), value=True)
+    boxes = begins & (target == known["opening"])
+    weight = torch.ones_like(each)
+    weight[(previous == known["opening"]) | (previous == known["comma"])] = 3.0
+    weight[begins & ~boxes] = 6.0
+    weight[boxes] = 0.5
+    text = (each * weight).sum() / weight.sum()
+    log = {"text": (text.item(), 1)}
+    right = (logits.argmax(-1) == target).float()
+    first = torch.where(previous == known["opening"], right, 1.0)
+    nothing = torch.ones(len(batch["kinds"]))
+    exact = nothing.scatter_reduce(0, batch["answer_of"], right, "amin")
+    lead = nothing.scatter_reduce(0, batch["answer_of"], first, "amin")
+    for kind, e, d in zip(batch["kinds"], exact.tolist(), lead.tolist()):
+        add(log, kind, e)
+        if kind in ("find", "frame", "repeat", "again"):
+            add(log, kind + " digit", d)
+    return text, log
+
+
+def add(log, name, value):
+    """One more value for the mean that the log will show under this name."""
+    total, n = log.get(name, (0, 0))
+    log[name] = (total + value, n + 1)
+
+
+def last_loss(heads, final, about):
+    """final [questions, D]: the last token of each question in some layer -> ({name: loss} of what
+    it is about, log).
+    """
+    told, log = {}, {}
+    for name in ("", "frame_"):
+        label = about[name + "digits"]
+        taught = label[:, 0] >= 0
+        said = heads[name + "digits"](final)
+        told[name + "digits"] = digit_loss(said, label)
+        told[name + "box"] = box_loss(
+            heads[name + "box"](final), about[name + "box"], taught.float()
+        )
+        near = (said.view(-1, 8, 10).argmax(-1) - label)[taught, :4].abs().amax(1) <= 1
+        log[f"seen {name}box"] = (near.float().sum().item(), max(1, len(near)))
+    label = about["answer"]
+    taught = (label >= 0).float()
+    said = heads["answer"](final)
+    each = F.binary_cross_entropy_with_logits(said, label.clamp(min=0), reduction="none")
+    told["answer"] = (each * taught).sum() / taught.sum().clamp(min=1)
+    exact = ((said > 0) == (label > 0))[label[:, 0] >= 0].all(1)
+    log["seen answer"] = (exact.float().sum().item(), max(1, len(exact)))
+    return told, log
+
+
+# ----------------------------------------------------------------------------------------------
+# Optimisation
+# ----------------------------------------------------------------------------------------------
+def optimizers(groups):
+    """groups: (named parameters, Muon rate, AdamW rate). Muon for the matrices, AdamW for
+    embeddings, norms, the rest.
+    """
+    out = []
+    for named, muon_rate, adam_rate in groups:
+        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
+        rest = [p for n, p in named if not (p.ndim == 2 and "embed" not in n)]
+        if matrices:
+            out.append(torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.0, momentum=0.95))
+        if rest:
+            out.append(torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0))
+    return out
+
+
+def rate_of(step, total):
+    """The learning rate as a share of its peak: rises over 50 steps, falls to 2 percent over the
+    last DECAY_STEPS of `total`.
+
+    Until it falls, `total` has no influence: a run may be made longer or shorter while it is
+    under way.
+    """
+    return min(1.0, (step + 1) / 50, max(0.02, (total - step) / DECAY_STEPS))
+
+
+def parts_of(args, tokenizer):
+    """{"model", "tower_heads", "last_heads"}: all that is trained, with random weights."""
+    torch.manual_seed(args.seed)
+    model = make_model(tokenizer).train()
+    AttentionInterface.register("attend_causal", attend_causal)
+    model.model.language_model.config._attn_implementation = "attend_causal"
+    width = model.config.text_config.hidden_size
+    tower_heads = heads_of(TOWER_HEADS, width)
+    last_heads = heads_of(LAST_HEADS, width)
+    return {"model": model, "tower_heads": tower_heads, "last_heads": last_heads}
+
+
+def all_optimizers(parts):
+    """[(optimizer, "tower" or "rest", peak rates of its groups)]."""
+    named = list(parts["model"].named_parameters())
+    tower = [x for x in named if "visual" in x[0]]
+    fast = [x for x in named if "embed_tokens" in x[0] or "q_norm" in x[0] or "k_norm" in x[0]]
+    taken = {name for name, _ in tower + fast}
+    rest = [x for x in named if x[0] not in taken]
+    heads = [*parts["tower_heads"].named_parameters(), *parts["last_heads"].named_parameters()]
+    heads = [("embed " + name, p) for name, p in heads]  # so named, they are AdamW's
+    groups = {
+        "tower": optimizers([(tower, 0.02, 2e-3)]),
+        "rest": optimizers([(rest, 0.02, 1.5e-3), (fast, 0, 5e-3), (heads, 0, 2e-3)]),
+    }
+    return [
+        (optimizer, name, [group["lr"] for group in optimizer.param_groups])
+        for name, group in groups.items()
+        for optimizer in group
+    ]
+
+
+def save(path, step, parts, steppers):
+    """All that it takes to go on, written whole."""
+    states = {name: module.state_dict() for name, module in parts.items()}
+    states["step"] = step
+    states["optimizers"] = [optimizer.state_dict() for optimizer, _, _ in steppers]
+    write_bytes(path, lambda file: torch.save(states, file))
+
+
+def restore(path, parts, steppers):
+    """The step to go on from: 0 where nothing was saved."""
+    if not path.exists():
+        return 0
+    saved = torch.load(path, weights_only=True)
+    for name, module in parts.items():
+        module.load_state_dict(saved[name])
+    for (optimizer, _, _), state in zip(steppers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    print(f"going on from step {saved['step']}")
+    return saved["step"]
+
+
+def loss_of(step, batch, parts, known, args):
+    """The loss of a step and its log, {name: (sum, count)}."""
+    model, chats = parts["model"], step - args.tower_steps
+    with torch.autocast("cpu", torch.bfloat16):
+        if chats < 0:
+            features, _ = see(model.model.visual, batch["patches"])
+            embeddings = model.get_input_embeddings().weight[known["words"]]
+            loss, told = tower_loss(embeddings, parts["tower_heads"], features, batch)
+            return loss, {f"tower {name}": (value.item(), 1) for name, value in told.items()}
+        weights = {"hints": 1.5 if chats < args.question_steps else 0.6, "dense": 0.4}
+        return chat_loss(model, known, parts["tower_heads"], parts["last_heads"], batch, weights)
+
+
+def update(step, loss, parameters, steppers, args):
+    """One step of all optimizers; beside the language model the tower learns at half its rate."""
+    chats = step - args.tower_steps
+    for optimizer, _, _ in steppers:
+        optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+    if chats < 0:
+        rate = min(1, (step + 1) / 50)
+    else:
+        rate = rate_of(chats, args.question_steps + args.answer_steps)
+    for optimizer, name, peaks in steppers:
+        share = 0.5 if name == "tower" and chats >= 0 else 1.0
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * rate * share
+        optimizer.step()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=BASE, help="the checkpoint (toy/base)")
-    parser.add_argument("--vision-batches", type=int, default=1000, help="of stage 1 (1000)")
-    parser.add_argument("--language-batches", type=int, default=2300, help="of stage 2 (2300)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default="runs/toy_base",
+        help="log, and where a killed run goes on from (runs/toy_base)",
+    )
+    parser.add_argument("--tower-steps", type=int, default=800, help="of stage 1 (800)")
+    parser.add_argument(
+        "--question-steps", type=int, default=400, help="of stage 2, without answers (400)"
+    )
+    parser.add_argument("--answer-steps", type=int, default=3100, help="of stage 3 (3100)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet()
     check_path("--folder", args.folder, "new folder")
+    check_path("--work", args.work, "new folder")
     start = time.time()
-    torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    processor = make_image_processor()
-    model = make_model(tokenizer).train()
-    # Short sequences: faster on a CPU than the fused kernel's backward pass
-    model.set_attn_implementation("eager")
+    parts = parts_of(args, tokenizer)
+    model = parts["model"]
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters, {len(tokenizer)} tokens")
-    train_vision(model, tokenizer, processor, args.vision_batches, args.seed + 3)
-    train_language(model, tokenizer, processor, args.language_batches, args.seed + 1)
+    known = {
+        "words": word_ids(tokenizer, WORDS),
+        "opening": tokenizer.encode('{"bbox_2d": [', add_special_tokens=False)[0],
+        "comma": tokenizer.encode(", ", add_special_tokens=False)[0],
+    }
+    steppers = all_optimizers(parts)
+    parameters = [p for module in parts.values() for p in module.parameters()]
+    checkpoint = args.work / "checkpoint.pt"
+    first = restore(checkpoint, parts, steppers)
+    total = args.tower_steps + args.question_steps + args.answer_steps
+    batches = torch.utils.data.DataLoader(
+        Batches(args, tokenizer),
+        batch_size=None,
+        sampler=range(first, total),
+        num_workers=1,  # a process beside this one, that draws while this one learns
+        prefetch_factor=4,
+    )
+    args.work.mkdir(parents=True, exist_ok=True)
+    sums = {}
+    bar = tqdm(batches, desc="base", unit="step", initial=first, total=total)
+    for step, batch in enumerate(bar, first):
+        model.get_input_embeddings().requires_grad_(step >= args.tower_steps)
+        loss, log = loss_of(step, batch, parts, known, args)
+        update(step, loss, parameters, steppers, args)
+        for name, (value, n) in log.items():
+            a, b = sums.get(name, (0, 0))
+            sums[name] = (a + value, b + n)
+        due = (step + 1) % SAVE_EVERY == 0 or step + 1 == total
+        if due:
+            line = {"step": step + 1}
+            line |= {name: round(a / max(1, b), 3) for name, (a, b) in sorted(sums.items())}
+            with open(args.work / "log.jsonl", "a") as log_file:
+                log_file.write(json.dumps(line) + "\n")
+            sums = {}
+            save(checkpoint, step + 1, parts, steppers)
+        bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     with writing(args.folder):
         model.half().save_pretrained(args.folder)  # safetensors
         tokenizer.save_pretrained(args.folder)
-        processor.save_pretrained(args.folder)
+        make_image_processor().save_pretrained(args.folder)
     print(f"{args.folder}, {(time.time() - start) / 60:.1f} min")
 
 

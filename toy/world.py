@@ -1,101 +1,122 @@
-"""The toy's world: seeded scenes of plain shapes, expressions that refer to one of them, samples.
+"""The toy's world: scenes of simple objects with small marks, what can be said of them, views,
+frames, questions.
 
-An object is a dict: kind, color, size (words); wh (width and height), bbox, center, area (pixels).
-All randomness comes from the `rng` (random.Random) that is passed in.
+A scene is drawn at 320 x 320 pixels and the model sees it reduced to 96 x 96 (its image processor
+brings every image to that area). So a view or a crop of the scene, enlarged to 320 x 320, shows
+what the whole does not: the marks.
+
+A picture is a dict {"image": PIL, "objects": list, "frames": list, "zoom": how much the scene is
+enlarged}. An object is a dict with "kind", "color", "size", "mark" (words) and "box" (0..1000
+relative to the picture, cut at its edges); "seen" is the share of it that lies within the
+picture. A frame is (color word, box), a coloured rectangle that someone drew on the picture.
 """
 
 import math
 import random
 from pathlib import Path
 
+from common import iou, normalize_box
+
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-SIDE = 80  # pixels: width and height of a scene
-KINDS = ("circle", "square", "triangle", "diamond", "cross", "star")
+SIDE, SEEN = 320, 96  # pixels: of a scene's file, and of what the model sees of it
+KINDS = ("circle", "square", "triangle", "star")
+# Colors that stay apart under a translucent red, and frames that no object has the color of
 COLORS = {
-    "red": (214, 40, 40),
-    "orange": (245, 140, 20),
     "yellow": (245, 220, 60),
-    "green": (45, 160, 65),
-    "cyan": (70, 200, 220),
-    "blue": (45, 80, 210),
-    "purple": (150, 60, 180),
-    "white": (245, 245, 245),
+    "green": (40, 160, 60),
+    "blue": (45, 80, 225),
+    "white": (248, 248, 248),
+    "black": (20, 20, 20),
 }
-SIZES = {"small": (8, 12), "large": (15, 22)}  # longer side in pixels; the gap keeps them apart
+SIZES = {
+    "small": (58, 74),
+    "large": (90, 116),
+}  # longer side in pixels; the gap keeps the words apart
+MARKS = ("dot", "ring", "cross", "bar", "post")
+MARK = 7  # pixels across: 2 of those that the model sees in a whole scene
 
-# The three sources mirror the paper's: plain attributes (RefCOCOg), objects of one kind that only a
-# superlative tells apart (Ref-Adv), longer descriptions with a relation to another object (Ref-L4).
+# The three sources mirror the paper's: plain attributes (RefCOCOg), same-kind distractors that
+# only a superlative tells apart (Ref-Adv), descriptions with a relation to another object
+# (Ref-L4).
 SOURCES = ("attributes", "distractors", "relations")
-SUPERLATIVES = {  # word -> what is largest for the object that it means
-    "leftmost": lambda o: -o["center"][0],
-    "rightmost": lambda o: o["center"][0],
-    "topmost": lambda o: -o["center"][1],
-    "bottommost": lambda o: o["center"][1],
-    "largest": lambda o: o["area"],
-    "smallest": lambda o: -o["area"],
+MARGIN = 45  # of 1000: by how much a place must differ, so that no expression hangs on one pixel
+
+
+def center(box):
+    """The centre (x, y) of a box, in its unit."""
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def area(box):
+    """The area of a box, in its unit squared."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+SUPERLATIVES = {
+    "leftmost": lambda box: -center(box)[0],
+    "rightmost": lambda box: center(box)[0],
+    "topmost": lambda box: -center(box)[1],
+    "bottommost": lambda box: center(box)[1],
+    "largest": area,
+    "smallest": lambda box: -area(box),
 }
-RELATIONS = {  # words -> the direction from the anchor to the object, in image coordinates
+RELATIONS = {
     "to the left of": (-1, 0),
     "to the right of": (1, 0),
     "above": (0, -1),
     "below": (0, 1),
 }
-MARGIN = 5  # pixels by which positions must differ, so that no expression hangs on one pixel
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 # Scenes
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
 def make_object(rng, kind=None, color=None):
-    """An object without a place yet; kind and color are drawn where they are None."""
-    kind = kind or rng.choice(KINDS)
-    color = color or rng.choice(list(COLORS))
+    """An object without a place; its "wh" is (width, height) in pixels."""
     size = rng.choice(list(SIZES))
     long = rng.uniform(*SIZES[size])
     short = long * rng.uniform(0.75, 1.0)
-    wh = (long, short) if rng.random() < 0.5 else (short, long)
-    return {"kind": kind, "color": color, "size": size, "wh": wh}
-
-
-def find_room(rng, width, height, placed):
-    """A bbox at least 2 pixels away from those placed; None when 60 tries find none."""
-    for _ in range(60):
-        x1 = rng.uniform(1, SIDE - 1 - width)
-        y1 = rng.uniform(1, SIDE - 1 - height)
-        x2 = x1 + width
-        y2 = y1 + height
-        bboxes = [other["bbox"] for other in placed]
-        if all(x1 > b[2] + 2 or x2 < b[0] - 2 or y1 > b[3] + 2 or y2 < b[1] - 2 for b in bboxes):
-            return [x1, y1, x2, y2]
-    return None
+    return {
+        "kind": kind or rng.choice(KINDS),
+        "color": color or rng.choice(list(COLORS)),
+        "size": size,
+        "mark": rng.choice(MARKS),
+        "wh": (long, short) if rng.random() < 0.5 else (short, long),
+    }
 
 
 def place_objects(rng, objects):
-    """The objects with bbox, center and area, the largest first; None when there is no room."""
+    """The objects with a bbox (pixels) each, 6 pixels apart at least; None where 40 tries find no
+    room for one.
+    """
     placed = []
     for o in sorted(objects, key=lambda o: -max(o["wh"])):
         w, h = o["wh"]
-        bbox = find_room(rng, w, h, placed)
-        if bbox is None:
+        for _ in range(40):
+            x = rng.uniform(4, SIDE - 4 - w)
+            y = rng.uniform(4, SIDE - 4 - h)
+            grown = [x - 6, y - 6, x + w + 6, y + h + 6]
+            if all(iou(grown, p["bbox"]) == 0 for p in placed):
+                break
+        else:
             return None
-        center = (bbox[0] + w / 2, bbox[1] + h / 2)
-        placed.append({**o, "bbox": bbox, "center": center, "area": w * h})
+        bbox = [x, y, x + w, y + h]
+        placed.append({**o, "bbox": bbox, "box": normalize_box(bbox, SIDE, SIDE), "seen": 1.0})
     return placed
 
 
-def make_scene(rng, low=3, high=6, distractors=None):
-    """A list of `low` to `high` objects.
-
-    With `distractors`, 2 or 3 of them share kind and color; None: so one time in two.
+def make_objects(rng, low=2, high=5, distractors=None):
+    """low to high placed objects; with `distractors` (None: one time in two) 2 or 3 share kind
+    and color.
     """
     while True:
-        count = rng.randint(low, high)
-        objects = [make_object(rng) for _ in range(count)]
-        if distractors or (distractors is None and count > 1 and rng.random() < 0.5):
-            for i in range(1, min(count, rng.choice((2, 3)))):
+        n = rng.randint(low, high)
+        objects = [make_object(rng) for _ in range(n)]
+        if distractors or (distractors is None and n > 1 and rng.random() < 0.5):
+            for i in range(1, min(n, rng.choice((2, 3)))):
                 objects[i] = make_object(rng, objects[0]["kind"], objects[0]["color"])
         placed = place_objects(rng, objects)
         if placed:
@@ -104,169 +125,169 @@ def make_scene(rng, low=3, high=6, distractors=None):
 
 
 def outline(kind, x1, y1, x2, y2):
-    """The corners of a shape (any but the circle) that fills its box."""
-    w = x2 - x1
-    h = y2 - y1
-    cx = (x1 + x2) / 2
-    cy = (y1 + y2) / 2
+    """The corners of a shape that fills its box."""
     if kind == "square":
         return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     if kind == "triangle":
-        return [(cx, y1), (x2, y2), (x1, y2)]
-    if kind == "diamond":
-        return [(cx, y1), (x2, cy), (cx, y2), (x1, cy)]
-    if kind == "cross":  # its bars are a third of the box wide
-        left, right = x1 + w / 3, x2 - w / 3
-        top, bottom = y1 + h / 3, y2 - h / 3
-        upper = [(left, y1), (right, y1), (right, top), (x2, top), (x2, bottom), (right, bottom)]
-        lower = [(right, y2), (left, y2), (left, bottom), (x1, bottom), (x1, top), (left, top)]
-        return upper + lower
-    star = []
-    for i in range(10):
-        angle = -math.pi / 2 + i * math.pi / 5
-        radius = (1.0, 0.42)[i % 2]
-        star.append((radius * math.cos(angle), radius * math.sin(angle)))
-    xs, ys = zip(*star)
-    corners = []
-    for x, y in star:  # stretched to the box
-        across = (x - min(xs)) / (max(xs) - min(xs))
-        down = (y - min(ys)) / (max(ys) - min(ys))
-        corners.append((x1 + across * w, y1 + down * h))
-    return corners
+        return [((x1 + x2) / 2, y1), (x2, y2), (x1, y2)]
+    angles = [-math.pi / 2 + i * math.pi / 5 for i in range(10)]
+    star = [
+        ((1, 0.45)[i % 2] * math.cos(t), (1, 0.45)[i % 2] * math.sin(t))
+        for i, t in enumerate(angles)
+    ]
+    left, right = min(p[0] for p in star), max(p[0] for p in star)
+    top, bottom = min(p[1] for p in star), max(p[1] for p in star)
+    w, h = (x2 - x1) / (right - left), (y2 - y1) / (bottom - top)
+    return [(x1 + (x - left) * w, y1 + (y - top) * h) for x, y in star]
 
 
-def make_ground(rng):
-    """A plain, noisy, striped or graded ground: [SIDE, SIDE, 3] float32."""
-    grey = np.array([rng.randint(60, 150)] * 3)
-    tint = np.array([rng.randint(-25, 25) for _ in range(3)])
-    ground = np.broadcast_to(grey + tint, (SIDE, SIDE, 3)).astype(np.float32).copy()
-    texture = rng.choice(("plain", "noise", "stripes", "gradient"))
-    if texture == "noise":
-        ground += np.random.default_rng(rng.getrandbits(32)).normal(0, 10, (SIDE, SIDE, 1))
-    elif texture == "stripes":
-        period = rng.randint(6, 16)
-        across = rng.randint(0, 1)
-        wave = 12 * np.sign(np.sin(2 * np.pi * np.arange(SIDE) / period))
-        ground += wave[:, None, None] if across else wave[None, :, None]
-    elif texture == "gradient":
-        ground += np.linspace(-30, 30, SIDE)[None, :, None]
-    return ground
+def draw_mark(draw, mark, x, y, ink):
+    """A mark of MARK pixels about (x, y); all have about the same area, so that none is darker
+    from afar.
+    """
+    r = MARK / 2
+    if mark == "dot":
+        draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=ink)
+    elif mark == "ring":
+        draw.ellipse([x - r, y - r, x + r, y + r], outline=ink, width=1)
+    elif mark == "cross":
+        draw.line([x - r, y - r, x + r, y + r], fill=ink, width=2)
+        draw.line([x - r, y + r, x + r, y - r], fill=ink, width=2)
+    elif mark == "bar":
+        draw.rectangle([x - r, y - 0.7, x + r, y + 0.7], fill=ink)
+    else:
+        draw.rectangle([x - 0.7, y - r, x + 0.7, y + r], fill=ink)
 
 
-def render(rng, objects):
-    """A SIDE x SIDE RGB image (PIL); drawn larger and reduced, for smooth edges."""
-    k = 3
-    ground = make_ground(rng).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(ground).resize((SIDE * k, SIDE * k), Image.NEAREST)
+def draw_scene(rng, objects):
+    """SIDE x SIDE RGB: the objects on a grey ground that is a little brighter on one side."""
+    level = rng.randint(95, 150)
+    tint = [rng.randint(-8, 8) for _ in range(3)]
+    slope = rng.uniform(-20, 20)
+    shade = np.linspace(-slope, slope, SIDE)[:, None]
+    line = (level + shade + tint).astype(np.uint8)  # [SIDE, 3]: brighter from end to end
+    line = line[:, None] if rng.random() < 0.5 else line[None]
+    ground = np.ascontiguousarray(np.broadcast_to(line, (SIDE, SIDE, 3)))
+    image = Image.fromarray(ground)
     draw = ImageDraw.Draw(image)
     for o in objects:
-        corners = [v * k for v in o["bbox"]]
-        fill = tuple(min(255, max(0, c + rng.randint(-12, 12))) for c in COLORS[o["color"]])
+        corners = o["bbox"]
+        color = tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in COLORS[o["color"]])
         if o["kind"] == "circle":
-            draw.ellipse(corners, fill=fill)
+            draw.ellipse(corners, fill=color)
         else:
-            draw.polygon(outline(o["kind"], *corners), fill=fill)
-    return image.resize((SIDE, SIDE), Image.BOX)
+            draw.polygon(outline(o["kind"], *corners), fill=color)
+        x, y = center(corners)
+        if o["kind"] == "triangle":  # its middle is lower than its box's
+            y += 0.12 * (corners[3] - corners[1])
+        light = sum(color) < 300
+        ink = tuple(round(c * 0.4 + 140) if light else round(c * 0.4) for c in color)
+        x, y = x + rng.uniform(-3, 3), y + rng.uniform(-2, 2)
+        draw_mark(draw, o["mark"], x, y, ink)
+        o["spot"] = x, y
+    return image
 
 
-# --------------------------------------------------------------------------------------------------
-# Referring expressions: each fits one object of the scene and no other
-# --------------------------------------------------------------------------------------------------
-def alike(objects, words, target):
-    """Those objects that agree with the target in these words (of kind, color, size)."""
-    return [o for o in objects if all(o[word] == target[word] for word in words)]
+def make_scene(rng, low=2, high=5, distractors=None):
+    """A picture of a new scene, without frames."""
+    objects = make_objects(rng, low, high, distractors)
+    image = draw_scene(rng, objects)
+    return {"image": image, "objects": objects, "frames": [], "zoom": 1.0, "corner": (0, 0)}
 
 
-def describe(o, words):
-    return " ".join(o[word] for word in words)
+# ----------------------------------------------------------------------------------------------
+# Expressions: each fits one object of the picture and no other
+# ----------------------------------------------------------------------------------------------
+def along(box, anchor, direction):
+    """How far a box lies from an anchor along `direction`, and across it, between centres."""
+    dx, dy = (a - b for a, b in zip(center(box), center(anchor)))
+    return dx * direction[0] + dy * direction[1], abs(dx * direction[1]) + abs(dy * direction[0])
 
 
-def offset(o, anchor, direction):
-    """How far `o` lies from `anchor` along `direction`, and across it, in pixels."""
-    dx = o["center"][0] - anchor["center"][0]
-    dy = o["center"][1] - anchor["center"][1]
-    along = dx * direction[0] + dy * direction[1]
-    across = abs(dx * direction[1]) + abs(dy * direction[0])
-    return along, across
+def fitting(objects, words):
+    """The objects that have all of `words`, a dict such as {"color": "blue", "kind": "star"}."""
+    return [o for o in objects if all(o[key] == word for key, word in words.items())]
 
 
-def refer_by_attributes(rng, objects, target):
-    """As in "the red circle"; None when no attributes tell the target apart."""
-    options = []
-    for words in (("color", "kind"), ("size", "color", "kind")):
-        if len(alike(objects, words, target)) == 1:
-            options.append(words)
-    if not options:
+def words_of(o, keys):
+    """The words of an object under these keys, in order."""
+    return {key: o[key] for key in keys}
+
+
+def best(objects, superlative):
+    """The object that a superlative names among several; None where two are too close to call."""
+    key = SUPERLATIVES[superlative]
+    first, second = sorted(objects, key=lambda o: key(o["box"]), reverse=True)[:2]
+    lead = key(first["box"]) - key(second["box"])
+    margin = (
+        MARGIN
+        if superlative.endswith("most")
+        else 0.4 * min(area(first["box"]), area(second["box"]))
+    )
+    return first if lead >= margin else None
+
+
+def refer(rng, objects, source, sizes=True):
+    """(expression, object) in the style of `source`, or None where the object that was drawn
+    cannot be told apart so.
+
+    sizes: whether "small" and "large" may be said; in an enlarged view they would mislead.
+    """
+    if not objects:
         return None
-    words = options[0] if rng.random() < 0.75 else options[-1]
-    return f"the {describe(target, words)}"
-
-
-def refer_by_superlative(rng, objects, target):
-    """As in "the leftmost red circle"; None when the target is not the first by a clear margin."""
-    words = rng.choice((("kind",), ("color", "kind"), ("color", "kind")))
-    same = alike(objects, words, target)
-    if len(same) < 2:
+    target = rng.choice(objects)
+    if target["seen"] < 0.7:
         return None
-    options = []
-    for word, key in SUPERLATIVES.items():
-        first, second = sorted(same, key=key, reverse=True)[:2]
-        if word.endswith("most"):
-            margin = MARGIN
-        else:
-            margin = 0.4 * min(first["area"], second["area"])
-        if first is target and key(first) - key(second) >= margin:
-            options.append(word)
-    if not options:
-        return None
-    return f"the {rng.choice(options)} {describe(target, words)}"
-
-
-def refer_by_relation(rng, objects, target):
-    """As in "the circle that is above the blue star"; None when none fits the target alone."""
+    if source == "attributes":
+        options = [("color", "kind")] + [("size", "color", "kind")] * sizes
+        options = [keys for keys in options if len(fitting(objects, words_of(target, keys))) == 1]
+        if not options:
+            return None
+        keys = options[0] if rng.random() < 0.75 else options[-1]
+        return "the " + " ".join(words_of(target, keys).values()), target
+    if source == "distractors":
+        words = words_of(target, rng.choice((("kind",), ("color", "kind"), ("color", "kind"))))
+        same = fitting(objects, words)
+        options = [s for s in SUPERLATIVES if best(same, s) is target] if len(same) > 1 else []
+        if not options:
+            return None
+        return f"the {rng.choice(options)} {' '.join(words.values())}", target
     if len(objects) < 2:
         return None
     anchor = rng.choice([o for o in objects if o is not target])
-    names = []
-    for words in (("kind",), ("color", "kind"), ("size", "color", "kind")):
-        if len(alike(objects, words, anchor)) == 1:
-            names.append(words)
-    words = rng.choice((("kind",), ("color", "kind"), ("size", "kind")))
-    same = alike(objects, words, target)
-    others = [o for o in same if o is not target and o is not anchor]
+    names = [("kind",), ("color", "kind")] + [("size", "color", "kind")] * sizes
+    names = [keys for keys in names if len(fitting(objects, words_of(anchor, keys))) == 1]
+    words = words_of(
+        target, rng.choice([("kind",), ("color", "kind")] + [("size", "kind")] * sizes)
+    )
+    others = [o for o in fitting(objects, words) if o is not target and o is not anchor]
     options = []
     for phrase, direction in RELATIONS.items():
-        along, across = offset(target, anchor, direction)
-        clear = along >= max(MARGIN, 1.2 * across)
-        if clear and all(offset(o, anchor, direction)[0] <= -MARGIN for o in others):
+        far, across = along(target["box"], anchor["box"], direction)
+        alone = all(along(o["box"], anchor["box"], direction)[0] <= -MARGIN for o in others)
+        if far >= max(MARGIN, 1.2 * across) and alone:
             options.append(phrase)
-    if not names or not options:
+    if not (names and options):
         return None
-    phrase = rng.choice(options)
-    return (
-        f"the {describe(target, words)} that is {phrase} the {describe(anchor, rng.choice(names))}"
-    )
+    name = " ".join(words_of(anchor, rng.choice(names)).values())
+    return f"the {' '.join(words.values())} that is {rng.choice(options)} the {name}", target
 
 
-REFER = dict(zip(SOURCES, (refer_by_attributes, refer_by_superlative, refer_by_relation)))
+def refer_somehow(rng, objects, sources=SOURCES, sizes=True, tries=12):
+    """Like `refer`, with a source by chance, tried several times."""
+    for _ in range(tries):
+        found = refer(rng, objects, rng.choice(sources), sizes)
+        if found:
+            return found
+    return None
 
 
-def refer(rng, objects, source):
-    """(expression, object) in the style of `source`, one of SOURCES.
-
-    None when the object that was drawn cannot be told apart in this way.
-    """
-    target = rng.choice(objects)
-    expression = REFER[source](rng, objects, target)
-    return (expression, target) if expression else None
-
-
+# ----------------------------------------------------------------------------------------------
+# Samples
+# ----------------------------------------------------------------------------------------------
 def make_samples(folder, per_source, seed):
-    """Renders 3 * per_source scenes into folder/images; returns their samples.
-
-    A sample is a dict, a line of a .jsonl file: id, source, image (path relative to the folder),
-    width and height (pixels), expression, bbox (float pixels). Each has a random state of its own,
-    so that a sample does not depend on how many there are.
+    """Draws one scene for each of 3 * per_source samples into folder/images; returns the samples
+    (DESIGN: one line each).
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -274,23 +295,21 @@ def make_samples(folder, per_source, seed):
     for i in tqdm(range(3 * per_source), desc="scenes", unit="scene"):
         source = SOURCES[i % 3]
         rng = random.Random(f"{seed} {i}")
-        distractors = True if source == "distractors" else None
         found = None
         while not found:
-            objects = make_scene(rng, 2, 5, distractors)
+            objects = make_objects(rng, distractors=True if source == "distractors" else None)
             found = refer(rng, objects, source)
-        expression, target = found
-        image = f"images/scene_{i:05d}.png"
-        render(rng, objects).save(folder / image)
+        name = f"images/scene_{i:05d}.png"
+        draw_scene(rng, objects).save(folder / name)
         samples.append(
             {
                 "id": f"{source}_{i:05d}",
                 "source": source,
-                "image": image,
+                "image": name,
                 "width": SIDE,
                 "height": SIDE,
-                "expression": expression,
-                "bbox": [round(v, 2) for v in target["bbox"]],
+                "expression": found[0],
+                "bbox": [round(v, 2) for v in found[1]["bbox"]],
             }
         )
     return samples

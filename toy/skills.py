@@ -1,6 +1,6 @@
 """What the toy's base can do: one table, on fresh scenes.
 
-python -m toy.next.skills [--model FOLDER] [--n 400]
+python -m toy.skills [--model FOLDER] [--n 400]
 """
 
 import argparse
@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import SINGLE_PROMPT, SINGLE_SHOT, VLM, format_box, iou, parse_box, rollout
-from toy.next import world
-from toy.next.model import make_image_processor
-from toy.next.world import FRAMES, MARKS, RELATED, SOURCES
+from toy import questions, world
+from toy.model import make_image_processor
+from toy.questions import FRAMES, RELATED
+from toy.world import MARKS, SOURCES
 
 import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
@@ -90,7 +91,7 @@ def scene_and_view(rng):
     if not made:
         return None
     picture, expression, target = made
-    part = world.view(picture, world.random_view(rng, target["bbox"], rng.uniform(1.5, 3)))
+    part = questions.view(picture, questions.random_view(rng, target["bbox"], rng.uniform(1.5, 3)))
     inner = [o for o in part["objects"] if o["bbox"] == target["bbox"]]
     named = expression.rpartition("the ")[2].split()
     anchors = [o for o in part["objects"] if set(named) <= {o["kind"], o["color"], *named[:-2]}]
@@ -103,8 +104,8 @@ def scene_and_view(rng):
 
 def framed(rng, name):
     """(picture with one frame, question, answer) for a question of world.py about a frame."""
-    picture = world.with_frames(rng, world.make_scene(rng), 1)
-    asked = getattr(world, f"ask_{name}")(rng, picture, refer_anyhow)
+    picture = questions.with_frames(rng, world.make_scene(rng), 1)
+    asked = getattr(questions, f"ask_{name}")(rng, picture, refer_anyhow)
     return (picture, *asked[:2]) if asked else None
 
 
@@ -113,10 +114,12 @@ def in_crop(rng, name):
     scene = world.make_scene(rng)
     target = rng.choice(scene["objects"])
     if name == "mark":
-        crop = world.view(scene, world.random_crop(rng, target["bbox"]))
+        crop = questions.view(scene, questions.random_crop(rng, target["bbox"]))
     else:
-        crop = world.view(scene, world.random_view(rng, target["bbox"], rng.uniform(2.4, 3)))
-    asked = getattr(world, f"ask_{name}")(
+        crop = questions.view(
+            scene, questions.random_view(rng, target["bbox"], rng.uniform(2.4, 3))
+        )
+    asked = getattr(questions, f"ask_{name}")(
         rng, crop, lambda rng, o: world.refer_somehow(rng, o, sizes=False)
     )
     return (crop, *asked[:2], scene) if asked else None
@@ -125,7 +128,7 @@ def in_crop(rng, name):
 def in_scene(rng):
     """(picture, question, answer): the mark of an object, asked of the whole scene."""
     scene = world.make_scene(rng)
-    asked = world.ask_mark(rng, scene, refer_anyhow)
+    asked = questions.ask_mark(rng, scene, refer_anyhow)
     return (scene, *asked[:2]) if asked else None
 
 
@@ -141,11 +144,11 @@ def own_frames(rng, finds, boxes):
     """
     out = {"right": [], "wrong": []}
     for (picture, expression, target), box in zip(finds, boxes):
-        inside = world.is_inside(target["box"], box) if box else None
+        inside = questions.is_inside(target["box"], box) if box else None
         if inside is None:
             continue
         color = rng.choice(list(FRAMES))
-        shown = world.draw_frame(picture, color, box, rng.choice((0.0, 0.25)))
+        shown = questions.draw_frame(picture, color, box, rng.choice((0.0, 0.25)))
         question = f"Is {expression} inside the {color} frame?"
         out["right" if inside else "wrong"].append((shown, question, "yes" if inside else "no"))
     return out
@@ -219,7 +222,7 @@ def table(vlm, n, seed):
     )
     add("  the same in the whole scene", "mean IoU", mean(whole), chance, "")
 
-    frames = [world.with_frames(rng, world.make_scene(rng), 1) for _ in range(n)]
+    frames = [questions.with_frames(rng, world.make_scene(rng), 1) for _ in range(n)]
     names = [f"the {picture['frames'][0][0]} frame" for picture in frames]
     ious = overlap(locate(vlm, frames, names), [picture["frames"][0][1] for picture in frames])
     add("find a frame, plain or translucent", "mean IoU", mean(ious), "0.1", "0.85")

@@ -1,0 +1,358 @@
+"""What the toy's base learns from: pictures with labels for each image token, conversations.
+
+The conversations hold general skills alone: boxes for expressions and frames, what lies where, what
+a frame holds and how it lies, marks, boxes and words to be repeated. They hold no prompt of the
+methods but SINGLE_PROMPT, no sentence of a trace, and no box of the model's own.
+"""
+
+import functools
+import random
+from types import SimpleNamespace
+
+from common import SINGLE_PROMPT, format_box, mrope_positions
+from toy import questions, world
+from toy.model import PATCH, vocabulary_words
+from toy.questions import FRAMES, RELATED
+from toy.world import COLORS, KINDS, MARKS, SEEN, SIZES, SOURCES
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+CELLS = SEEN // PATCH // 2  # image tokens along a side
+LEGIBLE = 2.4  # enlarged so much, a view shows marks
+PICTURES = 64  # in a batch of stage 1
+ROWS, BUDGET = 34, 170  # conversations in a batch, and about how many tokens each has
+LEVELS = 200, 400  # steps of stage 2 at which conversations become harder
+WORDS = [*COLORS, *KINDS, *SIZES, *MARKS]
+ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
+
+
+# ----------------------------------------------------------------------------------------------
+# What the tower sees, and what its tokens are taught
+# ----------------------------------------------------------------------------------------------
+def patches_of(image):
+    """A square PIL image -> [patches, 3 * 2 * PATCH * PATCH] float32 as the image processor gives
+    them, blocks of 2 x 2.
+    """
+    seen = np.asarray(image.resize((SEEN, SEEN), Image.BICUBIC), np.float32) / 127.5 - 1
+    blocks = seen.reshape(CELLS, 2, PATCH, CELLS, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    flat = blocks.reshape(CELLS * CELLS * 4, 3, 1, PATCH * PATCH)  # [patches, colors, time, pixels]
+    return np.repeat(flat, 2, 2).reshape(len(flat), -1)
+
+
+def digits(box):
+    """The first and the second digit of each coordinate (0..1000; 1000 counts as 990)."""
+    return [min(9, v // 100) for v in box] + [v // 10 % 10 if v < 1000 else 9 for v in box]
+
+
+def lies(frame, box):
+    """How a frame lies around a box, in numbers: shift in sizes of the box, log of the ratio of
+    sizes; cut at 1.5.
+    """
+    w, h = box[2] - box[0], box[3] - box[1]
+    shift = [(a - b) / size for a, b, size in zip(world.center(frame), world.center(box), (w, h))]
+    ratio = np.log([max(1, frame[2] - frame[0]) / w, max(1, frame[3] - frame[1]) / h])
+    return np.clip([*shift, *ratio], -1.5, 1.5)
+
+
+def overlap(box):
+    """[tokens]: the area (0..1000 squared) of each image token's cell that a box covers."""
+    edges = np.arange(CELLS + 1) * 1000 / CELLS
+    across = np.clip(np.minimum(edges[1:], box[2]) - np.maximum(edges[:-1], box[0]), 0, None)
+    down = np.clip(np.minimum(edges[1:], box[3]) - np.maximum(edges[:-1], box[1]), 0, None)
+    return (down[:, None] * across[None]).reshape(-1)
+
+
+def cells_at(spot):
+    """The image tokens that show a mark at `spot` (pixels of a picture of world.SIDE)."""
+    x, y = (v * CELLS / world.SIDE for v in spot)
+    near = [abs(np.arange(CELLS) + 0.5 - v) < 0.75 for v in (y, x)]
+    return (near[0][:, None] & near[1][None]).reshape(-1)
+
+
+# What each image token is taught: names of arrays [tokens, ...]
+LABELS = (
+    "words",
+    "known",
+    "digits",
+    "box",
+    "frame",
+    "frame_digits",
+    "frame_box",
+    "related",
+    "lies",
+)
+
+
+def token_labels(picture):
+    """What each image token is taught of a picture: a dict of arrays [tokens, ...]; -1 in
+    integers is "not taught".
+    """
+    n = CELLS * CELLS
+    out = {
+        "words": np.zeros((n, len(WORDS)), np.float32),
+        "known": np.ones((n, len(WORDS)), np.float32),  # 0: the word is not taught here
+        "digits": np.full((n, 8), -1),
+        "box": np.zeros((n, 4), np.float32),
+        "frame": np.full(n, len(FRAMES)),
+        "frame_digits": np.full((n, 8), -1),
+        "frame_box": np.zeros((n, 4), np.float32),
+        "related": np.full((n, len(FRAMES), len(RELATED) + 1), -1.0, np.float32),
+        "lies": np.zeros((n, len(FRAMES), 4), np.float32),
+    }
+    sizes = slice(len(COLORS) + len(KINDS), len(COLORS) + len(KINDS) + len(SIZES))
+    marks = slice(sizes.stop, None)
+    if picture["zoom"] > 1:
+        out["known"][:, sizes] = 0
+    if picture["zoom"] < LEGIBLE:
+        out["known"][:, marks] = 0
+    # An object is taught where it covers 2,000 of a token's 27,800 (0..1000 squared) or more
+    most = np.full(n, 2000.0)
+    for o in picture["objects"]:
+        area = overlap(o["box"])
+        here = area > most
+        most = np.maximum(most, area)
+        names = [o["color"], o["kind"], o["size"]]
+        out["words"][here, : -len(MARKS)] = [float(word in names) for word in WORDS[: -len(MARKS)]]
+        spot = [(v - c) * picture["zoom"] for v, c in zip(o["spot"], picture["corner"])]
+        out["words"][cells_at(spot), sizes.stop + MARKS.index(o["mark"])] = 1
+        out["digits"][here] = digits(o["box"])
+        out["box"][here] = np.array(o["box"]) / 1000
+        out["related"][here] = -1
+        for color, frame in picture["frames"]:
+            c = list(FRAMES).index(color)
+            said, inside = questions.compare(frame, o["box"]), questions.is_inside(o["box"], frame)
+            out["related"][here, c, :-1] = [float(word in said) for word in RELATED]
+            out["related"][here, c, -1] = -1 if inside is None else float(inside)
+            out["lies"][here, c] = lies(frame, o["box"])
+    for color, frame in picture["frames"]:
+        here = overlap(frame) > 600
+        out["frame"][here] = list(FRAMES).index(color)
+        out["frame_digits"][here] = digits(frame)
+        out["frame_box"][here] = np.array(frame) / 1000
+    return out
+
+
+def pictures_batch(pictures):
+    """Pictures -> a dict of tensors: patches [n, patches, ...] and labels [n, tokens, ...]."""
+    labels = [token_labels(picture) for picture in pictures]
+    out = {
+        name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]
+    }
+    out["patches"] = torch.from_numpy(
+        np.stack([patches_of(picture["image"]) for picture in pictures])
+    )
+    return out
+
+
+# ----------------------------------------------------------------------------------------------
+# Conversations
+# ----------------------------------------------------------------------------------------------
+def next_picture(rng, level, scene):
+    """(picture, scene): something new to look at, often of the scene before."""
+    if scene is None or rng.random() < 0.4:
+        low, high, distractors = ((2, 3, False), (2, 4, None), (2, 5, None))[level]
+        scene = world.make_scene(rng, low, high, distractors)
+    picture = scene
+    way = rng.random()
+    target = rng.choice(scene["objects"])["bbox"]
+    if way < 0.15:
+        picture = questions.view(scene, questions.random_view(rng, target, rng.uniform(1.4, 3)))
+    elif way < 0.32:
+        picture = questions.view(scene, questions.random_crop(rng, target))
+    if rng.random() < (0.65 if picture is scene else 0.35):
+        picture = questions.with_frames(rng, picture, rng.choice((1, 1, 1, 2)))
+    return picture, scene
+
+
+def random_box(rng):
+    """Any box (0..1000)."""
+    x1, x2 = sorted(rng.sample(range(1001), 2))
+    y1, y2 = sorted(rng.sample(range(1001), 2))
+    return [x1, y1, x2, y2]
+
+
+def random_words(rng, vocabulary):
+    """A few words in no order: to repeat them teaches every word, and no sentence."""
+    text = rng.choice(vocabulary)
+    for _ in range(rng.randint(2, 8)):
+        text += rng.choice((" ", " ", " ", ", ", ". ", "\n")) + rng.choice(vocabulary)
+    return text + rng.choice((".", ""))
+
+
+def next_question(rng, picture, level, said, vocabulary, repeats=True):
+    """A dict of "kind", "text", "answer", and "object", "frame" (boxes, or None), or None where
+    chance found none.
+
+    said: the (question, answer) pairs with a box so far, for questions that repeat.
+    repeats: whether such questions may come.
+    """
+    sizes = picture["zoom"] == 1
+    sources = (SOURCES[:1], SOURCES, SOURCES)[level]
+
+    last_said = {}
+
+    def refer_to(rng, objects):
+        found = world.refer_somehow(rng, objects, sources, sizes, tries=4)
+        if found:
+            last_said["expression"] = found[0]
+        return found
+
+    way = rng.random() if repeats else 1.0
+    if way < 0.03:
+        said_words = random_words(rng, vocabulary)
+        return {"kind": "words", "text": f"Repeat: {said_words}", "answer": said_words}
+    if way < 0.06:
+        box = format_box(random_box(rng))
+        return {"kind": "repeat", "text": f"Here is a box: {box}. Repeat the box.", "answer": box}
+    if way < 0.12 and said:
+        question, answer = rng.choice(said)
+        if rng.random() < 0.5:
+            return {"kind": "repeat", "text": "Repeat the box.", "answer": said[-1][1]}
+        return {"kind": "again", "text": question, "answer": answer}
+    if picture["frames"] and rng.random() < 0.75:
+        kinds = ("frame", "what_inside", "is_inside", "compare", "compare")
+    elif picture["zoom"] >= LEGIBLE and rng.random() < 0.6:
+        kinds = ("mark", "mark", "bearer", "count")
+    else:
+        kinds = ("find",) * 9 + ("where",)
+    kind = rng.choice(kinds)
+    if kind == "find":
+        found = refer_to(rng, picture["objects"])
+        if not found:
+            return None
+        box = found[1]["box"]
+        return {"kind": "find", "text": found[0], "answer": format_box(box), "object": box}
+    if kind == "frame":
+        color, box = rng.choice(picture["frames"])
+        return {
+            "kind": "frame",
+            "text": f"the {color} frame",
+            "answer": format_box(box),
+            "frame": box,
+        }
+    asked = getattr(questions, f"ask_{kind}")(rng, picture, refer_to)
+    if not asked:
+        return None
+    text, answer, o, frame = asked
+    return {
+        "kind": kind,
+        "text": text,
+        "answer": answer,
+        "expression": last_said["expression"]
+        if kind in ("where", "is_inside", "compare", "mark")
+        else None,
+        "object": o and o["box"],
+        "frame": frame and frame[1],
+    }
+
+
+def conversation(rng, level, budget, encode, vocabulary, answered):
+    """A chat of about `budget` tokens: a list of (picture or None, question dict), a picture
+    where it is shown first.
+    """
+    turns, scene, length = [], None, 0
+    while length < budget:
+        picture, scene = next_picture(rng, level, scene)
+        said, asked, first = [], set(), True
+        for _ in range(3 * (rng.randint(2, 7) if answered else 10)):
+            question = next_question(rng, picture, level, said, vocabulary, answered)
+            if not question:
+                continue
+            key = repr([question.get(name) for name in ("kind", "object", "frame")])
+            if question["kind"] not in ("words", "repeat", "again"):
+                if key in asked:  # in other words, it could be answered without looking
+                    continue
+                asked.add(key)
+            if question["kind"] in ("find", "frame"):
+                said.append((question["text"], question["answer"]))
+                question["full"] = rng.random() < (0.7 if first else 0.15)
+            turns.append((picture if first else None, question))
+            length += 40 * first + 8 + len(encode(question["text"]))
+            length += len(encode(question["answer"])) if answered else 0
+            first = False
+            if length >= budget or len(asked) >= 10:
+                break
+    return turns
+
+
+def chat_batch(rng, level, tokenizer, answered, rows=ROWS, budget=BUDGET):
+    """A batch of conversations as tensors; see `chat_loss` for what is in it.
+
+    answered: whether the questions are followed by their answers. Without them a conversation holds
+    three times as many questions, whose last tokens are taught what they are about.
+    """
+    encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
+    vocabulary = vocabulary_words()
+    shape = SimpleNamespace(rows=CELLS, columns=CELLS)
+    special = tokenizer.convert_tokens_to_ids
+    pad = special("<|image_pad|>")
+    shown = [special("<|vision_start|>")] + [pad] * CELLS**2 + [special("<|vision_end|>")]
+    before, after = SINGLE_PROMPT.split("{text}")
+    ids, labels, positions, pictures, last, answers, kinds = [], [], [], [], [], [], []
+    for row in range(rows):
+        tokens, learnt, images = [], [], 0
+        for picture, q in conversation(rng, level, budget, encode, vocabulary, answered):
+            tokens += encode("<|im_start|>user\n")
+            if picture:
+                tokens += shown
+                pictures.append(picture)
+                images += 1
+            tokens += encode(before) * q.get("full", False)
+            # The last word of an expression is to know the object, whatever the question
+            if q.get("expression"):
+                head = q["text"][: q["text"].index(q["expression"]) + len(q["expression"])]
+                named = {"kind": "named", "answer": "", "object": q["object"]}
+                last.append((row, len(tokens) + len(encode(head)) - 1, named))
+            tokens += encode(q["text"])
+            last.append((row, len(tokens) - 1, q))
+            tokens += encode(after) * q.get("full", False) + encode("<|im_end|>\n")
+            if answered:
+                tokens += encode("<|im_start|>assistant\n")
+                answer = encode(q["answer"] + "<|im_end|>")
+                learnt += [-100] * (len(tokens) - len(learnt)) + answer
+                answers += [len(kinds)] * len(answer)
+                kinds.append(q["kind"])
+                tokens += answer + encode("\n")
+        ids.append(tokens)
+        labels.append(learnt + [-100] * (len(tokens) - len(learnt)))
+        positions.append(torch.tensor(mrope_positions(tokens, [shape] * images, pad)[0]).T)
+    longest = max(map(len, ids))
+    out = pictures_batch(pictures)
+    fill = tokenizer.pad_token_id
+    out["ids"] = torch.tensor([row + [fill] * (longest - len(row)) for row in ids])
+    out["labels"] = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
+    out["positions"] = torch.stack([F.pad(p, (0, longest - p.shape[1])) for p in positions], 1)
+    out["answer_of"] = torch.tensor(answers)  # [learnt tokens]: which answer each belongs to
+    out["kinds"] = kinds
+    about = {"digits": [], "box": [], "frame_digits": [], "frame_box": [], "answer": []}
+    for _, _, q in last:
+        for name, box in (("", q.get("object")), ("frame_", q.get("frame"))):
+            about[name + "digits"].append(digits(box) if box else [-1] * 8)
+            about[name + "box"].append([v / 1000 for v in box] if box else [0.0] * 4)
+        spoken = q["answer"].replace(",", "").split()
+        taught = q["kind"] in ("what_inside", "is_inside", "compare", "mark", "bearer")
+        about["answer"].append([float(word in spoken) if taught else -1.0 for word in ANSWERS])
+    out["last"] = torch.tensor([[row, at] for row, at, _ in last])
+    out["about"] = {name: torch.tensor(value) for name, value in about.items()}
+    return out
+
+
+class Batches(torch.utils.data.Dataset):
+    """The batch of each step, by its number: what makes the recipe go on where it was killed."""
+
+    def __init__(self, args, tokenizer):
+        self.args = args
+        self.tokenizer = tokenizer
+
+    def __getitem__(self, step):
+        torch.set_num_threads(1)
+        rng = random.Random(f"{self.args.seed} {step}")
+        if step < self.args.tower_steps:
+            level = 1 + (step > self.args.tower_steps // 2)
+            return pictures_batch([next_picture(rng, level, None)[0] for _ in range(PICTURES)])
+        step -= self.args.tower_steps
+        level = sum(step >= begins for begins in LEVELS)
+        return chat_batch(rng, level, self.tokenizer, step >= self.args.question_steps)

@@ -1,0 +1,238 @@
+"""What can be asked about a scene beside its expressions: views, frames, marks.
+
+Pictures, objects and frames are dicts as in world.py. All randomness comes from the `rng`
+(random.Random) that is passed in.
+"""
+
+from common import draw_overlay, iou, normalize_box
+from support.traces import place
+from toy.world import MARKS, SIDE, area, center
+
+from PIL import Image
+
+# No object has one of these colors
+FRAMES = {"red": (255, 0, 0), "pink": (255, 0, 220), "cyan": (0, 230, 255), "orange": (255, 140, 0)}
+
+
+# ----------------------------------------------------------------------------------------------
+# Views: a part of a picture, which the image processor brings to the whole's size
+# ----------------------------------------------------------------------------------------------
+def enlarge(image, bbox):
+    """What lies within bbox (pixels, a square) of an image, brought to the image's own size."""
+    return image.resize(image.size, Image.BILINEAR, box=bbox)
+
+
+def view(picture, bbox):
+    """The picture of what lies within bbox (pixels, a square), enlarged, without frames.
+
+    Objects of which less than 15 percent show are left out of the list.
+    """
+    x1, y1, x2, y2 = bbox
+    objects = []
+    for o in picture["objects"]:
+        whole = o["bbox"]
+        part = [max(whole[0], x1), max(whole[1], y1), min(whole[2], x2), min(whole[3], y2)]
+        if part[0] < part[2] and part[1] < part[3] and area(part) > 0.15 * area(whole):
+            inner = [part[0] - x1, part[1] - y1, part[2] - x1, part[3] - y1]
+            box = normalize_box(inner, x2 - x1, y2 - y1)
+            objects.append({**o, "box": box, "seen": area(part) / area(whole)})
+    return {
+        "image": enlarge(picture["image"], bbox),
+        "objects": objects,
+        "frames": [],
+        "zoom": SIDE / (x2 - x1),
+        "corner": (x1, y1),
+    }
+
+
+def square_about(bbox, side):
+    """The square of `side` about a bbox, moved into the scene; all in pixels."""
+    side = min(side, SIDE)
+    corner = [min(SIDE - side, max(0.0, c - side / 2)) for c in center(bbox)]
+    return [*corner, corner[0] + side, corner[1] + side]
+
+
+def crop_square(bbox, margin=0.1):
+    """The square that a crop of bbox shows: its longer side and a margin, at least 40 pixels."""
+    return square_about(
+        bbox, max(40.0, max(bbox[2] - bbox[0], bbox[3] - bbox[1]) * (1 + 2 * margin))
+    )
+
+
+def random_view(rng, bbox, zoom):
+    """A square view, `zoom` times enlarged or less, that holds all of bbox, at a place by chance;
+    pixels.
+    """
+    side = max(SIDE / zoom, 1.15 * max(bbox[2] - bbox[0], bbox[3] - bbox[1]))
+    corner = []
+    for low, high in ((bbox[0], bbox[2]), (bbox[1], bbox[3])):
+        corner.append(rng.uniform(max(0, high + 2 - side), min(SIDE - side, low - 2)))
+    return [*corner, corner[0] + side, corner[1] + side]
+
+
+def random_crop(rng, bbox):
+    """The crop that a good or a fair box of an object cuts out; pixels."""
+    spread = rng.choice((0.03, 0.1, 0.2))
+    w, h = bbox[2] - bbox[0], bbox[3] - bbox[1]
+    sides = [v + rng.gauss(0, spread) * s for v, s in zip(bbox, (w, h, w, h))]
+    return crop_square(sides, rng.choice((0, 0.1, 0.1, 0.3)))
+
+
+# ----------------------------------------------------------------------------------------------
+# Frames: coloured rectangles drawn on a picture, and how they lie
+# ----------------------------------------------------------------------------------------------
+RELATED = ("apart", "left", "right", "high", "low", "narrow", "wide", "short", "tall", "well")
+
+
+def random_frame(rng, objects):
+    """A frame (0..1000): about an object, close or not, stretched or anywhere."""
+    while True:
+        way = rng.random()
+        x1, y1, x2, y2 = rng.choice(objects)["box"] if objects else (300, 300, 600, 600)
+        w, h = x2 - x1, y2 - y1
+        if way < 0.6:
+            spread = rng.choice((0.02, 0.06, 0.15, 0.3))
+            frame = [v + rng.gauss(0, spread) * s for v, s in zip((x1, y1, x2, y2), (w, h, w, h))]
+        elif way < 0.85:
+            cx, cy = (x1 + x2) / 2 + rng.gauss(0, 0.12) * w, (y1 + y2) / 2 + rng.gauss(0, 0.12) * h
+            w, h = (
+                w * rng.choice((0.6, 1, 1.5)) * rng.uniform(0.9, 1.1),
+                h * rng.choice((0.6, 1, 1.5)),
+            )
+            frame = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+        else:
+            w, h = rng.uniform(120, 450), rng.uniform(120, 450)
+            x, y = rng.uniform(0, 1000 - w), rng.uniform(0, 1000 - h)
+            frame = [x, y, x + w, y + h]
+        frame = [min(1000, max(0, round(v))) for v in frame]
+        if frame[2] - frame[0] >= 80 and frame[3] - frame[1] >= 80:
+            return frame
+
+
+def draw_frame(picture, color, box, alpha):
+    """The picture with one more frame; alpha 0 is a plain line, more a translucent fill."""
+    image = draw_overlay(picture["image"], box, FRAMES[color], alpha)
+    return {**picture, "image": image, "frames": picture["frames"] + [(color, box)]}
+
+
+def with_frames(rng, picture, count):
+    """The picture with `count` random frames of different colors."""
+    for color in rng.sample(list(FRAMES), count):
+        box = random_frame(rng, picture["objects"])
+        picture = draw_frame(picture, color, box, rng.choice((0.0, 0.15, 0.25, 0.25, 0.35)))
+    return picture
+
+
+def covered(box, frame):
+    """The share of a box that lies inside a frame, both 0..1000."""
+    w = min(box[2], frame[2]) - max(box[0], frame[0])
+    h = min(box[3], frame[3]) - max(box[1], frame[1])
+    return max(0, w) * max(0, h) / area(box)
+
+
+def is_inside(box, frame):
+    """True, False, or None where it is neither the one nor the other."""
+    share = covered(box, frame)
+    return True if share >= 0.6 else False if share <= 0.3 else None
+
+
+def compare(frame, box):
+    """Words for how a frame lies around an object, both 0..1000."""
+    w, h = box[2] - box[0], box[3] - box[1]
+    dx = center(frame)[0] - center(box)[0]
+    dy = center(frame)[1] - center(box)[1]
+    wider, taller = (frame[2] - frame[0]) / w, (frame[3] - frame[1]) / h
+    apart = iou(frame, box) == 0
+    words = ["apart"] * apart
+    words += ["left"] if dx < -0.1 * w else ["right"] if dx > 0.1 * w else []
+    words += ["high"] if dy < -0.1 * h else ["low"] if dy > 0.1 * h else []
+    if not apart:
+        words += ["narrow"] if wider < 0.85 else ["wide"] if wider > 1.18 else []
+        words += ["short"] if taller < 0.85 else ["tall"] if taller > 1.18 else []
+    return words or ["well"]
+
+
+# ----------------------------------------------------------------------------------------------
+# Questions that are answered by words. Each returns (question, answer, object, frame) or None;
+# object and frame are what the question is about, None where it is about no one thing.
+# ----------------------------------------------------------------------------------------------
+def ask_where(rng, picture, refer_to):
+    """Where an object is, in words."""
+    found = refer_to(rng, picture["objects"])
+    if not found:
+        return None
+    return f"Where is {found[0]}?", place(found[1]["box"]), found[1], None
+
+
+def ask_what_inside(rng, picture, refer_to):
+    """What a frame holds: color and kind of the one object inside it."""
+    color, frame = rng.choice(picture["frames"])
+    inside = [o for o in picture["objects"] if covered(o["box"], frame) > 0.2]
+    if len(inside) != 1 or not is_inside(inside[0]["box"], frame):
+        return None
+    answer = f"the {inside[0]['color']} {inside[0]['kind']}"
+    return f"What is inside the {color} frame?", answer, inside[0], (color, frame)
+
+
+def ask_is_inside(rng, picture, refer_to):
+    """Whether an object is inside a frame; as often yes as no, where the picture allows it."""
+    color, frame = rng.choice(picture["frames"])
+    wanted = rng.random() < 0.5
+    for _ in range(6):
+        found = refer_to(rng, picture["objects"])
+        if found and is_inside(found[1]["box"], frame) is wanted:
+            answer = "yes" if wanted else "no"
+            return f"Is {found[0]} inside the {color} frame?", answer, found[1], (color, frame)
+    return None
+
+
+def ask_compare(rng, picture, refer_to):
+    """How a frame lies around an object; two times in three one that it touches."""
+    color, frame = rng.choice(picture["frames"])
+    touching = rng.random() < 0.67
+    for _ in range(6):
+        found = refer_to(rng, picture["objects"])
+        if found and (iou(frame, found[1]["box"]) > 0) == touching:
+            answer = ", ".join(compare(frame, found[1]["box"]))
+            return (
+                f"How does the {color} frame lie around {found[0]}?",
+                answer,
+                found[1],
+                (color, frame),
+            )
+    return None
+
+
+def ask_mark(rng, picture, refer_to):
+    """Which mark an object bears."""
+    found = refer_to(rng, picture["objects"])
+    if not found or found[1]["seen"] < 0.9:
+        return None
+    return f"What mark is on {found[0]}?", f"a {found[1]['mark']}", found[1], None
+
+
+def ask_bearer(rng, picture, refer_to):
+    """Which of two objects bears a mark."""
+    names = {}
+    for _ in range(8):
+        found = refer_to(rng, picture["objects"])
+        if (
+            found
+            and found[1]["seen"] > 0.9
+            and all(found[1]["mark"] != o["mark"] for o in names.values())
+        ):
+            names[found[0]] = found[1]
+    if len(names) < 2:
+        return None
+    (first, a), (second, b) = rng.sample(list(names.items()), 2)
+    name, target = rng.choice(((first, a), (second, b)))
+    return f"Which bears a {target['mark']}: {first} or {second}?", name, target, None
+
+
+def ask_count(rng, picture, refer_to):
+    """How many marks of a kind a view shows."""
+    if any(0.3 < o["seen"] < 0.9 for o in picture["objects"]):
+        return None
+    marks = [o["mark"] for o in picture["objects"] if o["seen"] >= 0.9]
+    mark = rng.choice(marks) if marks and rng.random() < 0.8 else rng.choice(MARKS)
+    return f"How many {mark}s are there?", str(marks.count(mark)), None, None
