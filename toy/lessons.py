@@ -22,8 +22,10 @@ from torch.nn import functional as F
 
 CELLS = SEEN // PATCH // 2  # image tokens along a side
 LEGIBLE = 2.4  # enlarged so much, a view shows marks
-PICTURES = 64  # in a batch of stage 1
-ROWS, BUDGET = 34, 170  # conversations in a batch, and about how many tokens each has
+# A step's batch has two halves, so that two processes can have one each
+PICTURES = 32  # in half a batch of stage 1
+ROWS, BUDGET = 17, 170  # conversations in half a batch, and about how many tokens each has
+CROPS = 20  # for the tower alone, beside those of the conversations
 LEVELS = 200, 400  # steps of stage 2 at which conversations become harder
 WORDS = [*COLORS, *KINDS, *SIZES, *MARKS]
 ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
@@ -160,7 +162,7 @@ def next_picture(rng, level, scene):
     target = rng.choice(scene["objects"])["bbox"]
     if way < 0.15:
         picture = questions.view(scene, questions.random_view(rng, target, rng.uniform(1.4, 3)))
-    elif way < 0.32:
+    elif way < 0.4:
         picture = questions.view(scene, questions.random_crop(rng, target))
     if rng.random() < (0.65 if picture is scene else 0.35):
         picture = questions.with_frames(rng, picture, rng.choice((1, 1, 1, 2)))
@@ -320,6 +322,12 @@ def chat_batch(rng, level, tokenizer, answered, rows=ROWS, budget=BUDGET):
         labels.append(learnt + [-100] * (len(tokens) - len(learnt)))
         positions.append(torch.tensor(mrope_positions(tokens, [shape] * images, pad)[0]).T)
     longest = max(map(len, ids))
+    # Crops that nobody asks about: marks are small, and the tower needs many to tell them apart
+    scene = None
+    for i in range(CROPS):
+        scene = scene if i % 3 else world.make_scene(rng)
+        target = rng.choice(scene["objects"])
+        pictures.append(questions.view(scene, questions.random_crop(rng, target["bbox"])))
     out = pictures_batch(pictures)
     fill = tokenizer.pad_token_id
     out["ids"] = torch.tensor([row + [fill] * (longest - len(row)) for row in ids])
@@ -341,15 +349,18 @@ def chat_batch(rng, level, tokenizer, answered, rows=ROWS, budget=BUDGET):
 
 
 class Batches(torch.utils.data.Dataset):
-    """The batch of each step, by its number: what makes the recipe go on where it was killed."""
+    """The two halves of the batch of each step, by their number: the recipe can go on where it was
+    killed, in one process or two.
+    """
 
     def __init__(self, args, tokenizer):
         self.args = args
         self.tokenizer = tokenizer
 
-    def __getitem__(self, step):
+    def __getitem__(self, number):
         torch.set_num_threads(1)
-        rng = random.Random(f"{self.args.seed} {step}")
+        step, half = number
+        rng = random.Random(f"{self.args.seed} {step} {half}")
         if step < self.args.tower_steps:
             level = 1 + (step > self.args.tower_steps // 2)
             return pictures_batch([next_picture(rng, level, None)[0] for _ in range(PICTURES)])

@@ -1,6 +1,7 @@
 """The recipe of the toy's base: from random weights to toy/base/, on general skills alone.
 
     python -m toy.train      all of it; killed, the same command goes on
+    torchrun --nproc-per-node 2 -m toy.train      the same in two processes: on two cores, quicker
 
 Two stages, Muon on the matrices and AdamW on the rest, everything seeded by the number of the step:
 
@@ -21,9 +22,11 @@ import json
 import time
 from pathlib import Path
 
+from support import processes
 from support.files import write_bytes, writing
 from support.flags import check_path
 from support.models import quiet
+from support.processes import RANK
 from toy.lessons import ANSWERS, CELLS, LABELS, WORDS, Batches
 from toy.model import make_image_processor, make_model, make_tokenizer
 from toy.questions import FRAMES, RELATED
@@ -92,6 +95,16 @@ def word_ids(tokenizer, words):
     return [one[0] for one in ids]
 
 
+def answer_ids(tokenizer):
+    """[n]: the tokens of the words that answer, with a space before them and without."""
+    ids = [
+        tokenizer.encode(space + word, add_special_tokens=False)
+        for word in ANSWERS
+        for space in ("", " ")
+    ]
+    return torch.tensor([one[0] for one in ids if len(one) == 1])
+
+
 def tower_loss(embeddings, heads, features, batch):
     """features [tokens, width] of the pictures of a batch -> (loss, {name: its parts}).
 
@@ -112,6 +125,11 @@ def tower_loss(embeddings, heads, features, batch):
     parts["marks"] = (
         each[-len(MARKS) :].sum() * len(features) / label["known"][:, -1].sum().clamp(min=1)
     )
+    shows = label["words"][:, -len(MARKS) :].sum(1) == 1  # a mark, and where it is legible
+    shows &= label["known"][:, -1] > 0
+    kind = label["words"][shows, -len(MARKS) :].argmax(1)
+    each = F.cross_entropy(logits[shows, -len(MARKS) :], kind, reduction="none")
+    parts["mark"] = each.sum() / max(1, len(each))
     said = {name: head(features) for name, head in heads.items()}
     parts["digits"] = digit_loss(said["digits"], label["digits"])
     parts["box"] = box_loss(said["box"], label["box"], shown)
@@ -131,6 +149,7 @@ def tower_loss(embeddings, heads, features, batch):
     weights = {
         "words": 1.0,
         "marks": 0.5,
+        "mark": 4.0,
         "related": 2.0,
         "lies": 3.0,
         "frame": 0.5,
@@ -221,7 +240,8 @@ def chat_loss(model, known, tower_heads, last_heads, batch, weights):
     ids = batch["ids"]
     shown = ids == model.config.image_token_id
     embeds = language.embed_tokens(ids)
-    embeds = embeds.masked_scatter(shown[..., None], features.to(embeds.dtype))
+    asked = int(shown.sum())  # the crops for the tower alone come last
+    embeds = embeds.masked_scatter(shown[..., None], features[:asked].to(embeds.dtype))
     kept = {}
     hooks = [
         language.layers[i].register_forward_hook(
@@ -234,7 +254,7 @@ def chat_loss(model, known, tower_heads, last_heads, batch, weights):
         position_ids=batch["positions"],
         attention_mask=None,
         visual_pos_masks=shown,
-        deepstack_visual_embeds=[level.to(embeds.dtype) for level in deepstack],
+        deepstack_visual_embeds=[level[:asked].to(embeds.dtype) for level in deepstack],
         use_cache=False,
     ).last_hidden_state
     for hook in hooks:
@@ -262,15 +282,15 @@ def text_loss(model, known, hidden, batch):
     target = labels[:, 1:][learnt]
     logits = model.lm_head(hidden[:, :-1][learnt]).float()
     each = F.cross_entropy(logits, target, reduction="none")
-    # First digits weigh more: to know the object is to know them. So does the first token of an
-    # answer in words.
+    # First digits weigh more: to know the object is to know them. So do the words that answer;
+    # with the weight on an answer's first token, "the" or "a", they were not learnt.
     previous = ids[:, :-1][learnt]
     begins = F.pad(batch["answer_of"][1:] != batch["answer_of"][:-1], (1, 0), value=True)
-    boxes = begins & (target == known["opening"])
     weight = torch.ones_like(each)
     weight[(previous == known["opening"]) | (previous == known["comma"])] = 3.0
-    weight[begins & ~boxes] = 6.0
-    weight[boxes] = 0.5
+    weight[torch.isin(target, known["answers"])] = 6.0
+    weight[begins & torch.isin(target, known["counts"])] = 6.0
+    weight[begins & (target == known["opening"])] = 0.5
     text = (each * weight).sum() / weight.sum()
     log = {"text": (text.item(), 1)}
     right = (logits.argmax(-1) == target).float()
@@ -357,7 +377,7 @@ def parts_of(args, tokenizer):
 
 
 def all_optimizers(parts):
-    """[(optimizer, "tower" or "rest", peak rates of its groups)]."""
+    """[(optimizer, peak rates of its groups)]."""
     named = list(parts["model"].named_parameters())
     tower = [x for x in named if "visual" in x[0]]
     fast = [x for x in named if "embed_tokens" in x[0] or "q_norm" in x[0] or "k_norm" in x[0]]
@@ -365,22 +385,17 @@ def all_optimizers(parts):
     rest = [x for x in named if x[0] not in taken]
     heads = [*parts["tower_heads"].named_parameters(), *parts["last_heads"].named_parameters()]
     heads = [("embed " + name, p) for name, p in heads]  # so named, they are AdamW's
-    groups = {
-        "tower": optimizers([(tower, 0.02, 2e-3)]),
-        "rest": optimizers([(rest, 0.02, 1.5e-3), (fast, 0, 5e-3), (heads, 0, 2e-3)]),
-    }
-    return [
-        (optimizer, name, [group["lr"] for group in optimizer.param_groups])
-        for name, group in groups.items()
-        for optimizer in group
-    ]
+    made = optimizers(
+        [(tower, 0.02, 2e-3), (rest, 0.02, 1.5e-3), (fast, 0, 5e-3), (heads, 0, 2e-3)]
+    )
+    return [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in made]
 
 
 def save(path, step, parts, steppers):
     """All that it takes to go on, written whole."""
     states = {name: module.state_dict() for name, module in parts.items()}
     states["step"] = step
-    states["optimizers"] = [optimizer.state_dict() for optimizer, _, _ in steppers]
+    states["optimizers"] = [optimizer.state_dict() for optimizer, _ in steppers]
     write_bytes(path, lambda file: torch.save(states, file))
 
 
@@ -391,7 +406,7 @@ def restore(path, parts, steppers):
     saved = torch.load(path, weights_only=True)
     for name, module in parts.items():
         module.load_state_dict(saved[name])
-    for (optimizer, _, _), state in zip(steppers, saved["optimizers"]):
+    for (optimizer, _), state in zip(steppers, saved["optimizers"]):
         optimizer.load_state_dict(state)
     print(f"going on from step {saved['step']}")
     return saved["step"]
@@ -410,22 +425,19 @@ def loss_of(step, batch, parts, known, args):
         return chat_loss(model, known, parts["tower_heads"], parts["last_heads"], batch, weights)
 
 
-def update(step, loss, parameters, steppers, args):
-    """One step of all optimizers; beside the language model the tower learns at half its rate."""
-    chats = step - args.tower_steps
-    for optimizer, _, _ in steppers:
-        optimizer.zero_grad()
-    loss.backward()
+def update(step, parameters, steppers, args):
+    """One step of all optimizers, on the gradients of both halves."""
+    processes.sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
-    if chats < 0:
-        rate = min(1, (step + 1) / 50)
-    else:
+    chats = step - args.tower_steps
+    rate = min(1, (step + 1) / 50)
+    if chats >= 0:
         rate = rate_of(chats, args.question_steps + args.answer_steps)
-    for optimizer, name, peaks in steppers:
-        share = 0.5 if name == "tower" and chats >= 0 else 1.0
+    for optimizer, peaks in steppers:
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * rate * share
+            group["lr"] = peak * rate
         optimizer.step()
+        optimizer.zero_grad()
 
 
 def main():
@@ -445,6 +457,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet()
+    processes.start_processes()
     check_path("--folder", args.folder, "new folder")
     check_path("--work", args.work, "new folder")
     start = time.time()
@@ -455,6 +468,8 @@ def main():
     print(f"{count:,} parameters, {len(tokenizer)} tokens")
     known = {
         "words": word_ids(tokenizer, WORDS),
+        "answers": answer_ids(tokenizer),
+        "counts": torch.tensor(tokenizer.convert_tokens_to_ids(list("0123"))),
         "opening": tokenizer.encode('{"bbox_2d": [', add_special_tokens=False)[0],
         "comma": tokenizer.encode(", ", add_special_tokens=False)[0],
     }
@@ -463,32 +478,38 @@ def main():
     checkpoint = args.work / "checkpoint.pt"
     first = restore(checkpoint, parts, steppers)
     total = args.tower_steps + args.question_steps + args.answer_steps
+    halves = processes.share([0, 1])
     batches = torch.utils.data.DataLoader(
         Batches(args, tokenizer),
         batch_size=None,
-        sampler=range(first, total),
+        sampler=[(step, half) for step in range(first, total) for half in halves],
         num_workers=1,  # a process beside this one, that draws while this one learns
         prefetch_factor=4,
     )
     args.work.mkdir(parents=True, exist_ok=True)
+    batches = iter(batches)
     sums = {}
-    bar = tqdm(batches, desc="base", unit="step", initial=first, total=total)
-    for step, batch in enumerate(bar, first):
+    bar = tqdm(range(first, total), "base", total, unit="step", initial=first, disable=RANK > 0)
+    for step in bar:
         model.get_input_embeddings().requires_grad_(step >= args.tower_steps)
-        loss, log = loss_of(step, batch, parts, known, args)
-        update(step, loss, parameters, steppers, args)
-        for name, (value, n) in log.items():
-            a, b = sums.get(name, (0, 0))
-            sums[name] = (a + value, b + n)
-        due = (step + 1) % SAVE_EVERY == 0 or step + 1 == total
-        if due:
-            line = {"step": step + 1}
-            line |= {name: round(a / max(1, b), 3) for name, (a, b) in sorted(sums.items())}
-            with open(args.work / "log.jsonl", "a") as log_file:
-                log_file.write(json.dumps(line) + "\n")
+        for _ in halves:
+            loss, log = loss_of(step, next(batches), parts, known, args)
+            (loss / 2).backward()
+            for name, (value, n) in log.items():
+                a, b = sums.get(name, (0, 0))
+                sums[name] = (a + value, b + n)
+        update(step, parameters, steppers, args)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
+            if RANK == 0:
+                line = {"step": step + 1}
+                line |= {name: round(a / max(1, b), 3) for name, (a, b) in sorted(sums.items())}
+                with open(args.work / "log.jsonl", "a") as log_file:
+                    log_file.write(json.dumps(line) + "\n")
             sums = {}
             save(checkpoint, step + 1, parts, steppers)
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    if RANK:
+        return
     with writing(args.folder):
         model.half().save_pretrained(args.folder)  # safetensors
         tokenizer.save_pretrained(args.folder)
