@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import IVT, SINGLE_SHOT, Loop, rollout
-from support import files, models, pictures, processes, samples, statistics, tables
+from support import files, models, pictures, processes, samples, second_look, statistics, tables
 from support.flags import Flag, flags
 from support.overlays import OVERLAYS
 from support.own_picture import look_at
@@ -126,7 +126,8 @@ def play(row):
             seeds=[args.seed * 1_000_003 + number for number in numbers],  # of the control alone
         )
         groups = [trajectories[j : j + count] for j in range(0, len(trajectories), count)]
-        return [statistics.log_line(*pair) for pair in zip(part, groups)]
+        tokenizer = model_with(row.adapter).tokenizer
+        return [statistics.log_line(*pair, tokenizer) for pair in zip(part, groups)]
 
     path = args.out / f"log/evaluate_{row.log}.jsonl"
     restart = args.restart and not same
@@ -161,6 +162,7 @@ if args.ablations:
 # --------------------------------------------------------------------------------------------------
 results = {"n": len(test), "seed": args.seed, "steps": args.steps, "model": Path(args.model).name}
 results |= statistics.analyse(test, lines_of, args.steps, shown, statistics.CONTROL)
+results["second_look"] = second_look.analyse(test, lines_of, args.steps)
 logs = {row.name: row.log for row in ROWS}
 results["ablations"] = statistics.ablations(test, args, lines_of, others, logs)
 tables.write_results(results, args.out)
