@@ -25,7 +25,7 @@ from support.traces import CLAIMS, KEEP, claim_of, geometry_of, trace_of
 import numpy as np
 
 RIGHT = 0.5
-AGREEMENT = 0.9  # of the rule that stops when two boxes agree; chosen before any result was seen
+AGREEMENT = 0.9  # of the rule that stops when two boxes agree; one of the adaptive thresholds
 LISTS = ("boxes", "texts", "confidence")  # of a trajectory, with an entry for each step
 
 

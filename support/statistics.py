@@ -18,8 +18,11 @@ import numpy as np
 
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
 
-# Rows of Table 1: the control, whose boxes are samples, and those the paper has findings about
+# Rows of Table 1: the controls, whose boxes are samples or which look closer without training, and
+# those the paper has findings about
 CONTROL = "Base (single-shot), T + 1 samples"
+AGAIN = "Base, asked again on the zoomed view"
+AGAIN_GUARDED = "Base, asked again, zoomed and guarded"
 UNTRAINED = "Base + IVT (no training)"
 SFT = "SFT + IVT"
 GRPO = "SFT + GRPO + IVT"

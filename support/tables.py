@@ -152,6 +152,8 @@ def report(results):
     made = ""
     if "model" in results:  # of other systems' boxes nothing is known
         made = f", greedy, seed {results['seed']}, model `{results['model']}`"
+        if results["feedback"] != "overlay":
+            made += f", feedback {results['feedback']}"
     lines = [
         f"{results['n']} test samples, T = {results['steps']}{made}. "
         "[low, high]: 95 percent bootstrap interval over the samples; "
