@@ -119,8 +119,8 @@ SAYS = (
     ),
     (
         SHIFT,
-        r"\btoo \w+|\b(?:shift|mov|offset|enlarg|expand|extend|shrink|narrow|reduc|tighten|adjust"
-        r"|misalign|cuts? off|larger|smaller|wider|taller|shorter|lower|higher)",
+        r"\btoo \w+|\b(?:shift|mov|offset|enlarg|expand|extend|shrink|reduc|tighten|adjust|misalign"
+        r"|cuts? off)|\b(?:make it|be) (?:\w+ )?(?:larg|small|wid|narrow|tall|short|low|high)er\b",
     ),
     (
         KEEP,

@@ -191,7 +191,8 @@ def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
         ("The red box is too far left and too wide. I move it right and make it narrower.", SHIFT),
         ("The box covers the dog correctly, but cuts off its tail; it should be extended.", SHIFT),
         ("It is not on the wrong object, but shifted to the left.", SHIFT),
-        ("I look for the object. I see it at the upper left.", None),
+        ("The box should be slightly wider.", SHIFT),
+        ("I look for the object. I see it at the lower left, the larger one.", None),
         ("", None),
     ],
 )
