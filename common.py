@@ -49,6 +49,8 @@ CORRECTION = (
     "large or too small? Think inside <think> </think>, then report the corrected bbox "
     "coordinates in JSON format."
 )
+CLOSER = "The view shows the surroundings of your last prediction, enlarged. "
+CLOSER += CORRECTION.replace("coordinates", "coordinates in this view")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,10 +168,13 @@ class Loop:
 
     prompt: str  # with {text}: an expression, or a question
     feedback: Callable  # (image, box or None) -> the picture that is shown before step t >= 1
-    continuation: str  # the instruction that is injected after that picture
+    continuation: str  # the instruction that is injected after that picture, may hold {text} too
     ends: Callable  # (text so far, t) -> whether step t is complete
-    # (box, last box) -> the box in the image's 0..1000, for a picture that is a part of the image
+    # A picture may be a part of the image. (box, last valid box or None) -> the same box (0..1000)
+    # relative to the image (None: it has no area there), and relative to the picture
     to_image: Callable = lambda box, last_box: box
+    to_picture: Callable = lambda box, last_box: box
+    turn: str = "\n{picture}\n{continuation}\n"  # how both are injected: the same turn goes on
 
 
 # IVT (Section 3.1). Every overlay is drawn on the original image: a step shows one box, never two.
@@ -180,6 +185,65 @@ IVT = Loop(
     ends=lambda text, t: box_complete(text),
 )
 SINGLE_SHOT = replace(IVT, prompt=SINGLE_PROMPT)  # with T = 0: no loop at all
+
+SMALLEST_VIEW = 100  # a tenth of the image: a box that is wrongly tiny would show nothing else
+
+
+def view_of(box, surroundings):
+    """The part of the image around a box, a box of the image's proportions; all in 0..1000.
+
+    Its sides are `surroundings` times the longer side of `box`; it is moved into the image. Without
+    a box (None) it is the whole image.
+    """
+    if box is None:
+        return [0, 0, 1000, 1000]
+    x1, y1, x2, y2 = box
+    side = min(1000, max(SMALLEST_VIEW, round(surroundings * max(x2 - x1, y2 - y1))))
+    x, y = (min(1000 - side, max(0, (a + b - side) // 2)) for a, b in ((x1, x2), (y1, y2)))
+    return [x, y, x + side, y + side]
+
+
+def box_in_view(box, view):
+    """The image's 0..1000 -> the view's; beyond 0..1000 where the box reaches out of the view."""
+    return [round((v - low) * 1000 / (view[2] - view[0])) for v, low in zip(box, view[:2] * 2)]
+
+
+def box_in_image(box, view):
+    """The view's 0..1000 -> the image's; inverts `box_in_view`. None where no area is left."""
+    out = [round(low + v * (view[2] - view[0]) / 1000) for v, low in zip(box, view[:2] * 2)]
+    return out if out[0] < out[2] and out[1] < out[3] else None
+
+
+def enlarge(image, view):
+    """What a view (0..1000) shows of an image, as large as the image; PIL."""
+    bbox = denormalize_box(view, *image.size)
+    return image.resize(image.size, Image.BICUBIC, box=bbox)
+
+
+def zoom(surroundings):
+    """The Loop that looks closer (ours): the surroundings of the last box, enlarged.
+
+    A large photo reaches the model reduced, so this view holds pixels that it has not seen; it
+    answers in the coordinates of the view.
+    """
+
+    def feedback(image, box):
+        view = view_of(box, surroundings)
+        return draw_overlay(enlarge(image, view), box and box_in_view(box, view))
+
+    def to_image(box, last_box):
+        return box_in_image(box, view_of(last_box, surroundings))
+
+    def to_picture(box, last_box):
+        return box_in_view(box, view_of(last_box, surroundings))
+
+    places = dict(to_image=to_image, to_picture=to_picture)
+    return replace(IVT, feedback=feedback, continuation=CLOSER, **places)
+
+
+def written_boxes(boxes, loop):
+    """The boxes of a trajectory as they are written: each relative to the picture of its step."""
+    return [loop.to_picture(box, last_valid(boxes[:t])) for t, box in enumerate(boxes)]
 
 
 def feedback_pictures(image, boxes, loop=IVT):
@@ -275,9 +339,11 @@ def prompt_ids(vlm, image, prompt):
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
-def continuation_ids(vlm, image, continuation):
+def continuation_ids(vlm, image, continuation, turn=IVT.turn):
     """What is injected before step t >= 1: the feedback picture and the instruction."""
-    return vlm.encode("\n") + image_ids(vlm, image) + vlm.encode(f"\n{continuation}\n")
+    before, after = turn.split("{picture}")
+    after = after.format(continuation=continuation)
+    return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
 def mrope_positions(ids, images, image_token_id, start=0):
@@ -567,9 +633,11 @@ def rollout(
     hidden = hidden.repeat_interleave(group_size, 0)  # [P * N, D]
     rows = []
     originals = []
-    for prompt, image in zip(prompts, images):
+    instructions = []
+    for prompt, image, text in zip(prompts, images, texts):
         rows += [Trajectory(list(prompt.ids), list(prompt.images)) for _ in range(group_size)]
         originals += [image] * group_size
+        instructions += [loop.continuation.format(text=text)] * group_size
 
     for t in range(steps + 1):
         last_boxes = [last_valid(row.boxes) for row in rows]
@@ -577,8 +645,8 @@ def rollout(
             # Render and inject: the picture and the instruction join the same assistant turn
             pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
             shown = encode_images(vlm, pictures)
-            for row, image in zip(rows, shown):
-                row.ids += continuation_ids(vlm, image, loop.continuation)
+            for row, image, instruction in zip(rows, shown, instructions):
+                row.ids += continuation_ids(vlm, image, instruction, loop.turn)
                 row.images.append(image)
             hidden = context.catch_up(rows, [[image] for image in shown])  # [P * N, D]
         if t == 0 and first_texts:

@@ -9,6 +9,9 @@ All decoding is greedy, except in the control row that samples T + 1 single-shot
 are played to `--longest` steps: a greedy trajectory of T steps is the beginning of a longer one, so
 every smaller T is read off it.
 
+Besides the paper's rows there are controls: T + 1 sampled answers of the base, and the base asked
+again on the enlarged surroundings of its box (`--surroundings`), without any training.
+
 Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth
 to choose: `best of steps` here. The other choices are a user's: first step, last step, last valid
 box, and the medoid, the box with the highest mean IoU to the others. Accuracies and IoUs have 95
@@ -22,45 +25,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import IVT, SINGLE_SHOT, Loop, rollout
-from support import files, models, pictures, processes, samples, statistics, tables
+from common import SINGLE_SHOT, Loop, rollout
+from support import files, models, pictures, processes, samples, second_look, statistics, tables
 from support.flags import Flag, flags
-from support.overlays import OVERLAYS
+from support.loops import asked_again, guarded, loop_of
+from support.overlays import OVERLAYS, views
 from support.own_picture import look_at
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the tables: one way to get boxes for the test samples."""
-
-    name: str  # as in the paper's Table 1
-    log: str  # log/evaluate_<log>.jsonl has a line for each sample
-    loop: Loop = IVT
-    adapter: str | None = None  # folder under --out; None is the untrained base
-    refine: bool = True  # False: step 0 alone
-    samples: int | None = 1  # None: T + 1 answers, sampled at --control-temperature
-    command: str = ""  # what makes the adapter of a row that belongs to the paper's tables
-
-
-# Table 1, top to bottom, and the control that the paper lacks. Rows of one adapter follow each
-# other, so that each model is loaded once.
-ROWS = [
-    Row("Base (single-shot)", "base", loop=SINGLE_SHOT, refine=False),
-    # A best-of column rewards having several boxes: what do as many samples without a loop reach?
-    Row(statistics.CONTROL, "base_samples", loop=SINGLE_SHOT, refine=False, samples=None),
-    Row("Base + IVT (no training)", "base_ivt"),
-    Row("SFT + IVT", "sft", adapter="sft", command="python sft.py"),
-    # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
-    Row(
-        "SFT + GRPO (single-step)",
-        "grpo_single",
-        adapter="grpo_single",
-        refine=False,
-        command="python grpo.py --steps 0",
-    ),
-    Row("SFT + GRPO + IVT", "grpo", adapter="grpo", command="python grpo.py"),
-    Row("GRPO without SFT + IVT", "base_grpo", adapter="base_grpo"),
-]
 
 args = flags(
     "evaluate",
@@ -75,12 +45,58 @@ processes.seed_all(args.seed)
 start = time.time()
 data = args.out / "data"
 if args.image or args.expression:  # no test samples, and no tables
-    look_at(args, args.image, args.expression)
+    look_at(args, args.image, args.expression, loop_of(args))
     raise SystemExit
 test = samples.read_samples(
     data / "test.jsonl", f"python make_data.py --preset {args.preset}", args.skip_bad
 )
 longest = max(args.steps, args.longest)
+loop = loop_of(args)
+
+# The surroundings mean nothing to a row in which the box is drawn on the whole image
+LOOP_FLAGS = ("feedback", "guard")
+if args.feedback == "zoom":
+    LOOP_FLAGS += ("surroundings",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the tables: one way to get boxes for the test samples."""
+
+    name: str  # as in the paper's Table 1
+    log: str  # log/evaluate_<log>.jsonl has a line for each sample
+    loop: Loop = loop  # that of --feedback
+    adapter: str | None = None  # folder under --out; None is the untrained base
+    steps: int = longest  # refinement steps; 0: step 0 alone
+    samples: int | None = 1  # None: T + 1 answers, sampled at --control-temperature
+    depends_on: tuple = LOOP_FLAGS  # further flags, of a row that refines
+    command: str = ""  # what makes the adapter of a row that belongs to the paper's tables
+
+
+# Table 1, top to bottom, and the controls that the paper lacks. Rows of one adapter follow each
+# other, so that each model is loaded once.
+closer = asked_again(args.surroundings)
+untrained = dict(steps=args.steps, depends_on=("surroundings",))
+ROWS = [
+    Row("Base (single-shot)", "base", loop=SINGLE_SHOT, steps=0),
+    # A best-of column rewards having several boxes: what do as many samples without a loop reach?
+    Row(statistics.CONTROL, "base_samples", loop=SINGLE_SHOT, steps=0, samples=None),
+    # Do new pixels help without any training? The question again, on the enlarged surroundings
+    Row(statistics.AGAIN, "base_closer", loop=closer, **untrained),
+    Row(statistics.AGAIN_GUARDED, "base_closer_guarded", loop=guarded(closer), **untrained),
+    Row("Base + IVT (no training)", "base_ivt"),
+    Row("SFT + IVT", "sft", adapter="sft", command="python sft.py"),
+    # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
+    Row(
+        "SFT + GRPO (single-step)",
+        "grpo_single",
+        adapter="grpo_single",
+        steps=0,
+        command="python grpo.py --steps 0",
+    ),
+    Row("SFT + GRPO + IVT", "grpo", adapter="grpo", command="python grpo.py"),
+    Row("GRPO without SFT + IVT", "base_grpo", adapter="base_grpo"),
+]
 
 # --------------------------------------------------------------------------------------------------
 # One row on all test samples
@@ -92,6 +108,8 @@ def model_with(adapter):
     """The base model with this adapter (None: as it is), loaded when a row needs it."""
     if adapter not in loaded:
         loaded.clear()  # free one model before another is loaded
+        if adapter:
+            files.agrees(args, adapter, "feedback")
         loaded[adapter] = models.load_with_adapter(args, adapter and args.out / adapter)
     return loaded[adapter]
 
@@ -109,7 +127,10 @@ def play(row):
     count = row.samples or args.steps + 1
     if count > 1:
         depends_on += ["seed", "control_temperature"]
-    length = {"longest": longest} if row.refine else {"samples": count}
+    length = {"samples": count}
+    if row.steps:
+        depends_on += row.depends_on
+        length = {"longest": row.steps}
     same = files.begin(args, f"evaluate_{row.log}", *inputs, only=depends_on, **length)
 
     def work(batch):
@@ -118,7 +139,7 @@ def play(row):
             model_with(row.adapter),
             [samples.load_image(sample, data) for sample in part],
             [sample["expression"] for sample in part],
-            longest if row.refine else 0,
+            row.steps,
             max_tokens=args.max_tokens,
             loop=row.loop,
             group_size=count,
@@ -126,7 +147,8 @@ def play(row):
             seeds=[args.seed * 1_000_003 + number for number in numbers],  # of the control alone
         )
         groups = [trajectories[j : j + count] for j in range(0, len(trajectories), count)]
-        return [statistics.log_line(*pair) for pair in zip(part, groups)]
+        tokenizer = model_with(row.adapter).tokenizer
+        return [statistics.log_line(*pair, tokenizer) for pair in zip(part, groups)]
 
     path = args.out / f"log/evaluate_{row.log}.jsonl"
     restart = args.restart and not same
@@ -151,16 +173,19 @@ shown = statistics.main_row(lines_of)  # the row that pictures and further table
 others = {}
 if args.ablations:
     main = next(row for row in ROWS if row.name == shown)
-    for word, overlay in OVERLAYS.items():
+    shown_instead = OVERLAYS if args.feedback == "overlay" else views(args.surroundings)
+    for word, feedback in shown_instead.items():
         log = f"{main.log}_{word.replace(' ', '_')}"
-        loop = replace(IVT, feedback=overlay)
-        others[f"{shown}, {word}"] = play(replace(main, name=word, log=log, loop=loop))
+        other = replace(main.loop, feedback=feedback)
+        others[f"{shown}, {word}"] = play(replace(main, name=word, log=log, loop=other))
 
 # --------------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------------
 results = {"n": len(test), "seed": args.seed, "steps": args.steps, "model": Path(args.model).name}
+results["feedback"] = args.feedback
 results |= statistics.analyse(test, lines_of, args.steps, shown, statistics.CONTROL)
+results["second_look"] = second_look.analyse(test, lines_of, args.steps)
 logs = {row.name: row.log for row in ROWS}
 results["ablations"] = statistics.ablations(test, args, lines_of, others, logs)
 tables.write_results(results, args.out)

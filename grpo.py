@@ -24,6 +24,7 @@ import time
 from common import advantages, grpo_loss, reward, rollout, trajectory_logprobs
 from support import checkpoints, errors, files, models, processes, samples, training
 from support.flags import Flag, flags
+from support.loops import loop_of
 
 import torch
 
@@ -32,6 +33,7 @@ args = flags(
     __doc__,
     init=Flag("start from the SFT adapter or from the base model", "sft", ("sft", "base")),
 )
+loop = loop_of(args)
 processes.divides(args.grad_accum, "--grad-accum")
 processes.seed_all(args.seed)
 start = time.time()
@@ -48,6 +50,7 @@ train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad)
 val = samples.read_samples(data / "val.jsonl", make_data, args.skip_bad)[: args.val_prompts]
 inputs = [data / "train.jsonl", data / "val.jsonl"]
 if args.init == "sft":
+    files.agrees(args, "sft", "feedback")
     inputs.append(
         checkpoints.adapter_file(args.out / "sft", f"python sft.py --preset {args.preset}")
     )
@@ -86,6 +89,7 @@ def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0)
             [sample["expression"] for sample in part],
             args.steps,
             max_tokens=args.max_tokens,
+            loop=loop,
             group_size=group_size,
             temperatures=temperatures,
             seeds=[args.seed * 1_000_003 + first + i + j for j in range(len(part))],
@@ -98,7 +102,7 @@ def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0)
 # --------------------------------------------------------------------------------------------------
 log, first_update, best = checkpoints.resume(args, name, vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels, --batch-size, --prompts-at-once or --max-tokens")
-training.probe_grpo(vlm, train, args, data)
+training.probe_grpo(vlm, train, args, data, loop)
 processes.catch_interrupts()
 
 # --------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ Section 3.2, in five steps:
 3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve (`--keep all`:
    they stay, and hold still). A prediction without a valid box is no start, and dropped too.
 4. Trajectory: T + 1 boxes on a straight line from the student's box (`--start perturbed`: from a
-   box at random) to the truth (`--path direct`: at the truth from step 1 on).
+   box at random) to the truth (`--path direct`: at the truth from step 1 on). With `--feedback
+   zoom` a box can only be written while it lies in the view of the one before; the rest is dropped.
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
-   step 0, the overlay of box t - 1 at step t.
+   step 0, the overlay of box t - 1 (or the view of it) at step t.
 
 Departure from the paper, toy preset: `--teacher template` (support/traces.py) computes
 the traces from the geometry of the boxes, since no small model can write them. `--teacher vlm` is
@@ -35,14 +36,15 @@ from common import (
     SINGLE_SHOT,
     answer_of,
     box_iou,
-    draw_overlay,
     format_box,
     iou,
     normalize_box,
     rollout,
+    written_boxes,
 )
 from support import errors, files, models, processes, samples, sources
 from support.flags import flags
+from support.loops import loop_of
 from support.traces import template_trace, trace_fault
 from toy import world
 
@@ -61,6 +63,11 @@ def interpolate(first, last, steps, path="linear"):
     for t in range(steps + 1):
         boxes.append([round(a + (b - a) * t / steps) for a, b in zip(first, last)])
     return boxes
+
+
+def in_view(boxes, loop):
+    """Whether each box (0..1000) lies wholly in the picture that it is written for."""
+    return all(0 <= v <= 1000 for box in written_boxes(boxes, loop) for v in box)
 
 
 def perturb(rng, box, iou_max):
@@ -108,7 +115,7 @@ TEACHER_HOLD = (  # for trajectories that hold still, with --keep all or --path 
 )
 
 
-def vlm_traces(vlm, images, rows, seeds, *, max_tokens):
+def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT):
     """The paper's teacher for a batch of rows: a VLM is asked for each step, up to three times.
 
     rows: dicts with id, expression and boxes. Returns for each {"id", "traces", "rejected"}: T + 1
@@ -130,8 +137,9 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens):
                     words = TEACHER_FIRST
                 elif box == last_box:
                     words = TEACHER_HOLD
-                prompts.append(words.format(expression=rows[i]["expression"], box=format_box(box)))
-                pictures.append(draw_overlay(images[i], last_box))  # what the student will see
+                told = format_box(loop.to_picture(box, last_box))
+                prompts.append(words.format(expression=rows[i]["expression"], box=told))
+                pictures.append(loop.feedback(images[i], last_box))  # what the student will see
             trajectories = rollout(
                 vlm,
                 pictures,
@@ -158,8 +166,16 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens):
     return made
 
 
+def geometric_trace(row, t, loop):
+    """The other teacher: the trace of step t, from where the boxes lie in its picture."""
+    last_box = row["boxes"][t - 1] if t > 0 else None
+    boxes = [loop.to_picture(box, last_box) for box in row["boxes"]]
+    return template_trace(boxes, loop.to_picture(row["truth"], last_box), t)
+
+
 if __name__ == "__main__":
     args = flags("make_data", __doc__, **sources.FLAGS)
+    loop = loop_of(args)
     processes.seed_all(args.seed)
     start = time.time()
     data = args.out / "data"
@@ -220,6 +236,9 @@ if __name__ == "__main__":
         elif good:
             last = first  # a good prediction holds still
         boxes = interpolate(first, last, args.steps, args.path)
+        if not in_view(boxes, loop):
+            dropped["next box outside the view"] += 1
+            continue
         kept = {"id": sample["id"], "expression": sample["expression"]}
         rows.append({**kept, "iou": box_iou(first, sample), "truth": last, "boxes": boxes})
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
@@ -230,7 +249,7 @@ if __name__ == "__main__":
     if args.teacher == "template":
         steps = range(args.steps + 1)
         for row in rows:
-            row["traces"] = [template_trace(row["boxes"], row["truth"], t) for t in steps]
+            row["traces"] = [geometric_trace(row, t, loop) for t in steps]
     else:
         if args.teacher_model:
             vlm = None  # free it before another model is loaded
@@ -240,7 +259,7 @@ if __name__ == "__main__":
             numbers, part = zip(*batch)
             images = [samples.load_image(row, data) for row in part]
             seeds = [args.seed * 1_000_003 + 3 * number for number in numbers]
-            return vlm_traces(vlm, images, part, seeds, max_tokens=args.max_tokens)
+            return vlm_traces(vlm, images, part, seeds, max_tokens=args.max_tokens, loop=loop)
 
         sample_of = {sample["id"]: sample for sample in train}
         todo = [{**sample_of[row["id"]], **row} for row in rows]

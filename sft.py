@@ -18,18 +18,20 @@ import math
 import time
 
 from common import (
-    IVT,
     build_trajectory,
     feedback_pictures,
     step_text,
     trajectory_logprobs,
+    written_boxes,
 )
 from support import checkpoints, errors, files, models, processes, samples, training
 from support.flags import flags
+from support.loops import loop_of
 
 import torch
 
 args = flags("sft", __doc__)
+loop = loop_of(args)
 processes.divides(args.grad_accum, "--grad-accum")
 processes.seed_all(args.seed)
 start = time.time()
@@ -51,6 +53,7 @@ if len(rows[0]["boxes"]) != args.steps + 1:
 per_update = args.batch_size * args.grad_accum
 updates_per_epoch = math.ceil(len(rows) / per_update)
 updates = updates_per_epoch * args.epochs
+files.agrees(args, "make_data", "feedback", "surroundings")
 files.begin(args, "sft", data / "train.jsonl", data / "sft.jsonl")
 checkpoints.leave_if_finished(args, "sft", updates)
 
@@ -74,9 +77,9 @@ def learning_rate(update):
 
 
 def pictures(row):
-    """What the model sees at each step: at step t the overlay of box t - 1, as at inference."""
+    """What the model sees at each step: at step t the picture of box t - 1, as at inference."""
     image = samples.load_image(sample_of[row["id"]], data)
-    return feedback_pictures(image, row["boxes"])
+    return feedback_pictures(image, row["boxes"], loop)
 
 
 image_tokens = training.image_token_source(vlm, pictures)
@@ -86,9 +89,10 @@ def examples(rows):
     """The training sequences of these rows."""
     trajectories = []
     for row, images in zip(rows, image_tokens(rows)):
-        texts = [step_text(trace, box) for trace, box in zip(row["traces"], row["boxes"])]
-        prompt = IVT.prompt.format(text=row["expression"])
-        trajectories.append(build_trajectory(vlm, prompt, images, texts, IVT.continuation))
+        boxes = written_boxes(row["boxes"], loop)
+        texts = [step_text(trace, box) for trace, box in zip(row["traces"], boxes)]
+        prompt = loop.prompt.format(text=row["expression"])
+        trajectories.append(build_trajectory(vlm, prompt, images, texts, loop.continuation))
     return trajectories
 
 

@@ -12,6 +12,8 @@ from support.processes import RANK, barrier, catch_interrupts, gather, leave_if_
 
 # Flags of earlier versions, with the value at which they did nothing: a run with it can go on
 FORMER_FLAGS = {"first_step": "all", "reward": "simple", "agree": 1.0}
+# Flags that came later, with the value at which they do what the code did before
+LATER_FLAGS = {"feedback": "overlay", "surroundings": 2.0, "guard": "off"}
 FORMER_NAMES = {"toy_base": "base"}  # folders of base models that have moved
 LARGE_FILE = 2**26  # bytes
 
@@ -200,6 +202,19 @@ def begin(args, name, *inputs, ignore=(), only=None, **more):
     return bool(before) and not differing
 
 
+def agrees(args, name, *flags):
+    """Stops when `name` in --out was made with other values of these flags than args has."""
+    before = read_config(args.out / f"log/{name}.config.json")
+    for flag in flags:
+        then = before.get(flag, LATER_FLAGS.get(flag))
+        if before and then != getattr(args, flag):
+            words = flag.replace("_", "-")
+            stop(
+                f"{name} in {args.out} was made with --{words} {then}, and now it is "
+                f"{getattr(args, flag)}; give the same, or another --out"
+            )
+
+
 def read_config(path):
     """What `begin` wrote, a dict; empty when there is none. A damaged one is refused."""
     if not path.exists():
@@ -220,7 +235,7 @@ def differences(before, config):
         then, now = before.get(key), config.get(key)
         if key == "model":
             then, now = present_name(then), present_name(now)
-        if then == now:
+        if then == now or (key not in before and LATER_FLAGS.get(key) == now):
             continue
         if key in FORMER_FLAGS and key not in config:
             if then != FORMER_FLAGS[key]:

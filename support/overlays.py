@@ -1,10 +1,11 @@
-"""Does the overlay matter? What an ablation shows at step t instead of box t - 1 on the image.
+"""Does the picture matter? What an ablation shows at step t instead of box t - 1 on the image, or
+instead of the view of it.
 
 Each takes (image, box or None) and returns a picture of the same size, as the feedback of a loop
 does; what is random in it depends on the box alone, so that a run can be repeated.
 """
 
-from common import draw_overlay
+from common import draw_overlay, enlarge, view_of, zoom
 
 import numpy as np
 from PIL import ImageDraw, ImageFont
@@ -31,13 +32,18 @@ def random_text(image, box):
     return image
 
 
-def box_elsewhere(image, box):
-    """A copy with the overlay of a random box: what changes is whether the box is the model's
-    own."""
+def random_box(box):
+    """A box (0..1000) that has nothing to do with this one."""
     rng = np.random.default_rng([1, *(box or [])])
     x, y = rng.integers(0, 700, 2).tolist()
     width, height = rng.integers(100, 300, 2).tolist()
-    return draw_overlay(image, [x, y, x + width, y + height])
+    return [x, y, x + width, y + height]
+
+
+def box_elsewhere(image, box):
+    """A copy with the overlay of a random box: what changes is whether the box is the model's
+    own."""
+    return draw_overlay(image, random_box(box))
 
 
 OVERLAYS = {
@@ -45,3 +51,12 @@ OVERLAYS = {
     "random text": random_text,
     "a box elsewhere": box_elsewhere,
 }
+
+
+def views(surroundings):
+    """As OVERLAYS, for the zoomed loop: name -> feedback."""
+    feedback = zoom(surroundings).feedback
+    return {
+        "no box drawn": lambda image, box: enlarge(image, view_of(box, surroundings)),
+        "a view elsewhere": lambda image, box: feedback(image, random_box(box)),
+    }

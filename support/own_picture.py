@@ -5,6 +5,7 @@ from pathlib import Path
 from common import denormalize_box, rollout
 from support.checkpoints import best_adapter
 from support.errors import explain_out_of_memory, stop, working_on
+from support.files import agrees
 from support.models import load_with_adapter
 from support.pictures import filmstrip, write_picture
 from support.samples import load_image
@@ -14,7 +15,7 @@ from PIL import Image
 ORIENTATION = 0x0112  # EXIF; from 5 on, width and height are exchanged
 
 
-def look_at(args, image, expression):
+def look_at(args, image, expression, loop):
     """Runs the loop on an image file for an expression; prints every step, with boxes in pixels,
     and writes the filmstrip figures/<name of the image>.png under --out.
 
@@ -28,11 +29,13 @@ def look_at(args, image, expression):
     adapter = best_adapter(args.out)
     if not adapter:
         stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
+    agrees(args, adapter.name, "feedback")
     sample, picture = own_sample(image)
     explain_out_of_memory("--max-pixels")
     working_on([sample])
     vlm = load_with_adapter(args, adapter)
-    [trajectory] = rollout(vlm, [picture], [expression], args.steps, max_tokens=args.max_tokens)
+    options = dict(max_tokens=args.max_tokens, loop=loop)
+    [trajectory] = rollout(vlm, [picture], [expression], args.steps, **options)
     for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
         where = "no valid box"
         if box:

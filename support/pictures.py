@@ -6,10 +6,11 @@ per step. A sample without "bbox" has no truth to show. Sizes are in pixels.
 
 import textwrap
 
-from common import answer_of, box_iou, denormalize_box
+from common import box_iou, denormalize_box
 from support.files import write_bytes
 from support.samples import load_image
 from support.statistics import METRICS, by_change
+from support.traces import trace_of
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -154,8 +155,7 @@ def step_line(sample, box, t):
 def short_trace(text, width, lines):
     """The reasoning of a step without its tags and its box, wrapped to a width in pixels; the rest
     after some lines is cut off."""
-    trace = text.removesuffix(answer_of(text)).replace("<think>", "").replace("</think>", "")
-    return "\n".join(textwrap.wrap(trace.strip(), width // 7)[:lines])
+    return "\n".join(textwrap.wrap(trace_of(text), width // 7)[:lines])
 
 
 # --------------------------------------------------------------------------------------------------

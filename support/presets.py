@@ -19,6 +19,10 @@ class Setting:
     high: float = 10**9
 
 
+GUARD = Setting(
+    "off", "off", "a box that is far from the one before it is not taken; ours", ("off", "on")
+)
+
 PRESETS = {  # phase -> name -> Setting
     "all": {
         "model": Setting("Qwen/Qwen3-VL-4B-Instruct", "toy/base", "base model: folder or hub id"),
@@ -29,6 +33,15 @@ PRESETS = {  # phase -> name -> Setting
             2**20, 96**2, "larger images are reduced to this area; the paper: native", low=1024
         ),
         "steps": Setting(2, 2, "T, refinement steps after step 0", high=20),
+        "feedback": Setting(
+            "overlay",
+            "overlay",
+            "before step t: box t - 1 on the image, or its surroundings enlarged (zoom, ours)",
+            ("overlay", "zoom"),
+        ),
+        "surroundings": Setting(
+            2.0, 2.0, "zoom: sides of the view, in longer sides of the box; ours", high=100
+        ),
         "seed": Setting(0, 0, "of everything random; ours", low=0, high=2**31 - 1),
     },
     "make_data": {
@@ -75,6 +88,7 @@ PRESETS = {  # phase -> name -> Setting
         "temperature_first": Setting(1.0, 1.0, "at step 0", low=0, high=10),
         "temperature": Setting(0.7, 0.7, "at the refinement steps", low=0, high=10),
         "beta": Setting(0.04, 0.04, "weight of the KL term", low=0, high=100),
+        "guard": GUARD,
         "entropy": Setting(0.01, 0.01, "lambda, weight of the entropy", low=0, high=100),
         "kl": Setting("paper", "paper", "mean |log pi - log ref|; k3 is ours", ("paper", "k3")),
         "grad_accum": Setting(8, 8, "prompts per update: our reading of 8 accumulation steps"),
@@ -88,6 +102,7 @@ PRESETS = {  # phase -> name -> Setting
     "evaluate": {
         "max_tokens": Setting(160, 80, "per step"),
         "batch_size": Setting(6, 64, "samples decoded at once; ours"),
+        "guard": GUARD,
         "longest": Setting(6, 6, "steps that an IVT row is played to; ours"),
         "control_temperature": Setting(
             1.0, 1.0, "of the control of T + 1 sampled answers; ours", low=0.01, high=10

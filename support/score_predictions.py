@@ -11,6 +11,7 @@ under --out that is named as the file, so that the run's own results stay.
 import json
 from pathlib import Path
 
+from support import second_look
 from support.errors import stop
 from support.files import read_lines
 from support.flags import Flag, flags
@@ -119,6 +120,7 @@ if __name__ == "__main__":
         "n": len(samples),
         "steps": args.steps,
         **analyse(samples, rows_of, args.steps, shown, CONTROL),
+        "second_look": second_look.analyse(samples, rows_of, args.steps),
         "ablations": {},
     }
     folder = args.out / Path(args.predictions).stem

@@ -10,7 +10,7 @@ differences are paired.
 import functools
 from pathlib import Path
 
-from common import box_iou, iou
+from common import box_iou, iou, token_text
 from support.errors import stop
 from support.files import read_jsonl
 
@@ -18,8 +18,11 @@ import numpy as np
 
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
 
-# Rows of Table 1: the control, whose boxes are samples, and those the paper has findings about
+# Rows of Table 1: the controls, whose boxes are samples or which look closer without training, and
+# those the paper has findings about
 CONTROL = "Base (single-shot), T + 1 samples"
+AGAIN = "Base, asked again on the zoomed view"
+AGAIN_GUARDED = "Base, asked again, zoomed and guarded"
 UNTRAINED = "Base + IVT (no training)"
 SFT = "SFT + IVT"
 GRPO = "SFT + GRPO + IVT"
@@ -54,6 +57,28 @@ def estimate(values):
     means = resamples(len(values)) @ values  # [count] or [count, K]
     low, high = np.percentile(means, (2.5, 97.5), axis=0)
     return np.stack([values.mean(0), low, high], -1).astype(float).round(6).tolist()
+
+
+def estimate_of(columns, formula):
+    """As `estimate`, of a number that is no mean: columns [S, K]; formula: the K means over the
+    samples, [..., K] -> [...].
+
+    None where it cannot be computed. Resamples in which it cannot be are left out.
+    """
+    columns = np.asarray(columns, np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = formula(columns.mean(0, dtype=np.float64))
+        resampled = formula((resamples(len(columns)) @ columns).astype(np.float64))
+    if not np.isfinite(value):
+        return None
+    low, high = np.percentile(resampled[np.isfinite(resampled)], (2.5, 97.5))
+    return np.array([value, low, high]).round(6).tolist()
+
+
+def ratio(part, whole):
+    """An estimate of how often `part` is so among the samples where `whole` is, both [S] bool;
+    None where it never is."""
+    return estimate_of(np.stack([part & whole, whole], 1), lambda m: m[..., 0] / m[..., 1])
 
 
 def metrics(ious):
@@ -370,12 +395,14 @@ def sampling(ious_of, shown, control):
 # --------------------------------------------------------------------------------------------------
 # Logs of trajectories, and the table of ablations over them
 # --------------------------------------------------------------------------------------------------
-def log_line(sample, trajectories):
+def log_line(sample, trajectories, tokenizer):
     """What a log keeps of a sample's trajectory, or of its T + 1 single-shot answers, as a dict.
 
-    logprob: log pi of each step's text. read: tokens in the context when the step ends, its cost.
+    logprob: log pi of each step's text. confidence: the mean log pi of its box's tokens, None
+    without a valid box. read: tokens in the context when the step ends, its cost.
     """
-    line = {"id": sample["id"], "boxes": [], "iou": [], "texts": [], "logprob": [], "read": []}
+    lists = ("boxes", "iou", "texts", "logprob", "confidence", "read")
+    line = {"id": sample["id"], **{name: [] for name in lists}}
     for t in trajectories:
         line["boxes"] += t.boxes
         line["iou"] += [round(box_iou(box, sample), 6) for box in t.boxes]
@@ -383,8 +410,24 @@ def log_line(sample, trajectories):
         for step in range(len(t.boxes)):
             targets = [m for m in range(len(t.target)) if t.step[m] == step]
             line["logprob"].append(round(sum(t.logprob[m] for m in targets), 4))
+            confidence = None
+            if t.boxes[step]:
+                answer = [t.logprob[m] for m in answer_targets(t, targets, tokenizer)]
+                confidence = round(sum(answer) / len(answer), 4)
+            line["confidence"].append(confidence)
             line["read"].append(t.predictor[targets[-1]] + 1)
     return line
+
+
+def answer_targets(trajectory, targets, tokenizer):
+    """Those of a step's targets (places in the trajectory's lists) that lie after the end of its
+    reasoning: all of them without one."""
+    text = ""
+    for count, m in enumerate(reversed(targets)):
+        text = token_text(tokenizer, trajectory.target[m]) + text
+        if "</think>" in text:
+            return targets[len(targets) - count :]
+    return targets
 
 
 def ablations(samples, args, lines_of, others, logs):

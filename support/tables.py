@@ -3,7 +3,9 @@
 import json
 
 from support.files import write_text
+from support.second_look import AGREEMENT
 from support.statistics import METRICS, signed
+from support.traces import CLAIMS
 
 CHOICE = "Best of steps, the paper's choice, needs the ground truth; the others do not."
 VERDICTS = (
@@ -27,6 +29,7 @@ def summary(results):
     """Tables 1 and 2 and the verdicts, without intervals."""
     width = max(map(len, results["table1"])) + 2
     lines = [*summary_of_table1(results, width), "", *summary_of_table2(results, width), ""]
+    lines += summary_of_second_look(results, width)
     lines.append("The paper's findings here (of the first, the 10 points are our threshold)")
     lines += [
         f"{verdict}: {sentence}: {numbers}" for sentence, numbers, verdict in results["findings"]
@@ -54,6 +57,54 @@ def means(estimates):
     return " ".join(f"{mean:.3f}" for mean, _, _ in estimates.values())
 
 
+def summary_of_second_look(results, width):
+    """What each row corrects and spoils; of the row that is shown, the rules that choose a step and
+    whether its traces tell the truth."""
+    looks = results["second_look"]
+    if not looks:
+        return []
+    lines = [
+        "The second look: corrected of the wrong, spoilt of the right (IoU 0.5); ECR / EIR, needed"
+    ]
+    for name, look in looks.items():
+        turns = look["turns"]
+        counts = f"{of_wrong(turns)}, {of_right(turns)}"
+        lines.append(f"{name:{width}}{counts:24}{odds(turns['ratio'])}, {odds(turns['needed'])}")
+    look = looks.get(results["shown"])
+    if not look:
+        return [*lines, ""]
+    lines += ["", f"{results['shown']}: a step chosen without the truth, mean IoU against step 0"]
+    for rule, row in look["rules"].items():
+        words = "best of steps (takes the truth)" if rule == "best of steps" else rule
+        lines.append(f"{words:{width}}{row['mean IoU'][0]:.3f}  {signed(row['gain']['mean IoU'])}")
+    if "traces" in look:
+        accuracies = [f"step {row['step']} {of_chance(row)}" for row in look["traces"]]
+        lines.append(f"Its traces say what the geometry says: {'; '.join(accuracies)}")
+    return [*lines, ""]
+
+
+def of_wrong(turns):
+    """How many of those that are wrong at step 0 end right."""
+    return f"{turns['wrong, right']} of {turns['wrong, right'] + turns['wrong, wrong']}"
+
+
+def of_right(turns):
+    """How many of those that are right at step 0 end wrong."""
+    return f"{turns['right, wrong']} of {turns['right, right'] + turns['right, wrong']}"
+
+
+def odds(value):
+    """A quotient as text; "-" where there is none."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def of_chance(truth):
+    """With what balanced accuracy the traces of a step say what the geometry says, as text."""
+    if truth["balanced"] is None:
+        return "no box was shown"
+    return f"{cell(truth['balanced'])}, chance {truth['chance']:.3f}"
+
+
 def summary_of_table2(results, width):
     """A line per row: IoU per step, change, shares, valid boxes."""
     steps = results["steps"]
@@ -74,8 +125,10 @@ def summary_of_table2(results, width):
 # Markdown
 # --------------------------------------------------------------------------------------------------
 def cell(value, sign=""):
-    """An estimate as text. With sign "+" it is a difference, and * marks an interval without
-    zero."""
+    """An estimate as text, "" for None. With sign "+" it is a difference, and * marks an interval
+    without zero."""
+    if value is None:
+        return ""
     if not sign:
         mean, low, high = value
         return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
@@ -99,6 +152,8 @@ def report(results):
     made = ""
     if "model" in results:  # of other systems' boxes nothing is known
         made = f", greedy, seed {results['seed']}, model `{results['model']}`"
+        if results["feedback"] != "overlay":
+            made += f", feedback {results['feedback']}"
     lines = [
         f"{results['n']} test samples, T = {results['steps']}{made}. "
         "[low, high]: 95 percent bootstrap interval over the samples; "
@@ -113,6 +168,10 @@ def report(results):
         *sampling_lines(results),
         *table2_lines(results),
         *finding_lines(results),
+        *turn_lines(results),
+        *rule_lines(results),
+        *confidence_lines(results),
+        *trace_lines(results),
         *strata_lines(results),
         *adaptive_lines(results),
         *ablation_lines(results),
@@ -187,6 +246,100 @@ def finding_lines(results):
     for sentence, numbers, verdict in results["findings"]:
         lines.append(f"- {verdict}: {sentence}: {numbers}")
     return [*lines, ""]
+
+
+def turn_lines(results):
+    """What is corrected, and what is spoilt, from the first to the last step."""
+    rows = []
+    sentences = []
+    for name, look in results["second_look"].items():
+        turns = look["turns"]
+        counts = [turns[f"{a}, {b}"] for a in ("right", "wrong") for b in ("right", "wrong")]
+        rates = [cell(turns["ECR"]), cell(turns["EIR"])]
+        quotients = [odds(turns["ratio"]), odds(turns["needed"])]
+        rows.append([name, *counts, *rates, *quotients, cell(turns["change"], "+")])
+        sentences.append(
+            f"- {name}: {of_wrong(turns)} wrong boxes are corrected and {of_right(turns)} right "
+            f"ones spoilt; ECR / EIR is {quotients[0]}, and a gain needs more than {quotients[1]}."
+        )
+    if not rows:
+        return []
+    head = ("Method", "stays right", "right -> wrong", "wrong -> right", "stays wrong")
+    head += ("ECR", "EIR", "ECR / EIR", "Acc / (1 - Acc)", "change of Acc@0.5")
+    return [
+        *section(
+            "**The second look**, right and wrong at IoU 0.5, first and last step. ECR: share of "
+            "the wrong that is corrected; EIR: share of the right that is spoilt. A loop gains "
+            "only if ECR / EIR > Acc / (1 - Acc), with Acc@0.5 of step 0.",
+            head,
+            rows,
+        ),
+        *sentences,
+        "",
+    ]
+
+
+def rule_lines(results):
+    """Rules that choose a step."""
+    rows = []
+    for name, look in results["second_look"].items():
+        for rule, row in look["rules"].items():
+            gains = [cell(gain, "+") for gain in row["gain"].values()]
+            rows.append([name, rule, cell(row["mean IoU"]), *gains])
+    if not rows:
+        return []
+    return section(
+        "**Choosing a step without the truth**; changes are from stopping at step 0, paired. "
+        f"Agreement: the first box whose IoU with the one before is above {AGREEMENT}; confidence: "
+        "the box with the highest mean log-probability of its tokens; own trace: the box before "
+        "the first trace that keeps it. The best of steps takes the truth.",
+        ("Method", "rule", "mean IoU", *(f"{metric}, change" for metric in row["gain"])),
+        rows,
+    )
+
+
+def confidence_lines(results):
+    """How well confidence and IoU go together."""
+    rows = []
+    for name, look in results["second_look"].items():
+        if "confidence" in look:
+            rows.append([name, *map(cell, look["confidence"].values())])
+    if not rows:
+        return []
+    return section(
+        "**Does confidence know?** Pearson's r between the mean log-probability of a box's tokens "
+        "and its IoU.",
+        ("Method", "step 0", "all steps"),
+        rows,
+    )
+
+
+def trace_lines(results):
+    """Whether the traces tell the truth."""
+    rows = []
+    sentences = []
+    for name, look in results["second_look"].items():
+        for truth in look.get("traces", []):
+            for box, row in truth["boxes"].items():
+                shares = [cell(row[claim]) for claim in CLAIMS]
+                rows.append([name, truth["step"], box, row["n"], *shares])
+            sentences.append(
+                f"- {name}, step {truth['step']}: {truth['different']} different traces. A trace "
+                f"says what the geometry says with balanced accuracy {of_chance(truth)}."
+            )
+    if not rows:
+        return []
+    return [
+        *section(
+            "**Does the trace tell the truth?** Of the boxes that a step was shown, on a wrong "
+            "object (IoU 0), right (IoU 0.5 and more) and in between, the share whose trace says "
+            "each of three things.",
+            ("Method", "step", "the box is", "n", *(f'says "{claim}"' for claim in CLAIMS)),
+            rows,
+        ),
+        *sentences,
+        "",
+    ]
 
 
 def strata_lines(results):

@@ -1,4 +1,5 @@
-"""Reasoning traces: what is wrong with one that a VLM wrote, and traces from geometry alone.
+"""Reasoning traces: what is wrong with one that a VLM wrote, traces from geometry alone, and what a
+trace says of the box that it examines.
 
 The paper's teacher is a VLM (make_data.py, `vlm_traces`). For the toy preset, whose model is too
 small to write them, `template_trace` computes them from the boxes.
@@ -6,7 +7,10 @@ small to write them, `template_trace` computes them from the boxes.
 
 import re
 
-from common import iou
+from common import answer_of, iou
+
+# What a trace may say of the box that it examines
+WRONG, SHIFT, KEEP = CLAIMS = ("wrong object", "shift or resize", "keep")
 
 
 def trace_fault(trace, expression):
@@ -51,6 +55,27 @@ def template_trace(boxes, truth, t):
     if t == 0:  # forward reasoning: why this region, right or wrong (Section 3.2)
         return f"I look for the object. I see it at the {place(boxes[0])}."
     before = boxes[t - 1]
+    faults, moves, sizes = faults_of(before, truth)
+    if iou(before, truth) == 0:
+        return (
+            f"The red box is on the wrong object. I see the target at the {place(truth)}. "
+            f"I move the box {join(moves or ['there'])}."
+        )
+    if not faults and before == boxes[t]:
+        return "The red box fits well. I keep it."
+    if not faults:
+        return "The red box is nearly right. I tighten it slightly."
+    cures = []
+    if moves:
+        cures.append(f"move it {join(moves)}")
+    if sizes:
+        cures.append(f"make it {join(sizes)}")
+    return f"The red box is {join(faults)}. I {join(cures)}."
+
+
+def faults_of(before, truth):
+    """How a box lies to the true one, both in 0..1000, in words: its faults, and what cures them,
+    moves and sizes."""
     width = max(truth[2] - truth[0], 1)
     height = max(truth[3] - truth[1], 1)
     # How far the truth's centre lies to the right and below, in sizes of the true box
@@ -71,18 +96,55 @@ def template_trace(boxes, truth, t):
     faults = [fault for true, fault, _ in rules if true]
     moves = [cure for true, _, cure in rules[:4] if true]
     sizes = [cure for true, _, cure in rules[4:] if true]
-    if iou(before, truth) == 0:
-        return (
-            f"The red box is on the wrong object. I see the target at the {place(truth)}. "
-            f"I move the box {join(moves or ['there'])}."
-        )
-    if not faults and before == boxes[t]:
-        return "The red box fits well. I keep it."
-    if not faults:
-        return "The red box is nearly right. I tighten it slightly."
-    cures = []
-    if moves:
-        cures.append(f"move it {join(moves)}")
-    if sizes:
-        cures.append(f"make it {join(sizes)}")
-    return f"The red box is {join(faults)}. I {join(cures)}."
+    return faults, moves, sizes
+
+
+# --------------------------------------------------------------------------------------------------
+# What a trace says, and what the geometry says: one of CLAIMS
+# --------------------------------------------------------------------------------------------------
+# The template's sentences, and how a VLM words the same. The first that is found counts: what a
+# trace does ("I keep it") before what it grants ("it covers the dog well, but is too wide").
+DENIED = r"\b(?:not|nor|neither)\s+(?:on (?:the|a) (?:wrong|different) \w+|shifted|too \w+)"
+SAYS = (
+    (
+        WRONG,
+        r"\b(?:wrong|different|incorrect|another) (?:\w+ )?(?:object|target|item|one|person|man|"
+        r"woman|child|animal|place|location|region|area)\b"
+        r"|\b(?:misses|not on|not around|does not touch) the (?:\w+ )?(?:target|object)\b",
+    ),
+    (
+        KEEP,
+        r"\bI keep\b|\bkeep it\b|\bnearly right\b"
+        r"|\bno (?:\w+ )?(?:correction|change|adjustment|shift)s?\b",
+    ),
+    (
+        SHIFT,
+        r"\btoo \w+|\b(?:shift|mov|offset|enlarg|expand|extend|shrink|reduc|tighten|adjust|misalign"
+        r"|cuts? off)|\b(?:make it|be) (?:\w+ )?(?:larg|small|wid|narrow|tall|short|low|high)er\b",
+    ),
+    (
+        KEEP,
+        r"\bfits?\b|\bis (?:right|accurate|correct|precise)\b|\b(?:accurate|correct|precise)ly\b",
+    ),
+)
+
+
+def trace_of(text):
+    """The reasoning in what is written at a step, without its tags and the answer."""
+    trace = text.removesuffix(answer_of(text))
+    return trace.replace("<think>", "").replace("</think>", "").strip()
+
+
+def claim_of(trace):
+    """What a trace says of the box that it examines: one of CLAIMS, or None where it says
+    nothing of the kind."""
+    trace = re.sub(DENIED, "", trace, flags=re.I)
+    return next((claim for claim, words in SAYS if re.search(words, trace, re.I)), None)
+
+
+def geometry_of(box, truth):
+    """What a true trace would say of a box, both in 0..1000: one of CLAIMS, by the template's
+    rules."""
+    if iou(box, truth) == 0:
+        return WRONG
+    return SHIFT if faults_of(box, truth)[0] else KEEP

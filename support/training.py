@@ -3,7 +3,7 @@
 import math
 import random
 
-from common import IVT, box_iou, build_trajectory, encode_images, trajectory_logprobs
+from common import box_iou, build_trajectory, encode_images, trajectory_logprobs
 from support.errors import stop, working_on
 from support.processes import RANK, device, gather
 from support.samples import load_image
@@ -91,7 +91,7 @@ def probe_sft(vlm, rows, samples, examples, batch_size):
     probe(vlm, examples([largest]) * batch_size, samples[largest["id"]])
 
 
-def probe_grpo(vlm, samples, args, data):
+def probe_grpo(vlm, samples, args, data, loop):
     """`probe` of what the rollout may sample at most: the largest image, all steps full.
 
     data: the folder that the samples' images are relative to.
@@ -104,9 +104,9 @@ def probe_grpo(vlm, samples, args, data):
     working_on([largest])
     count = args.steps + 1
     images = encode_images(vlm, [load_image(largest, data)]) * count
-    prompt = IVT.prompt.format(text=largest["expression"])
+    prompt = loop.prompt.format(text=largest["expression"])
     text = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
-    trajectory = build_trajectory(vlm, prompt, images, [text] * count)
+    trajectory = build_trajectory(vlm, prompt, images, [text] * count, loop.continuation)
     probe(vlm, [trajectory] * args.batch_size, largest)
 
 

@@ -157,7 +157,7 @@ def test_scripts_around_a_run(whole, tmp_path):
     status, printed = command("evaluate", out, *more)
     assert status == 0, printed
     before = json.loads((out / "results.json").read_text())
-    assert len(before["ablations"]) == 3 + 3 + 2
+    assert len(before["ablations"]) == 5 + 3 + 2
     own = before["ablations"]["SFT + GRPO + IVT"]
     other = before["ablations"][f"{whole[0]}: SFT + GRPO + IVT"]
     assert own["first"] == other["first"] and own["validation"] == other["validation"]
@@ -166,7 +166,8 @@ def test_scripts_around_a_run(whole, tmp_path):
     status, printed = run(argv, tmp_path)
     assert status == 0, printed
     after = json.loads((out / "predictions/results.json").read_text())
-    for key in ("table1", "table2", "differences", "strata", "adaptive", "findings"):
+    tables = ("table1", "table2", "differences", "strata", "adaptive", "findings", "second_look")
+    for key in tables:
         assert after[key] == before[key], key
 
     picture(90, 70).save(tmp_path / "photo.png")
@@ -199,6 +200,24 @@ def test_a_trajectory_may_hold_still_or_go_straight_to_the_truth(tmp_path):
             held += 1
         assert row["boxes"] == [prediction["box"], later, later]
     assert 0 < held < len(lines(out / "data/sft.jsonl"))
+
+
+def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
+    out = tmp_path / "run"
+    zoomed = ("--feedback", "zoom", "--surroundings", "3")
+    for step, more in (
+        ("make_data", ()),
+        ("sft", ()),
+        ("grpo", ("--guard", "on")),
+        ("evaluate", ("--guard", "on", "--ablations", "--longest", "2")),
+    ):
+        status, printed = command(step, out, *zoomed, *more)
+        assert status == 0, printed
+    results = json.loads((out / "results.json").read_text())
+    names = [name for name in results["ablations"] if "SFT + GRPO + IVT, " in name]
+    assert names == ["SFT + GRPO + IVT, no box drawn", "SFT + GRPO + IVT, a view elsewhere"]
+    status, printed = command("sft", out, "--restart")
+    assert status == 1 and "was made with --feedback zoom, and now it is overlay" in printed
 
 
 # --------------------------------------------------------------------------------------------------

@@ -459,6 +459,7 @@ MESSAGES = [
     "is finished; --restart begins again",
     "going on after update ",
     "was made otherwise:",
+    " was made with --",
     "another run works in ",
     "is missing; first run: ",
     "cannot be written (",
@@ -484,7 +485,7 @@ def test_the_messages_are_those_of_the_code():
 def test_presets_hold_the_papers_values():
     """Sections 3.3 and 4.1 of arXiv:2606.13156."""
     values = {
-        "all": dict(model="Qwen/Qwen3-VL-4B-Instruct", quantize="nf4", steps=2),
+        "all": dict(model="Qwen/Qwen3-VL-4B-Instruct", quantize="nf4", steps=2, feedback="overlay"),
         "make_data": dict(
             train_samples=2400,
             val_samples=510,

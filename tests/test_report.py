@@ -42,6 +42,8 @@ FAR = [600, 600, 900, 900]
 def results_of(samples, rows_of, steps, shown, control=None):
     """As an evaluation puts them together."""
     head = {"n": len(samples), "seed": 0, "steps": steps, "model": "m", "ablations": {}}
+    head["feedback"] = "overlay"
+    head["second_look"] = {}
     return {**head, **analyse(samples, rows_of, steps, shown, control)}
 
 

@@ -11,7 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import VLM, Trajectory, build_trajectory, encode_images, rollout, trajectory_logprobs
+from common import (
+    IVT,
+    VLM,
+    Trajectory,
+    build_trajectory,
+    encode_images,
+    rollout,
+    trajectory_logprobs,
+)
 from support import checkpoints, errors, files, models, processes, samples, training
 from support.flags import ROOT, Flag, check_path, flags
 from support.presets import PRESETS
@@ -746,7 +754,7 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
     assert probed == ["square"] and weight.grad is None
     assert re.search(r"forward and backward, 3 x \d+ tokens", capsys.readouterr().out)
     args = argparse.Namespace(steps=2, max_tokens=7, batch_size=2)
-    training.probe_grpo(vlm, list(made.values()), args, tmp_path)
+    training.probe_grpo(vlm, list(made.values()), args, tmp_path, IVT)
     weight.requires_grad_(False)
     count = int(re.search(r"2 x (\d+) tokens", capsys.readouterr().out)[1])
     assert count > 3 * (64 + 7)

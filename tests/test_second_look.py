@@ -1,0 +1,266 @@
+"""What a sceptic asks of a second look, on trajectories made by hand; and the words of traces."""
+
+import random
+
+from common import Trajectory, step_text
+from support.second_look import AGREEMENT, analyse, correlation, kept_step, turns
+from support.statistics import CONTROL, estimate_of, log_line, ratio
+from support.tables import report, summary
+from support.traces import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of, template_trace
+from tests.small import GOOD, vlm
+from tests.test_report import FAR, HALF, RIGHT, results_of
+
+import numpy as np
+import pytest
+
+TALL = [0, 0, 250, 400]  # IoU 0.8 with RIGHT, the truth of GOOD
+TOLD = {  # what a trace says of the box before it
+    WRONG: "The red box is on the wrong object. I see the target at the upper left.",
+    SHIFT: "The red box is too short. I make it taller.",
+    KEEP: "The red box fits well. I keep it.",
+}
+
+
+def row_of(boxes, told=(), confidence=None):
+    """A row of a log: boxes, what the traces from step 1 on claim (none: there are no traces), and
+    the confidence of each step, if it is given."""
+    traces = ["I look for the object.", *(TOLD[claim] for claim in told)]
+    texts = [step_text(trace, box or FAR) for trace, box in zip(traces, boxes)]
+    if not told:
+        texts = [""] * len(boxes)
+    row = {"boxes": boxes, "texts": texts}
+    if confidence:
+        row["confidence"] = confidence
+    return row
+
+
+def look_at(rows, name="x", steps=2):
+    return analyse([GOOD] * len(rows), {name: rows}, steps)[name]
+
+
+# --------------------------------------------------------------------------------------------------
+# Estimates
+# --------------------------------------------------------------------------------------------------
+def test_a_ratio_has_the_interval_of_a_share():
+    whole = np.arange(600) < 400
+    part = np.arange(600) % 4 == 0
+    mean, low, high = ratio(part, whole)
+    half = 1.96 * (0.25 * 0.75 / 400) ** 0.5
+    assert mean == pytest.approx(0.25, abs=1e-5)
+    assert (low, high) == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
+    assert ratio(part, whole & False) is None
+    # One sample of the kind: resamples without it do not count
+    assert ratio(part, np.arange(600) == 0) == [1, 1, 1]
+    assert estimate_of(np.ones((3, 1)), lambda m: m[..., 0] / 0) is None
+
+
+def test_r_is_pearsons():
+    rng = np.random.default_rng(0)
+    x = rng.normal(-3, 1, (200, 3))
+    y = 0.5 * x + rng.normal(0, 1, x.shape)
+    x[::7, 1] = np.nan
+    there = ~np.isnan(x)
+    value, low, high = correlation(x, y)
+    assert value == pytest.approx(np.corrcoef(x[there], y[there])[0, 1], abs=1e-4)
+    assert low < value < high < 0.6
+    assert correlation(np.full((4, 1), -0.7), np.arange(4.0)[:, None]) is None
+    assert correlation(np.full((4, 1), np.nan), np.arange(4.0)[:, None]) is None
+
+
+# --------------------------------------------------------------------------------------------------
+# First and last step
+# --------------------------------------------------------------------------------------------------
+def test_what_is_corrected_and_what_is_spoilt():
+    """76 wrong, of which 10 end right; 429 right, of which 13 end wrong."""
+    pairs = [(0.4, 0.5)] * 10 + [(0.0, 0.49)] * 66 + [(0.5, 0.1)] * 13 + [(0.9, 0.6)] * 416
+    row = turns(np.array(pairs))
+    counts = [row[key] for key in ("wrong, right", "wrong, wrong", "right, wrong", "right, right")]
+    assert counts == [10, 66, 13, 416]
+    assert row["ECR"][0] == pytest.approx(10 / 76, abs=1e-4)
+    assert row["EIR"][0] == pytest.approx(13 / 429, abs=1e-4)
+    assert row["EIR"][1] < 13 / 429 < row["EIR"][2]
+    assert row["ratio"] == pytest.approx(4.34, abs=0.01)
+    assert row["needed"] == pytest.approx(429 / 76)
+    assert row["change"][0] == pytest.approx(-3 / 505, abs=1e-4)
+
+
+def test_a_quotient_may_not_exist():
+    row = turns(np.array([(0.6, 0.9), (0.7, 0.7)]))  # nothing is wrong
+    assert row["ECR"] is None and row["ratio"] is None and row["needed"] is None
+    row = turns(np.array([(0.6, 0.9), (0.1, 0.7)]))  # nothing is spoilt
+    assert row["EIR"][0] == 0 and row["ratio"] is None and row["needed"] == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Rules
+# --------------------------------------------------------------------------------------------------
+def test_each_rule_chooses_its_step():
+    """IoUs of the boxes: FAR 0, HALF 0.5, TALL 0.8, RIGHT 1."""
+    rows = [
+        row_of([HALF, RIGHT, FAR], (SHIFT, KEEP), [-0.5, -0.9, -0.1]),
+        row_of([TALL, None, HALF], (KEEP, KEEP), [-0.1, None, -0.3]),
+    ]
+    table = look_at(rows)["rules"]
+    found = {rule: row["mean IoU"][0] for rule, row in table.items()}
+    assert found == pytest.approx(
+        {
+            "first step": (0.5 + 0.8) / 2,
+            "last step": (0 + 0.5) / 2,
+            "last valid": (0 + 0.5) / 2,
+            "medoid": (1 + 0.5) / 2,  # of the second the two boxes agree alike, the later counts
+            "agreement": (0 + 0.5) / 2,  # no two boxes do
+            "confidence": (0 + 0.8) / 2,
+            "own trace": (1 + 0.8) / 2,
+            "best of steps": (1 + 0.8) / 2,
+        }
+    )
+    gain = table["own trace"]["gain"]
+    assert gain["mean IoU"][0] == pytest.approx(0.25) and gain["Acc@0.9"][0] == 0.5
+    assert table["first step"]["gain"]["mean IoU"] == [0, 0, 0]
+
+
+def test_agreement_stops_at_the_second_of_two_like_boxes():
+    near = [0, 0, 250, 490]
+    assert AGREEMENT < 0.98
+    table = look_at([row_of([near, RIGHT, FAR])])["rules"]
+    assert table["agreement"]["mean IoU"][0] == 1
+    assert "own trace" not in table and "confidence" not in table  # neither is there
+
+
+def test_the_box_that_a_trace_keeps():
+    assert kept_step(row_of([HALF, RIGHT, FAR], (SHIFT, SHIFT))) == 2
+    assert kept_step(row_of([HALF, RIGHT, None], (SHIFT, WRONG))) == 1
+    assert kept_step(row_of([None, RIGHT, FAR], (KEEP, SHIFT))) == 2  # nothing to keep at step 1
+    assert kept_step(row_of([None, None], (KEEP,))) is None
+
+
+def test_confidence_and_iou():
+    boxes = [FAR, HALF, TALL, RIGHT]
+    rows = [row_of([box, FAR], (), [0.1 * i - 1, -0.5]) for i, box in enumerate(boxes)]
+    look = look_at(rows, steps=1)["confidence"]
+    first = np.corrcoef(np.arange(4), [0, 0.5, 0.8, 1])[0, 1]
+    assert look["step 0"][0] == pytest.approx(first, abs=1e-4)
+    assert look["all steps"][0] < 0
+    # A run of earlier code has lines without it, and may go on with lines that have it
+    del rows[0]["confidence"]
+    look = look_at(rows, steps=1)
+    assert "confidence" not in look and "confidence" not in look["rules"]
+
+
+def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
+    """After the reasoning, if there is any; the token that ends the turn counts too."""
+    trace = "<think>I look [1, 2].</think>"
+    answer = "\n[0, 0, 250, 500]"
+    cut = len(vlm.encode(trace))
+    values = {}
+    for step, text in enumerate((trace + answer, answer, "<think>I look")):
+        tokens = vlm.encode(text) + [vlm.token("<|im_end|>")]
+        logprob = [-float(m) for m in range(len(tokens))]
+        places = list(range(len(tokens)))
+        box = None if step == 2 else RIGHT
+        trajectory = Trajectory(
+            target=tokens,
+            predictor=places,
+            logprob=logprob,
+            step=[0] * len(tokens),
+            texts=[text],
+            boxes=[box],
+        )
+        values[step] = log_line(GOOD, [trajectory], vlm.tokenizer)["confidence"][0], logprob
+    found, logprob = values[0]
+    assert found == pytest.approx(sum(logprob[cut:]) / len(logprob[cut:]))
+    found, logprob = values[1]
+    assert found == pytest.approx(sum(logprob) / len(logprob))
+    assert values[2][0] is None
+
+
+# --------------------------------------------------------------------------------------------------
+# Traces
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "trace, claim",
+    [
+        ("The red box is on the wrong object. I see the target at the left.", WRONG),
+        ("The box surrounds a different person than the one described.", WRONG),
+        ("It misses the described object entirely, so I move it right.", WRONG),
+        ("The red box is nearly right. I tighten it slightly.", KEEP),
+        ("The red box fits well. I keep it.", KEEP),
+        ("The box is accurate and covers the whole dog.", KEEP),
+        ("The red box is not on the wrong object and not too large, so I keep it.", KEEP),
+        ("No correction is needed.", KEEP),
+        ("The red box is too far left and too wide. I move it right and make it narrower.", SHIFT),
+        ("The box covers the dog correctly, but cuts off its tail; it should be extended.", SHIFT),
+        ("It is not on the wrong object, but shifted to the left.", SHIFT),
+        ("The box should be slightly wider.", SHIFT),
+        ("I look for the object. I see it at the lower left, the larger one.", None),
+        ("", None),
+    ],
+)
+def test_what_a_trace_claims(trace, claim):
+    assert claim_of(trace) == claim
+
+
+def test_a_true_template_trace_claims_what_the_geometry_is():
+    """For any box: so the balanced accuracy of a perfect writer is 1."""
+    rng = random.Random(0)
+    truth = [300, 300, 400, 420]
+    claims = set()
+    for _ in range(500):
+        spread = rng.choice((5, 40, 200))
+        box = [min(1000, max(0, v + rng.randint(-spread, spread))) for v in truth]
+        if box[0] < box[2] and box[1] < box[3]:
+            after = rng.choice((box, truth))
+            claim = claim_of(template_trace([box, after], truth, 1))
+            assert claim == geometry_of(box, truth), (box, after)
+            claims.add(claim)
+    assert claims == set(CLAIMS)
+
+
+def test_traces_that_tell_the_truth_and_traces_that_do_not():
+    """Boxes that step 1 is shown: FAR, LEFT (IoU 0.2), HALF, RIGHT."""
+    left = [0, 0, 50, 500]
+    shown = [FAR, left, HALF, RIGHT]
+    honest = [row_of([box, RIGHT], (c,)) for box, c in zip(shown, (WRONG, SHIFT, SHIFT, KEEP))]
+    [truth] = look_at(honest, steps=1)["traces"]
+    assert truth["balanced"] == [1, 1, 1] and truth["different"] == 3
+    assert truth["chance"] == pytest.approx(1 / 3)
+    assert [row["n"] for row in truth["boxes"].values()] == [1, 1, 2]
+    assert truth["boxes"]["right"][KEEP][0] == 0.5
+    blind = [row_of([box, RIGHT], (KEEP,)) for box in shown]
+    [truth] = look_at(blind, steps=1)["traces"]
+    assert truth["balanced"][0] == pytest.approx(1 / 3, abs=1e-5) and truth["different"] == 1
+    assert truth["boxes"]["wrong object"][KEEP][0] == 1
+    assert truth["boxes"]["wrong object"][WRONG][0] == 0
+
+
+def test_a_trace_is_of_the_last_valid_box():
+    rows = [row_of([RIGHT, None, RIGHT], (KEEP, KEEP)), row_of([None, None, RIGHT], (KEEP, KEEP))]
+    first, second = look_at(rows)["traces"]
+    for truth in (first, second):
+        assert [row["n"] for row in truth["boxes"].values()] == [0, 0, 1]
+        assert truth["boxes"]["wrong object"][KEEP] is None
+    rows = [row_of([None, None], (KEEP,))]
+    [truth] = look_at(rows, steps=1)["traces"]
+    assert truth["balanced"] is None
+
+
+# --------------------------------------------------------------------------------------------------
+# The report
+# --------------------------------------------------------------------------------------------------
+def test_the_report_has_it_all():
+    confidence = [-0.5, -0.9]
+    rows = [row_of([box, RIGHT], (SHIFT,), confidence) for box in (FAR, HALF, RIGHT)]
+    old = [row_of([box, HALF]) for box in (FAR, HALF, RIGHT)]
+    rows_of = {"base": [row_of([RIGHT])] * 3, CONTROL: old, "new": rows, "old": old}
+    samples = [{**GOOD, "id": str(i)} for i in range(3)]
+    results = results_of(samples, rows_of, 1, "new")
+    results["second_look"] = analyse(samples, rows_of, 1)
+    assert list(results["second_look"]) == ["new", "old"]
+    text = report(results)
+    assert "new: 1 of 1 wrong boxes are corrected and 0 of 2 right ones spoilt" in text
+    assert "| new | 1 | right | 2 |" in text and "| old | 1 | right |" not in text
+    assert "| new | confidence |" in text and "| old | confidence |" not in text
+    assert "new, step 1: 1 different traces" in text
+    printed = summary(results)
+    assert "best of steps (takes the truth)" in printed
+    assert "Its traces say what the geometry says: step 1 0.333" in printed
