@@ -134,11 +134,11 @@ for row in ROWS:
         print(f"{row.name}: left out, {args.out / row.adapter} is missing")
 for iteration in range(2, 100):
     # Figure 4: the model after each later iteration
-    more = [
-        (name, named(log, iteration)) for name, log in ((report.RL1, "rl1"), (report.RL2, "rl2"))
-    ]
-    more = [(name, adapter) for name, adapter in more if is_trained(adapter)]
-    rows += [Row(f"{name}, iteration {iteration}", log, log) for name, log in more]
+    more = []
+    for name, log in ((report.RL1, named("rl1", iteration)), (report.RL2, named("rl2", iteration))):
+        if is_trained(log):
+            more.append(Row(f"{name}, iteration {iteration}", log, log))
+    rows += more
     if not more:
         break
 boxed = [row for row in rows if row.boxed and row.adapter]

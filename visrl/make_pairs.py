@@ -34,7 +34,6 @@ import random
 import re
 import time
 from collections import Counter
-from dataclasses import replace
 
 from common import encode_images, format_box, iou, rollout, trajectory_logprobs
 from support import checkpoints, errors, files, models, processes, samples
@@ -98,8 +97,8 @@ BOX_CRITIC = (
 RESPONSE_CRITIC = (
     "Look at the picture and compare two answers to a question.\nQuestion: {question}\nCorrect "
     "answer: {answer}\nAnswer to judge: {response}\nHow close is the answer to judge to the "
-    'correct one in its meaning? Reply with JSON alone, {{"score": s}}, where s goes from 0 (wrong) '
-    "to 1 (the same)."
+    'correct one in its meaning? Reply with JSON alone, {{"score": s}}, where s goes from 0 '
+    "(wrong) to 1 (the same)."
 )
 
 
@@ -212,11 +211,8 @@ if __name__ == "__main__":
     for sample in train:
         sample.pop("bbox", None)  # from here on nothing can look at it
     actor = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
-    command = "visrl.sft" if actor == "sft" else "visrl.dpo --stage 2"
-    inputs = [
-        data / "train.jsonl",
-        checkpoints.adapter_file(args.out / actor, f"python -m {command}"),
-    ]
+    command = "python -m visrl." + ("sft" if actor == "sft" else "dpo --stage 2")
+    inputs = [data / "train.jsonl", checkpoints.adapter_file(args.out / actor, command)]
     depends_on = ["model", "quantize", "dtype", "max_pixels", "max_tokens", "seed", "iteration"]
 
     @functools.cache

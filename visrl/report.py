@@ -110,7 +110,8 @@ def unpaired(a, b):
 # All numbers
 # --------------------------------------------------------------------------------------------------
 def analyse(samples, lines_of, pairs):
-    """name -> the lines of its log, and name -> pairs' boxes: everything that results.json holds."""
+    """Everything that results.json holds, of name -> the lines of its log and name -> the right
+    boxes of its pairs."""
     sources = np.array([sample["source"] for sample in samples])
     order = {name: i for i, name in enumerate(ORDER)}
     names = sorted(lines_of, key=lambda name: order.get(name, len(order)))
@@ -240,8 +241,8 @@ def markdown(results):
             rows,
         )
     lines += [
-        "**The paper's findings here.** A finding holds when its whole interval lies on the side it "
-        "claims, does not hold when it lies on the other side, and is not settled in between.",
+        "**The paper's findings here.** A finding holds when its whole interval lies on the side "
+        "it claims, does not hold when it lies on the other side, and is not settled in between.",
         "",
         *(f"- {word}: {sentence}: {numbers}" for sentence, numbers, word in results["findings"]),
     ]

@@ -1,7 +1,7 @@
-"""Where VisRL's samples come from: the toy's world, Visual CoT, a file of your own; and their split.
+"""Where VisRL's samples come from: the toy's world, Visual CoT, your own file; and their split.
 
-A sample is {"id", "source", "image", "width", "height", "question", "answer"}, optionally "key", and
-"bbox" (pixels x1 y1 x2 y2 of the region that the answer is in) where the source has it.
+A sample is {"id", "source", "image", "width", "height", "question", "answer"}, optionally "key",
+and "bbox" (pixels x1 y1 x2 y2 of the region that the answer is in) where the source has it.
 """
 
 import json
@@ -61,10 +61,8 @@ def toy_samples(folder, count, seed):
         scene["image"].save(folder / name)
         size = {"width": world.SIDE, "height": world.SIDE}
         bbox = [round(v, 2) for v in bbox]
-        words = {"question": question, "answer": answer, "bbox": bbox}
-        samples.append(
-            {"id": f"{source}_{i:05d}", "source": source, "image": name, **size, **words}
-        )
+        sample = {"id": f"{source}_{i:05d}", "source": source, "image": name, **size}
+        samples.append({**sample, "question": question, "answer": answer, "bbox": bbox})
     return samples
 
 
@@ -85,7 +83,7 @@ TABLE_7 = {  # data set -> samples for SFT, questions for RL
 FOLDERS = {
     "visual7w": "v7w",
     "textcap": "textvqa",
-}  # of images, where it is not the data set's name
+}  # of images, where of another name
 REQUEST = "Please provide the bounding box"  # what follows the question in a conversation
 GET = (
     "it takes the files of hub id deepcs233/Visual-CoT (annotations Apache-2.0, images under their "
