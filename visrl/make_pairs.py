@@ -130,7 +130,7 @@ def likelihood_scores(vlm, pictures, questions, answers):
     rows = zip(questions, tokens, answers)
     trajectories = [answer_trajectory(vlm, *row) for row in rows]
     scores = step_logprobs(trajectory_logprobs(vlm, trajectories), len(trajectories), 1)
-    return [round(p, 6) for p in scores[:, 0].exp().tolist()]
+    return [float(f"{p:.6g}") for p in scores[:, 0].exp().tolist()]
 
 
 def score_paths(vlm, items, *, critic, crop, max_tokens):
@@ -181,6 +181,8 @@ def choose_pair(paths, win, lose, scores=BOTH):
     rejected = extreme(losers, min, scores)
     if not chosen or not rejected:
         return "no path is extreme in both scores"
+    if chosen is rejected:  # with --win below --lose alone
+        return "one path is both"
     return chosen, rejected
 
 
