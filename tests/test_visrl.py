@@ -24,7 +24,7 @@ from support.files import write_jsonl
 from support.samples import VISRL_FIELDS, read_samples
 from tests.small import picture, vlm
 from toy.next import world
-from visrl import make_pairs, report, sources
+from visrl import critics, make_pairs, report, sources
 from visrl.loop import (
     ASK,
     CONTINUATION,
@@ -315,7 +315,7 @@ def test_only_boxes_that_overlap_are_replaced():
     ],
 )
 def test_what_a_critic_may_reply(text, score):
-    assert make_pairs.parse_score(text) == score
+    assert critics.parse_score(text) == score
 
 
 ITEM_SAMPLE = {"question": "What mark?", "answer": "a dot", "bbox": [123.25, 7.0, 200.5, 77.75]}
@@ -344,10 +344,10 @@ def test_the_prompted_critics_see_crop_or_image_and_never_the_true_box(vlm, monk
         calls.append((images, prompts, options))
         return [Trajectory(texts=[next(replies)]) for _ in prompts]
 
-    monkeypatch.setattr(make_pairs, "rollout", answer)
+    monkeypatch.setattr(critics, "rollout", answer)
     image = picture(90, 60)
     options = dict(critic="prompted", crop=crop, max_tokens=9)
-    scored = make_pairs.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
+    scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
     assert [(p["box_score"], p["response_score"]) for p in scored] == [(0.9, 0.75), (None, 0.0)]
     (crops, of_box, how), (images, of_response, _) = calls
     assert [c.tobytes() for c in crops] == [crop(image, box).tobytes() for box in BOXES]
@@ -361,7 +361,7 @@ def test_the_prompted_critics_see_crop_or_image_and_never_the_true_box(vlm, monk
 def test_the_likelihood_of_an_answer_by_hand(vlm):
     image = picture(90, 60)
     options = dict(critic="likelihood", crop=crop, max_tokens=9)
-    scored = make_pairs.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
+    scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
     assert [path["response_score"] for path in scored] == [1.0, 0.0]
     shown = encode_images(vlm, [crop(image, BOXES[0])])[0]
     ids = common.prompt_ids(vlm, shown, "What mark?")

@@ -11,23 +11,20 @@ import time
 from tests.test_commands import lines, run, start
 
 import pytest
-from safetensors.torch import load_file
 
-ALL = "--win 0 --lose 1"  # so that a base without skill gives pairs
+# With these thresholds a base without skill gives pairs
+PAIRS = "-m visrl.make_pairs --attempts 2 --batch-size 4 --max-tokens 24 --win 0 --lose 1"
 DPO = "-m visrl.dpo --epochs 1 --batch-size 2 --save-every 2"
 SMALL = {  # a step of the main job -> its command, in the order of visrl/README.md
     "make_data": "-m visrl.make_data --sft-samples 24 --train-samples 9 --test-samples 6",
     "sft": "-m visrl.sft --epochs 1 --batch-size 4 --save-every 2",
-    "pairs": f"-m visrl.make_pairs --attempts 2 --batch-size 4 --max-tokens 24 {ALL}",
-    "no_controller": "-m visrl.make_pairs --attempts 2 --batch-size 4 --max-tokens 24 "
-    f"{ALL} --ablation no_controller",
+    "pairs": PAIRS,
+    "no_controller": f"{PAIRS} --ablation no_controller",
     "rl1": f"{DPO} --stage 1",
     "rl2": f"{DPO} --stage 2",
     "rl2_only": f"{DPO} --stage 2 --init sft --condition chosen",
     "plain_dpo": f"{DPO} --stage answers",
-    "pairs_2": f"-m visrl.make_pairs --attempts 2 --batch-size 4 --max-tokens 24 {ALL} "
-    "--iteration 2",
-    "rl1_2": f"{DPO} --stage 1 --iteration 2",
+    "pairs_2": f"{PAIRS} --iteration 2",
     "evaluate": "-m visrl.evaluate --max-tokens 24 --pictures 2",
 }
 
@@ -60,7 +57,6 @@ def test_the_main_job(whole):
         "SFT + RL1 + RL2, shown the true box",
         "SFT + RL2 only",
         "Plain DPO",
-        "SFT + RL1, iteration 2",
         "without the diversity controller",
     ):
         assert name in report, name
@@ -101,14 +97,14 @@ def test_mistakes_end_with_one_clear_message(whole, step, flags, status, words):
 
 
 def test_a_stopped_run_without_boxes_ends_as_one_that_never_stopped(whole, tmp_path):
-    """Killed at a random moment in every phase, and every true box taken out of the questions
-    before the first pair is made: the same pairs, the same adapters, to the byte."""
+    """Every phase killed at a random moment, and every true box taken out of the questions before
+    the first pair is made: the same pairs, the same adapters, to the byte."""
     unbroken, seconds = whole
     out = tmp_path / "run"
     seed = random.randrange(10**6)
     print("seed", seed)
     rng = random.Random(seed)
-    for step in SMALL:
+    for step in ("make_data", "sft", "pairs", "rl1", "rl2"):
         if step == "pairs":
             questions = lines(out / "data/train.jsonl")
             assert all(row.pop("bbox") for row in questions)
@@ -123,13 +119,9 @@ def test_a_stopped_run_without_boxes_ends_as_one_that_never_stopped(whole, tmp_p
         process.join()
         status, printed = command(step, out)
         assert status == 0, printed
-    compared = 0
-    for file in unbroken.rglob("*"):
-        name = file.relative_to(unbroken)
-        if file.suffix not in (".jsonl", ".safetensors") or file.name == "train.jsonl":
-            continue
-        assert (out / name).read_bytes() == file.read_bytes(), f"{name}, seed {seed}"
-        compared += 1
-    assert compared > 25
-    adapters = [load_file(out / f"{name}/adapter_model.safetensors") for name in ("sft", "rl1")]
-    assert any(not adapters[0][key].equal(adapters[1][key]) for key in adapters[0])
+    files = [file for kind in ("jsonl", "safetensors") for file in out.rglob(f"*.{kind}")]
+    assert len(files) >= 3 + 4 + 3 + 3  # data, pairs and what leads to them, logs, adapters
+    for file in files:
+        name = file.relative_to(out)
+        if name.name != "train.jsonl":
+            assert file.read_bytes() == (unbroken / name).read_bytes(), f"{name}, seed {seed}"

@@ -29,18 +29,15 @@ pairs.jsonl under --out, each with the iteration and the ablation in its name.
 """
 
 import functools
-import json
 import random
-import re
 import time
 from collections import Counter
 
-from common import encode_images, format_box, iou, rollout, trajectory_logprobs
+from common import format_box, iou, rollout
 from support import checkpoints, errors, files, models, processes, samples
 from support.flags import Flag, flags
-from visrl.loop import ASK, END, LOOPS, answer_trajectory, is_right, named, step_logprobs
-
-import torch
+from visrl.critics import score_paths
+from visrl.loop import END, LOOPS, named
 
 
 # --------------------------------------------------------------------------------------------------
@@ -83,78 +80,6 @@ def controlled(rng, boxes, iou_max, tolerance):
             counts["second boxes replaced"] += 1
         kept += [first, second]
     return kept, counts
-
-
-# --------------------------------------------------------------------------------------------------
-# Critics. They see crops, images, questions and answers, and never a true box.
-# --------------------------------------------------------------------------------------------------
-BOX_CRITIC = (
-    "This picture was cut out of a larger one to answer a question.\nQuestion: {question}\nCorrect "
-    "answer: {answer}\nHow well does the picture show what is needed to give the correct answer? "
-    'Reply with JSON alone, {{"score": s}}, where s goes from 0 (nothing of it is to be seen) to 1 '
-    "(all of it is, and clearly)."
-)
-RESPONSE_CRITIC = (
-    "Look at the picture and compare two answers to a question.\nQuestion: {question}\nCorrect "
-    "answer: {answer}\nAnswer to judge: {response}\nHow close is the answer to judge to the "
-    'correct one in its meaning? Reply with JSON alone, {{"score": s}}, where s goes from 0 '
-    "(wrong) to 1 (the same)."
-)
-
-
-def parse_score(text):
-    """A critic's reply -> its score in 0..1, or None. JSON, JSON in a fence, or a bare number."""
-    fence = re.search(r"```(?:json)?\s*(.*?)```", text, re.S)
-    for candidate in (text, fence and fence[1]):
-        try:
-            value = json.loads(candidate)
-        except (TypeError, ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            value = value.get("score")
-        if type(value) in (int, float) and 0 <= value <= 1:  # NaN is in no range
-            return float(value)
-    return None
-
-
-def prompted_scores(vlm, pictures, prompts, max_tokens):
-    """The scores, or None, that a critic writes at temperature 0 for each picture and prompt."""
-    replies = rollout(vlm, pictures, prompts, 0, max_tokens=max_tokens, loop=ASK)
-    return [parse_score(reply.texts[0]) for reply in replies]
-
-
-@torch.no_grad()
-def likelihood_scores(vlm, pictures, questions, answers):
-    """The probability of each answer, as a whole turn, after a picture and the bare question."""
-    tokens = encode_images(vlm, pictures)
-    rows = zip(questions, tokens, answers)
-    trajectories = [answer_trajectory(vlm, *row) for row in rows]
-    scores = step_logprobs(trajectory_logprobs(vlm, trajectories), len(trajectories), 1)
-    return [float(f"{p:.6g}") for p in scores[:, 0].exp().tolist()]
-
-
-def score_paths(vlm, items, *, critic, crop, max_tokens):
-    """(image, sample, path) of each candidate -> the paths with "box_score" and "response_score",
-    None where no score was given.
-
-    crop: (image, box) -> picture. Of a sample, question and answer are read, and nothing else.
-    """
-    images = [image for image, _, _ in items]
-    crops = [crop(image, path["box"]) for image, _, path in items]
-    questions = [sample["question"] for _, sample, _ in items]
-    answers = [sample["answer"] for _, sample, _ in items]
-    responses = [path["answer"] for _, _, path in items]
-    if critic == "likelihood":
-        of_box = likelihood_scores(vlm, crops, questions, answers)
-        of_response = [float(is_right(*pair)) for pair in zip(responses, answers)]
-    else:
-        words = list(zip(questions, answers, responses))
-        prompts = [BOX_CRITIC.format(question=q, answer=a) for q, a, _ in words]
-        of_box = prompted_scores(vlm, crops, prompts, max_tokens)
-        prompts = [RESPONSE_CRITIC.format(question=q, answer=a, response=r) for q, a, r in words]
-        of_response = prompted_scores(vlm, images, prompts, max_tokens)
-    scores = zip(items, of_box, of_response)
-    return [{**path, "box_score": b, "response_score": r} for (_, _, path), b, r in scores]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,11 +268,12 @@ if __name__ == "__main__":
 
     counts = sum((count for _, count in controls), Counter())
     flat = [path for row in scored for path in row["paths"]]
-    possible = 2 * (args.attempts * len(train) - sum(n for k, n in counts.items() if "lost" in k))
-    print(f"{len(train)} questions, {len(flat)} candidates")
+    possible = sum(len(kept) for kept, _ in controls)
+    attempts = args.attempts * len(train)
+    print(f"{len(train)} questions, {attempts} attempts, {len(flat)} candidates")
     for what, n in counts.items():
-        print(f"  {n} of {args.attempts * len(train)} {what}")
-    print(f"  {possible - len(flat)} candidates lost: answer not ended")
+        print(f"  {what}: {n}")
+    print(f"  answers that did not end: {possible - len(flat)}")
     for key in BOTH:
         given = [path[key] for path in flat if path[key] is not None]
         high, low = sum(v >= args.win for v in given), sum(v <= args.lose for v in given)
@@ -356,6 +282,4 @@ if __name__ == "__main__":
         print(f"  {key}: {spread}, {len(flat) - len(given)} without")
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
     print(f"questions kept: {len(pairs)}; dropped: {reasons}")
-    done = f"{len(pairs)} pairs in {data / name}.jsonl, {processes.minutes(start)}"
-    more = "" if args.iteration == 1 else f" --iteration {args.iteration}"
-    print(f"{done}; next: python -m visrl.dpo --stage 1{more}")
+    print(f"{len(pairs)} pairs in {data / name}.jsonl, {processes.minutes(start)}")
