@@ -88,7 +88,8 @@ def save_if_due(args, name, vlm, optimizer, log, *, update, last=None, best=-1.0
     """
     finished = update == last
     if finished:
-        save_adapter(vlm, args.out / name)  # before the checkpoint that says that all is done
+        # Before the checkpoint that says that all is done
+        save_adapter(vlm, args.out / name, vlm.model.active_adapter)
     if finished or update % args.save_every == 0 or interrupted():
         save_progress(args, name, vlm, optimizer, log, update=update, finished=finished, best=best)
         leave_if_interrupted()

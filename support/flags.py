@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support.errors import stop
 from support.files import lock
-from support.presets import PRESETS
+from support.presets import settings_of
 from support.processes import RANK, program, start_processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,14 +33,14 @@ class Flag:
 
 def flags(phase, doc, **extra):
     """Parses the command line -> Namespace: --preset, --out, --restart, --skip-bad, each row of
-    PRESETS["all"] and PRESETS[phase], and `extra` (name -> Flag).
+    PRESETS that `settings_of` the phase has, and `extra` (name -> Flag).
 
     phase: None for a script with no rows of its own. doc: its first paragraph is the help text.
     `out` is a Path, other paths are as they were given. Prints the resolved configuration. Exits on
     an unknown flag, a value of the wrong type or out of range, a path that is not what it should
     be, and while another run works in --out.
     """
-    settings = {**PRESETS["all"], **PRESETS.get(phase, {})}
+    settings = settings_of(phase)
     parser = make_parser(doc, settings, extra)
     args = parser.parse_args()
     for name, setting in settings.items():
@@ -48,7 +48,8 @@ def flags(phase, doc, **extra):
             setattr(args, name, getattr(setting, args.preset))
         check_range(parser, name, setting, getattr(args, name))
     start_processes()
-    args.out = args.out or f"runs/{args.preset}"
+    room = (phase or "").rpartition(".")[0]  # "visrl" of "visrl.sft"
+    args.out = args.out or f"runs/{room and room + '_'}{args.preset}"
     check_path("--out", args.out, "new folder")
     args.out = Path(args.out)
     for name, flag in extra.items():
@@ -78,7 +79,7 @@ def make_parser(doc, settings, extra):
     parser.add_argument(
         "--preset", choices=("toy", "paper"), default="toy", help="column of PRESETS (default: toy)"
     )
-    parser.add_argument("--out", help="folder of the run (default: runs/<preset>)")
+    parser.add_argument("--out", help="folder of the run (default: in runs/)")
     parser.add_argument(
         "--restart", action="store_true", help="begin this phase again, dropping its checkpoint"
     )

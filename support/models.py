@@ -268,9 +268,9 @@ def lora_config(rank, alpha):
     )
 
 
-def lora_size(preset):
-    """(rank, alpha) of the adapters that sft.py makes in this preset."""
-    settings = PRESETS["sft"]
+def lora_size(preset, phase="sft"):
+    """(rank, alpha) of the adapters that a paper's SFT makes in this preset."""
+    settings = PRESETS[phase]
     return tuple(getattr(settings[name], preset) for name in ("lora_rank", "lora_alpha"))
 
 

@@ -1,7 +1,7 @@
 """Every hyperparameter, in two columns. Each row is a flag of its phase: `python sft.py --lr 1e-4`.
 
-The `paper` column is the paper's Sections 3.3 and 4.1 to the digit; where the paper is silent the
-help says "ours".
+The `paper` column is the paper's: Sections 3.3 and 4.1 of IVT to the digit; of VisRL, whose paper
+names few numbers, those of its authors' public code. Where both are silent the help says "ours".
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,18 @@ class Setting:
 GUARD = Setting(
     "off", "off", "a box that is far from the one before it is not taken; ours", ("off", "on")
 )
+VISRL = {  # of all phases of the second paper
+    "steps": None,  # a box and its crop, no T
+    "feedback": None,
+    "surroundings": None,
+    "max_pixels": Setting(512**2, 96**2, "larger images and crops are reduced to this", low=1024),
+    "crop": Setting(
+        "box",
+        "square",
+        "the box alone; square: its surroundings too, which the toy's base has learnt to read",
+        ("box", "square"),
+    ),
+}
 
 PRESETS = {  # phase -> name -> Setting
     "all": {
@@ -109,4 +121,68 @@ PRESETS = {  # phase -> name -> Setting
         ),
         "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
     },
+    "visrl.make_data": {
+        **VISRL,
+        "sft_samples": Setting(30647, 900, "samples with boxes, for SFT (Table 7)"),
+        "train_samples": Setting(180000, 600, "questions without boxes, for RL (Table 7)"),
+        "test_samples": Setting(5500, 450, "test samples; ours"),
+    },
+    "visrl.sft": {
+        **VISRL,
+        "lr": Setting(1e-4, 2e-3, "peak learning rate", low=1e-9, high=1),
+        "epochs": Setting(3, 3, "passes over the samples"),
+        "batch_size": Setting(2, 16, "samples per forward pass"),
+        "grad_accum": Setting(8, 1, "forward passes per update"),
+        "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
+        "lora_rank": Setting(8, 32, "on all projections of the language model"),
+        "lora_alpha": Setting(16, 64, "LoRA's scale is alpha / rank"),
+        "save_every": Setting(10, 10, "updates between checkpoints; ours"),
+    },
+    "visrl.make_pairs": {
+        **VISRL,
+        "iteration": Setting(1, 1, "the first starts from the SFT model", high=99),
+        "attempts": Setting(3, 3, "of two paths each, for each question", high=99),
+        "temperature": Setting(2.0, 1.0, "of boxes and answers", low=0.01, high=10),
+        "iou_max": Setting(0.05, 0.05, "tau of Eq. 3: boxes that overlap more", low=0, high=1),
+        "tolerance": Setting(0.4, 0.4, "of Eq. 3, share of the area", low=0, high=0.99),
+        "win": Setting(0.8, 0.8, "a winning path has both scores from here on", low=0, high=1),
+        "lose": Setting(0.2, 0.2, "a losing path has both scores up to here", low=0, high=1),
+        "critic": Setting(
+            "prompted",
+            "likelihood",
+            "prompts for JSON scores; likelihood is ours, for a base too small to follow them",
+            ("prompted", "likelihood"),
+        ),
+        "max_tokens": Setting(128, 30, "per step; ours"),
+        "batch_size": Setting(4, 16, "questions at once; ours"),
+    },
+    "visrl.dpo": {
+        **VISRL,
+        "iteration": Setting(1, 1, "whose pairs are learnt from", high=99),
+        "lr": Setting(5e-6, 2e-4, "peak learning rate", low=1e-9, high=1),
+        "beta": Setting(0.1, 0.1, "nearness to the reference", low=0, high=100),
+        "epochs": Setting(5, 3, "passes over the pairs"),
+        "batch_size": Setting(3, 8, "pairs per forward pass"),
+        "grad_accum": Setting(8, 1, "forward passes per update"),
+        "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
+        "condition": Setting(
+            "own",
+            "own",
+            "stage 2, crop before the rejected answer; chosen: as the authors' code does",
+            ("own", "chosen"),
+        ),
+        "save_every": Setting(10, 10, "updates between checkpoints; ours"),
+    },
+    "visrl.evaluate": {
+        **VISRL,
+        "max_tokens": Setting(128, 30, "per step; ours"),
+        "batch_size": Setting(6, 64, "samples decoded at once; ours"),
+        "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
+    },
 }
+
+
+def settings_of(phase):
+    """name -> Setting of all flags of a phase that are hyperparameters; None: of any script."""
+    settings = {**PRESETS["all"], **PRESETS.get(phase, {})}
+    return {name: setting for name, setting in settings.items() if setting}

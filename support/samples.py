@@ -12,23 +12,19 @@ from support.files import read_lines, write_text
 import numpy as np
 from PIL import Image, ImageOps
 
-FIELDS = {
-    "id": str,
-    "source": str,
-    "image": str,
-    "width": int,
-    "height": int,
-    "expression": str,
-    "bbox": list,
-}
+FIELDS = {"id": str, "source": str, "image": str, "width": int, "height": int}
+OPTIONAL = {"key": str, "bbox": list}
+IVT_FIELDS = {**FIELDS, "expression": str, "bbox": list}
+VISRL_FIELDS = {**FIELDS, "question": str, "answer": str}
 PROBLEMS_SHOWN = 20
 
 
-def read_samples(path, command, skip_bad=False):
+def read_samples(path, command, skip_bad=False, fields=IVT_FIELDS):
     """The samples of a .jsonl file, every line and every image checked.
 
-    Fields: id, source, image (path relative to the file), width, height, expression, bbox (float
-    pixels x1 y1 x2 y2), and optionally key (samples of one key stay on one side of the split).
+    Fields: id, source, image (path relative to the file), width, height, the texts of `fields`,
+    bbox (float pixels x1 y1 x2 y2; VisRL's samples need none), and optionally key (samples of one
+    key stay on one side of the split). fields: name -> type of those that have to be there.
     command: what makes the file, for the message when it is missing. All problems are reported
     together and end the program, each with line, field, value and remedy. With `skip_bad` the good
     samples are returned; the others are counted by field and listed in <file>.skipped.
@@ -43,7 +39,7 @@ def read_samples(path, command, skip_bad=False):
     lines = read_lines(path, command)
     bar = tqdm(lines, desc=f"checking {path.name}", unit="sample", leave=False, delay=2)
     for number, line in enumerate(bar, 1):
-        sample, found = parse_sample(line, path.parent)
+        sample, found = parse_sample(line, path.parent, fields)
         if not found:
             first = line_of_id.setdefault(sample["id"], number)
             if first != number:
@@ -70,25 +66,23 @@ def read_samples(path, command, skip_bad=False):
     return samples
 
 
-def parse_sample(line, folder):
+def parse_sample(line, folder, fields):
     """One line (bytes) -> (sample, problems as of `sample_problems`)."""
     try:
         sample = json.loads(line)  # UTF-8, as JSON is
     except (ValueError, RecursionError) as e:
         return None, [("JSON", f"not JSON ({e}); repair or remove the line: {line[:60]!r}")]
-    return sample, sample_problems(sample, folder)
+    return sample, sample_problems(sample, folder, fields)
 
 
-def sample_problems(sample, folder):
+def sample_problems(sample, folder, fields):
     """What is wrong with one sample: (field, sentence with value and remedy) for each problem."""
     if not isinstance(sample, dict):
         kind = f"{str(sample)[:60]!r} is not a JSON object"
         return [("JSON", f'{kind}; see README, "Your own data"')]
     problems = []
-    kinds = dict(FIELDS)
-    if "key" in sample:
-        kinds["key"] = str
-    for name, kind in kinds.items():
+    given = {name: kind for name, kind in OPTIONAL.items() if name in sample}
+    for name, kind in {**fields, **given}.items():
         value = sample.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):  # True is an int in Python
             problems.append((name, f"{name} is {str(value)[:60]!r}; expected {kind.__name__}"))
@@ -96,21 +90,20 @@ def sample_problems(sample, folder):
         return problems
 
     width, height = sample["width"], sample["height"]
-    problems += bbox_problems(sample["bbox"], width, height)
-    expression = sample["expression"]
-    if not expression.strip() or "<|" in expression:
-        sentence = (
-            f"expression is {expression[:60]!r}; say what the box shows, without special tokens "
-            "(<|...|>)"
-        )
-        problems.append(("expression", sentence))
+    if "bbox" in sample:
+        problems += bbox_problems(sample["bbox"], width, height)
+    words = {name: sample[name] for name in fields if name in ("expression", "question", "answer")}
+    for name, text in words.items():
+        if not text.strip() or "<|" in text:
+            remedy = "write it in words, without special tokens (<|...|>)"
+            problems.append((name, f"{name} is {text[:60]!r}; {remedy}"))
     if max(width, height) > 150 * min(width, height):
         sentence = (
             f"image is {width} x {height}; Qwen3-VL's image processor takes sides of 200 to 1 at "
             "most; crop it"
         )
         problems.append(("width", sentence))
-    texts = sample["id"] + sample["source"] + sample["image"] + expression
+    texts = "".join([sample["id"], sample["source"], sample["image"], *words.values()])
     if any("\ud800" <= c <= "\udfff" for c in texts):
         sentence = "a text holds half a surrogate pair, which is no character; repair it"
         problems.append(("JSON", sentence))

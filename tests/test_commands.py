@@ -46,7 +46,7 @@ def child(argv, folder, output, environment):
     os.chdir(folder)
     os.environ.update(environment)
     for name in list(sys.modules):
-        if name.split(".")[0] in ("common", "support", "toy", "speed"):
+        if name.split(".")[0] in ("common", "support", "toy", "visrl", "speed"):
             del sys.modules[name]
     if environment:  # one of two processes on two cores
         torch.set_num_threads(1)

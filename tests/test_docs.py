@@ -14,13 +14,14 @@ from pathlib import Path
 from support import sources
 from support.files import FORMER_FLAGS
 from support.flags import ROOT, Flag, check_range, make_parser
-from support.presets import PRESETS
+from support.presets import PRESETS, settings_of
 from support.training import FEWEST_UPDATES, HEALTHY, LAST_UPDATES
 
 import pytest
 
-DOCS = ["README.md", "speed/README.md", *(f"docs/{f.name}" for f in (ROOT / "docs").glob("*.md"))]
-FOLDERS = ("support", "toy", "speed", "tests")  # of code
+DOCS = ["README.md", "visrl/README.md", "speed/README.md"]
+DOCS += [f"docs/{f.name}" for f in (ROOT / "docs").glob("*.md")]
+FOLDERS = ("support", "toy", "visrl", "speed", "tests")  # of code
 SOURCES = [f.name for f in ROOT.glob("*.py")]
 SOURCES += [f"{folder}/{f.name}" for folder in FOLDERS for f in (ROOT / folder).glob("*.py")]
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in [*DOCS, *SOURCES]}
@@ -33,6 +34,11 @@ PHASE = {  # a script with rows of PRESETS -> its phase
     "evaluate.py": "evaluate",
     "support/score_predictions.py": "evaluate",
     "support/merge.py": None,
+    "visrl/make_data.py": "visrl.make_data",
+    "visrl/sft.py": "visrl.sft",
+    "visrl/make_pairs.py": "visrl.make_pairs",
+    "visrl/dpo.py": "visrl.dpo",
+    "visrl/evaluate.py": "visrl.evaluate",
 }
 FOREIGN = {  # flags of other people's programs
     "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"},
@@ -124,7 +130,7 @@ def file_problems(name, text):
         here = [ROOT / code, (ROOT / name).parent / code]
         of_run = any(re.fullmatch(pattern, code) for pattern in RUN_FILES)
         of_reader = code in YOURS or re.fullmatch(
-            r"runs/(toy|paper|mine|perturbed|<preset>)/?", code
+            r"runs/(toy|visrl_toy|paper|mine|perturbed|<preset>)/?", code
         )
         known = f'"{code}"' in CODE or re.search(
             rf"\W{re.escape(code)}\W", TEXT["support/datasets.py"]
@@ -150,7 +156,7 @@ def name_problems(name, text):
     """`module.name` that the module does not define, and `python -m` modules that are not there."""
     problems = []
     for code in in_backticks(text):
-        match = re.fullmatch(r"((?:support|toy|speed)\.)?(\w+)\.(\w+)(\(.*\))?", code)
+        match = re.fullmatch(r"((?:support|toy|visrl|speed)\.)?(\w+)\.(\w+)(\(.*\))?", code)
         if not match or any(re.fullmatch(pattern, code) for pattern in RUN_FILES):
             continue
         module = f"{match[1] or ''}{match[2]}".replace(".", "/") + ".py"
@@ -208,8 +214,7 @@ def parsers():
     """script -> its ArgumentParser, or, of a script with a parser of its own, the set of flags."""
     out = {}
     for script, phase in PHASE.items():
-        settings = {**PRESETS["all"], **PRESETS.get(phase, {})}
-        parser = make_parser("", settings, own_flags(script))
+        parser = make_parser("", settings_of(phase), own_flags(script))
         parser.exit_on_error = False
         out[script] = parser
     for script in ("speed/benchmark.py", "toy/train.py"):
@@ -304,7 +309,7 @@ def flag_problems(script, given):
         args, rest = parser.parse_known_args(given)
     except (argparse.ArgumentError, SystemExit) as e:
         return [f"{script} {given}: {e}"]
-    for name, setting in {**PRESETS["all"], **PRESETS.get(PHASE[script], {})}.items():
+    for name, setting in settings_of(PHASE[script]).items():
         if getattr(args, name) is not None:
             try:
                 check_range(parser, name, setting, getattr(args, name))
@@ -483,7 +488,7 @@ def test_the_messages_are_those_of_the_code():
 
 
 def test_presets_hold_the_papers_values():
-    """Sections 3.3 and 4.1 of arXiv:2606.13156."""
+    """Sections 3.3 and 4.1 of arXiv:2606.13156; of VisRL those of its authors' code."""
     values = {
         "all": dict(model="Qwen/Qwen3-VL-4B-Instruct", quantize="nf4", steps=2, feedback="overlay"),
         "make_data": dict(
@@ -519,6 +524,22 @@ def test_presets_hold_the_papers_values():
             grad_accum=8,
         ),
         "evaluate": dict(max_tokens=160),
+        "visrl.make_data": dict(sft_samples=30647, train_samples=180000, crop="box"),
+        "visrl.sft": dict(
+            lr=1e-4,
+            epochs=3,
+            batch_size=2,
+            grad_accum=8,
+            lora_rank=8,
+            lora_alpha=16,
+            max_pixels=262144,
+        ),
+        "visrl.make_pairs": dict(
+            attempts=3, temperature=2.0, iou_max=0.05, win=0.8, lose=0.2, critic="prompted"
+        ),
+        "visrl.dpo": dict(
+            lr=5e-6, beta=0.1, epochs=5, batch_size=3, grad_accum=8, warmup=0.1, condition="own"
+        ),
     }
     for phase, rows in values.items():
         for name, value in rows.items():

@@ -9,11 +9,13 @@ Two stages, Muon on the matrices and AdamW on the rest, everything seeded by the
    against the words' own embeddings, and by linear heads, thrown away after: the object's box,
    the frame that lies on it, and how each frame lies around its object.
 2. Conversations: all weights, next-token loss on the answers. Pictures are whole scenes, enlarged
-   views, crops, with and without frames; questions are those of world.py and questions.py, and
-   boxes and words to be repeated. Beside it, the last token of each question is taught what the question is about (the
-   object's box, the frame's box, the answer's words) before the last two layers, by more throw-
-   away heads: without it, words of size and place are learnt and colors are not. Stage 1's loss
-   goes on.
+   views, crops, with and without frames; questions are those of lessons.py. Beside it, the last
+   token of each question is taught what the question is about (the object's box, the frame's box,
+   the answer's words) before the last two layers, by more throw-away heads: without it, words of
+   size and place are learnt and colors are not. The first steps hold questions without answers,
+   three times as many. Stage 1's loss goes on.
+
+docs/toy_base.md says what was tried, and what came out.
 """
 
 import argparse

@@ -1,0 +1,681 @@
+"""VisRL: the crop, the loop, the controller, the critics, the pairs, the loss, the data, the
+report."""
+
+import copy
+import json
+import math
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import common
+from common import (
+    TokenScores,
+    Trajectory,
+    denormalize_box,
+    encode_images,
+    format_box,
+    iou,
+    rollout,
+    trajectory_logprobs,
+)
+from support import models
+from support.files import write_jsonl
+from support.samples import VISRL_FIELDS, read_samples
+from tests.small import picture, vlm
+from toy import questions, world
+from visrl import critics, make_pairs, report, sources
+from visrl.loop import (
+    ASK,
+    CONTINUATION,
+    END,
+    LOOPS,
+    PROMPT,
+    VISRL,
+    answer_trajectory,
+    crop,
+    dpo_loss,
+    is_right,
+    pair_logprobs,
+    path_trajectory,
+    step_logprobs,
+)
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+BOXES = [[100, 100, 500, 480], [0, 0, 900, 170]]
+
+
+# --------------------------------------------------------------------------------------------------
+# The crop
+# --------------------------------------------------------------------------------------------------
+def test_a_crop_is_cut_out_of_the_full_size_image():
+    image = picture(640, 480)
+    assert (
+        crop(image, [250, 500, 500, 1000]).tobytes() == image.crop((160, 240, 320, 480)).tobytes()
+    )
+    assert crop(image, [0, 0, 1000, 1000]).tobytes() == image.tobytes()
+    assert crop(image, None).tobytes() == image.tobytes()  # no valid box, nothing is left out
+    # Rounded outwards: 100.2 to 200.4 and 50.1 to 150.3 pixels
+    assert crop(picture(1002, 501), [100, 100, 200, 300]).size == (101, 101)
+
+
+@pytest.mark.parametrize(
+    "size, box, expected",
+    [
+        ((640, 480), [500, 500, 501, 501], (306, 226, 335, 255)),  # one unit, grown to 28 pixels
+        ((640, 480), [999, 999, 1000, 1000], (612, 452, 640, 480)),  # moved into the image
+        ((20, 10), [0, 0, 1, 1], (0, 0, 20, 10)),  # an image that is smaller than that
+        ((4200, 30), [0, 400, 1000, 401], (0, 0, 4200, 30)),  # a hair's breadth across
+        ((4200, 420), [0, 500, 1000, 501], (0, 189, 4200, 232)),  # no longer than 100 to 1
+    ],
+)
+def test_degenerate_crops(size, box, expected):
+    image = picture(*size)
+    assert crop(image, box).tobytes() == image.crop(expected).tobytes()
+
+
+corner = st.integers(0, 1000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 900), st.integers(1, 900), corner, corner, corner, corner, st.booleans())
+def test_any_crop_holds_its_box_and_can_be_encoded(width, height, x1, y1, x2, y2, square):
+    assume(x1 < x2 and y1 < y2 and max(width, height) <= 150 * min(width, height))
+    y, x = np.indices((height, width))
+    places = np.stack([x % 256, y % 256, x // 256 * 16 + y // 256], -1)  # a pixel says where it is
+    got = np.asarray(crop(Image.fromarray(places.astype(np.uint8)), [x1, y1, x2, y2], square))
+
+    def place(pixel):
+        r, g, b = map(int, pixel)
+        return b // 16 * 256 + r, b % 16 * 256 + g
+
+    left, top = place(got[0, 0])
+    right, bottom = (v + 1 for v in place(got[-1, -1]))
+    a, b, c, d = denormalize_box([x1, y1, x2, y2], width, height)
+    assert left <= a + 1e-5 and c - 1e-5 <= right and top <= b + 1e-5 and d - 1e-5 <= bottom
+    assert got.shape == (bottom - top, right - left, 3)
+    longer, shorter = max(got.shape[:2]), min(got.shape[:2])
+    assert longer <= 151 * shorter  # the image processor refuses 200
+
+
+def test_the_toys_crop_is_the_one_that_its_base_has_learnt_to_read():
+    image = picture(world.SIDE, world.SIDE)
+    for bbox in ([80.0, 96.0, 160.0, 144.0], [0.0, 0.0, 64.0, 64.0], [256.0, 160.0, 320.0, 224.0]):
+        box = common.normalize_box(bbox, *image.size)
+        x1, y1, x2, y2 = questions.crop_square(denormalize_box(box, *image.size))
+        by_hand = image.crop((math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)))
+        assert LOOPS["square"].feedback(image, box).tobytes() == by_hand.tobytes()
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------------
+def test_a_path_token_by_token(vlm):
+    images = encode_images(vlm, [picture(96, 80), picture(32, 32)])
+    t = path_trajectory(vlm, "What is it?", images, BOXES[0], "a {dot}")
+    said = [vlm.tokenizer.decode([y for y, s in zip(t.target, t.step) if s == k]) for k in (0, 1)]
+    assert said == [format_box(BOXES[0]), "a {dot}" + END]
+    assert [t.ids[p + 1] for p in t.predictor] == t.target
+    whole = vlm.tokenizer.decode(t.ids).replace("<|image_pad|>", "")
+    shown = "<|vision_start|><|vision_end|>"
+    assert whole == (
+        f"<|im_start|>user\n{shown}{PROMPT.format(text='What is it?')}<|im_end|>\n"
+        f"<|im_start|>assistant\n{said[0]}\n{shown}\n{CONTINUATION}\n{said[1]}"
+    )
+    # Stage 1 has the box alone as target, and no crop
+    t = path_trajectory(vlm, "What is it?", images, BOXES[0], None)
+    assert vlm.tokenizer.decode(t.target) == format_box(BOXES[0]) and len(t.images) == 1
+    t = answer_trajectory(vlm, "What is it?", images[0], "a dot")
+    assert vlm.tokenizer.decode(t.target) == "a dot" + END and set(t.step) == {0}
+
+
+def test_a_box_ends_step_0_and_the_turn_step_1():
+    for loop in LOOPS.values():
+        assert loop.ends(format_box(BOXES[0]), 0) and not loop.ends("{", 0)
+        assert not loop.ends(format_box(BOXES[0]), 1)
+    assert not ASK.ends("anything", 0)
+
+
+@pytest.mark.parametrize("crop", list(LOOPS))
+def test_the_cache_agrees_with_one_full_pass(vlm, monkeypatch, crop):
+    """Crops of odd sizes and of the whole image, answers that end early and late."""
+    boxes = iter([[100, 100, 101, 1000], [0, 0, 333, 77], None, [3, 3, 999, 998]] * 2)
+    images = [picture(131, 77), picture(48, 144, 1)]
+    monkeypatch.setattr(common, "parse_box", lambda text: next(boxes))
+    options = dict(group_size=2, temperatures=(2.0, 2.0), seeds=[3, 4])
+    rows = rollout(
+        vlm, images, ["x", "a longer question"], 1, max_tokens=12, loop=LOOPS[crop], **options
+    )
+    assert len({(t.images[1].rows, t.images[1].columns) for t in rows}) > 2
+    assert len({len(t.target) for t in rows}) > 1
+    scores = trajectory_logprobs(vlm, rows)
+    sampled = torch.tensor([logprob for t in rows for logprob in t.logprob])
+    assert (scores.logprob - sampled).abs().max() < 1e-4
+
+
+def test_a_replaced_box_is_context_in_the_rollout_and_a_target_of_its_pair(vlm):
+    """The answers of make_pairs go on from given boxes; stage 1 then learns these boxes."""
+    image = picture(160, 160)
+    texts = [format_box(box) for box in BOXES]
+    options = dict(temperatures=(1.0, 1.0), seeds=[0, 1], first_texts=texts, loop=VISRL)
+    rows = rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, **options)
+    for row, box in zip(rows, BOXES):
+        assert row.boxes[0] == box and set(row.step) == {1}
+        images = encode_images(vlm, [image, VISRL.feedback(image, box)])
+        pair = path_trajectory(vlm, "q", images, box, "")
+        assert row.ids[: len(pair.ids) - 1] == pair.ids[:-1]  # up to where the answer begins
+        targets = [token for token, step in zip(pair.target, pair.step) if step == 0]
+        assert targets == vlm.encode(format_box(box))
+    scores = trajectory_logprobs(vlm, rows)
+    sampled = torch.tensor([logprob for t in rows for logprob in t.logprob])
+    assert (scores.logprob - sampled).abs().max() < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------
+# Step-level DPO
+# --------------------------------------------------------------------------------------------------
+def token_scores(*rows):
+    """Rows of (trajectory, step, log-probability)."""
+    row, step, logprob = (torch.tensor(column) for column in zip(*rows))
+    return TokenScores(logprob, torch.zeros(len(rows)), row, step)
+
+
+def test_sums_of_each_step_by_hand():
+    scores = token_scores((0, 0, -1.0), (0, 0, -2.0), (0, 1, -4.0), (1, 0, -8.0), (1, 1, -16.0))
+    assert step_logprobs(scores, 2, 2).tolist() == [[-3.0, -4.0], [-8.0, -16.0]]
+    assert pair_logprobs(scores, 1, 2).tolist() == [[[-3.0, -4.0], [-8.0, -16.0]]]
+    # With a third trajectory, the rejected answer after the chosen box, that answer is the one
+    crossed = token_scores(
+        (0, 0, -1.0), (0, 1, -2.0), (1, 0, -3.0), (2, 0, -5.0), (2, 1, -7.0),
+        (3, 0, -11.0), (3, 1, -13.0), (4, 0, -17.0), (5, 0, -19.0), (5, 1, -23.0),
+    )  # fmt: skip
+    assert pair_logprobs(crossed, 2, 2).tolist() == [
+        [[-1.0, -2.0], [-3.0, -7.0]],
+        [[-11.0, -13.0], [-17.0, -23.0]],
+    ]
+
+
+def test_the_loss_of_each_stage_by_hand():
+    def loss_of(margin):
+        return math.log(1 + math.exp(-margin))
+
+    # Stage 1, K = 1: (-3 + 4) - (-2 + 1.5) = 1.5, and with both the same 0
+    policy = torch.tensor([[[-3.0], [-2.0]], [[-1.0], [-1.0]]])
+    reference = torch.tensor([[[-4.0], [-1.5]], [[-1.0], [-1.0]]])
+    losses, margins = dpo_loss(policy, reference, 0.1)
+    assert margins.flatten().tolist() == pytest.approx([0.15, 0.0])
+    assert losses.flatten().tolist() == pytest.approx([loss_of(0.15), math.log(2)])
+    # Stage 2, K = 2: each step has a sigmoid of its own, which is not that of their sum
+    policy = torch.tensor([[[-3.0, -6.0], [-2.0, -9.0]]])
+    reference = torch.tensor([[[-4.0, -5.0], [-1.5, -5.0]]])
+    losses, margins = dpo_loss(policy, reference, 0.1)
+    assert margins.tolist()[0] == pytest.approx([0.15, 0.3])
+    assert losses.mean(1).item() == pytest.approx((loss_of(0.15) + loss_of(0.3)) / 2)
+
+
+def test_the_loss_raises_the_chosen_and_lowers_the_rejected():
+    policy = torch.zeros(2, 2, 2, requires_grad=True)
+    losses, _ = dpo_loss(policy, torch.zeros(2, 2, 2), 0.1)
+    losses.mean(1).sum().backward()
+    # At a margin of 0, d loss / d margin = -1/2; times beta, and one half for each step
+    assert torch.allclose(policy.grad[:, 0], torch.full((2, 2), -0.1 / 4))
+    assert torch.allclose(policy.grad[:, 1], torch.full((2, 2), 0.1 / 4))
+
+
+@pytest.mark.parametrize("answers", [(None, None), ("a dot", "not a dot, but a ring")])
+def test_a_step_of_the_policy_does_so_too(vlm, answers):
+    """On pairs of different lengths and images, each stage, the reference staying where it is."""
+    own = replace(vlm, model=copy.deepcopy(vlm.base))
+    for name in ("policy", "reference"):
+        models.new_adapter(own, 4, 8, name)
+    own.model.set_adapter("policy")
+    parameters = [p for p in own.model.parameters() if p.requires_grad]
+    batch = []
+    for seed, size in ((0, (96, 80)), (1, (48, 144))):
+        image = picture(*size, seed)
+        for box, answer in zip(BOXES, answers):
+            images = encode_images(own, [image, crop(image, box)])
+            batch.append(path_trajectory(own, "q" * (seed + 1), images, box, answer))
+    steps = 1 if answers[0] is None else 2
+
+    def logprobs(adapter):
+        with models.using(own, adapter):
+            return pair_logprobs(trajectory_logprobs(own, batch), 2, steps)
+
+    before = logprobs("reference").detach()
+    losses, _ = dpo_loss(logprobs("policy"), before, 0.1)
+    assert losses.tolist() == [[pytest.approx(math.log(2))] * steps] * 2
+    losses.mean().backward()
+    with torch.no_grad():
+        for p in parameters:
+            p -= 0.05 * p.grad / p.grad.norm().clamp(min=1e-12)
+    change = (logprobs("policy") - before).detach()
+    assert (change[:, 0] - change[:, 1] > 0).all(), change
+    assert torch.equal(logprobs("reference").detach(), before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Diversity controller
+# --------------------------------------------------------------------------------------------------
+def test_the_other_box_lies_outside_and_is_as_large():
+    rng = random.Random(0)
+    for _ in range(200):
+        first = [100, 100, rng.randint(200, 700), rng.randint(200, 700)]
+        second = [150, 120, 150 + rng.randint(1, 300), 120 + rng.randint(1, 300)]
+        box = make_pairs.box_outside(rng, first, second, 0.4)
+        if box:
+            assert iou(box, first) == 0 and 0 <= min(box) and max(box) <= 1000
+            areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, second)]
+            assert abs(areas[0] - areas[1]) <= 0.4 * areas[1]
+    assert make_pairs.box_outside(rng, [0, 0, 1000, 1000], [1, 1, 9, 9], 0.4) is None
+
+
+def test_only_boxes_that_overlap_are_replaced():
+    near, far = [0, 0, 200, 200], [500, 500, 600, 700]
+    everywhere = [0, 0, 1000, 1000]
+    boxes = [near, far, near, near, None, far, far, None, everywhere, near]
+    kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.05, 0.4)
+    assert kept[:3] == [near, far, near] and iou(kept[3], near) == 0 and len(kept) == 6
+    # [0, 0, 1000, 1000] and near have an IoU of 0.04: above no threshold, so both stay
+    assert kept[4:] == [everywhere, near]
+    assert counts == {"second boxes replaced": 1, "attempts lost: invalid box": 2}
+    kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.03, 0.4)
+    assert len(kept) == 4 and counts["attempts lost: no room for another box"] == 1
+    kept, counts = make_pairs.controlled(random.Random(0), boxes, None, 0.4)  # the ablation
+    assert kept == [near, far, near, near, everywhere, near]
+    assert "second boxes replaced" not in counts
+
+
+# --------------------------------------------------------------------------------------------------
+# Critics
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ('{"score": 0.8}', 0.8),
+        ('Here:\n```json\n{"score": 1}\n```', 1.0),
+        ("```\n0.25\n```", 0.25),
+        (" 0.5\n", 0.5),
+        ("1", 1.0),
+        ('{"score": 1.5}', None),
+        ('{"score": true}', None),
+        ('{"score": "0.8"}', None),
+        ('{"score": NaN}', None),
+        ("NaN", None),
+        ("[0.8]", None),
+        ("The score is 0.8", None),
+        ("", None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_what_a_critic_may_reply(text, score):
+    assert critics.parse_score(text) == score
+
+
+ITEM_SAMPLE = {"question": "What mark?", "answer": "a dot", "bbox": [123.25, 7.0, 200.5, 77.75]}
+
+
+class Blind(dict):
+    """A sample whose true box nobody may look at."""
+
+    def __getitem__(self, key):
+        assert key != "bbox"
+        return super().__getitem__(key)
+
+    get = __getitem__
+
+
+def items_of(image, sample):
+    paths = [{"box": BOXES[0], "answer": "A dot."}, {"box": BOXES[1], "answer": "a ring"}]
+    return [(image, sample, path) for path in paths]
+
+
+def test_the_prompted_critics_see_crop_or_image_and_never_the_true_box(vlm, monkeypatch):
+    calls = []
+    replies = iter(['{"score": 0.9}', "no idea", "0.75", '{"score": 0}'])
+
+    def answer(vlm, images, prompts, steps, **options):
+        calls.append((images, prompts, options))
+        return [Trajectory(texts=[next(replies)]) for _ in prompts]
+
+    monkeypatch.setattr(critics, "rollout", answer)
+    image = picture(90, 60)
+    options = dict(critic="prompted", crop=crop, max_tokens=9)
+    scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
+    assert [(p["box_score"], p["response_score"]) for p in scored] == [(0.9, 0.75), (None, 0.0)]
+    (crops, of_box, how), (images, of_response, _) = calls
+    assert [c.tobytes() for c in crops] == [crop(image, box).tobytes() for box in BOXES]
+    assert all(one is image for one in images)
+    assert how.get("temperatures", (0.0, 0.0)) == (0.0, 0.0) and how["loop"] is ASK
+    for prompt in of_box + of_response:
+        assert "What mark?" in prompt and "a dot" in prompt and "123" not in prompt
+    assert "a ring" in of_response[1] and "a ring" not in "".join(of_box)
+
+
+def test_the_likelihood_of_an_answer_by_hand(vlm):
+    image = picture(90, 60)
+    options = dict(critic="likelihood", crop=crop, max_tokens=9)
+    scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
+    assert [path["response_score"] for path in scored] == [1.0, 0.0]
+    shown = encode_images(vlm, [crop(image, BOXES[0])])[0]
+    ids = common.prompt_ids(vlm, shown, "What mark?")
+    by_hand = 0.0
+    for token in vlm.encode("a dot" + END):
+        positions, _ = common.mrope_positions(ids, [shown], vlm.base.config.image_token_id)
+        positions = torch.tensor(positions).T[:, None]
+        tensor = torch.tensor([ids])
+        hidden = common.hidden_states(
+            vlm, tensor, positions, torch.ones_like(tensor).bool(), [shown]
+        )
+        by_hand += common.text_logits(vlm, hidden[0, -1]).log_softmax(-1)[token].item()
+        ids = ids + [token]
+    assert scored[0]["box_score"] == pytest.approx(math.exp(by_hand), rel=1e-3)
+    assert scored[0]["box_score"] != scored[1]["box_score"]
+
+
+@pytest.mark.parametrize(
+    "response, answer, right",
+    [
+        ("a dot", "a dot", True),
+        (" A  Dot.", "dot", True),
+        ("the ring", "a ring", True),
+        ("A", "a", True),
+        ("dots", "dot", False),
+        ("a dot or a ring", "a dot", False),
+        ("", "a", False),
+        ("zwölf", "Zwölf!", True),
+    ],
+)
+def test_when_an_answer_is_right(response, answer, right):
+    assert is_right(response, answer) is right
+
+
+# --------------------------------------------------------------------------------------------------
+# Filter and pairs
+# --------------------------------------------------------------------------------------------------
+def scored(*scores):
+    return [{"n": n, "box_score": b, "response_score": r} for n, (b, r) in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    "scores, expected",
+    [
+        ([(0.8, 0.9), (0.9, 1.0), (0.1, 0.0), (0.2, 0.2)], (1, 2)),  # the extremes of both
+        ([(0.9, 0.9), (0.8, 1.0), (0.1, 0.1)], "no path is extreme in both scores"),
+        ([(0.9, 0.9), (0.2, 0.1), (0.1, 0.2)], "no path is extreme in both scores"),
+        ([(0.9, 0.1), (0.1, 0.1)], "no winning path"),
+        ([(0.8, 0.8), (0.1, 0.9)], "no losing path"),
+        ([(0.8, 0.8), (0.2, 0.2)], (0, 1)),  # the thresholds belong to both sets
+        ([(0.9, None), (0.1, 0.1)], "no winning path"),
+        ([(None, None)], "no path with scores"),
+        ([], "no path with scores"),
+        ([(0.9, 1.0), (0.9, 1.0), (0.0, 0.0), (0.0, 0.0)], (0, 2)),  # of equals the first
+    ],
+)
+def test_which_paths_make_a_pair(scores, expected):
+    pair = make_pairs.choose_pair(scored(*scores), 0.8, 0.2)
+    assert pair == expected or tuple(path["n"] for path in pair) == expected
+
+
+def test_without_the_box_critic_the_answer_decides():
+    paths = scored((0.0, 1.0), (None, 0.0))
+    chosen, rejected = make_pairs.choose_pair(paths, 0.8, 0.2, ("response_score",))
+    assert (chosen["n"], rejected["n"]) == (0, 1)
+    assert make_pairs.choose_pair(scored((0.5, 0.5)), 0, 1) == "one path is both"
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+def test_the_toys_questions_are_about_marks(tmp_path):
+    made = sources.toy_samples(tmp_path, 4, 0)
+    write_jsonl(tmp_path / "s.jsonl", made)
+    assert read_samples(tmp_path / "s.jsonl", "", fields=sources.BOXED) == made
+    assert [sample["source"] for sample in made[:3]] == list(sources.TOY_SOURCES)
+    for sample in made:
+        if sample["source"] == "bearer":
+            assert sample["question"].startswith("Which bears a ")
+            assert sample["answer"] in sample["question"]
+        else:
+            assert sample["question"].startswith("What mark is on the ")
+            assert sample["answer"].removeprefix("a ") in world.MARKS
+            relation = " that is " in sample["question"]
+            assert relation == (sample["source"] == "relation")
+    assert sources.toy_samples(tmp_path, 4, 0) == made != sources.toy_samples(tmp_path, 4, 1)
+
+
+def test_the_sides_share_no_image_and_a_source_that_runs_out_is_short_on_all():
+    rng = random.Random(0)
+    rows = []
+    for i in range(600):
+        rows.append({"image": f"{rng.randrange(150)}.png", "source": rng.choice("abc"), "n": i})
+        if rng.random() < 0.7:
+            rows[-1]["bbox"] = [0, 0, 1, 1]
+    wanted = {"sft": {"a": 40, "b": 40}, "train": {"a": 400, "b": 40}, "test": {"a": 20, "b": 20}}
+    sides = sources.split(rows, wanted, 0)
+    assert sides == sources.split(rows, wanted, 0) != sources.split(rows, wanted, 1)
+    images = {side: {row["image"] for row in part} for side, part in sides.items()}
+    assert not images["sft"] & images["train"] and not images["test"] & images["train"]
+    assert not images["sft"] & images["test"]
+    assert all("bbox" in row for row in sides["sft"])
+    for side, part in sides.items():
+        counts = {source: sum(row["source"] == source for row in part) for source in "abc"}
+        assert 0 < counts["a"] <= wanted[side]["a"] and counts["c"] == 0
+        assert counts["b"] >= 0.8 * wanted[side]["b"], (side, counts)
+
+
+CONVERSATION = [
+    {
+        "from": "human",
+        "value": "<image>\nWhat is the dog on? Please provide the bounding box coordinate of the "
+        "region that can help you answer the question better.",
+    },
+    {"from": "gpt", "value": "[0.282, 0.316, 0.794, 0.738]"},
+    {"from": "human", "value": "<image>"},
+    {"from": "gpt", "value": "A sofa."},
+]
+
+
+def conversation(image, box, dataset="flickr30k", turns=CONVERSATION):
+    return {
+        "dataset": dataset,
+        "split": "train",
+        "question_id": 1,
+        "image": [image, f"{image}###{box}"],
+        "conversations": turns,
+    }
+
+
+@pytest.fixture
+def viscot(tmp_path):
+    """Visual CoT as it is published, a few rows."""
+    for name in ("flickr30k/a", "textvqa/b", "v7w/c", "flickr30k/d", "docvqa/e"):
+        path = tmp_path / f"cot/{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(500, 357).save(path)
+    silent = [*CONVERSATION[:3], {"from": "gpt", "value": " "}]
+    rows = [
+        conversation("cot/flickr30k/a.jpg", [141, 87, 397, 298]),
+        conversation("cot/textvqa/b.jpg", [-5, 0, 600, 100], "textcap"),  # clipped
+        conversation("cot/flickr30k/a.jpg", [600, 87, 700, 298]),
+        conversation("cot/flickr30k/none.jpg", [141, 87, 397, 298]),
+        conversation("cot/flickr30k/a.jpg", [141, 87, 397, 298], turns=silent),
+        conversation("cot/flickr30k/d.jpg", [1, 2, 3, 4]),  # its image is tested
+    ]
+    (tmp_path / "viscot_363k.json").write_text(json.dumps(rows))
+    (tmp_path / "metadata").mkdir()
+    meta = dict(question="Where?", answer="There", width=500, height=357, bboxs=[[0, 0, 9, 9]])
+    for name, image, split in (
+        ("visual7w", "c.jpg", "test"),
+        ("flickr30k", "d.jpg", "val"),
+        ("docvqa", "e.jpg", "train"),
+    ):
+        row = {**meta, "image": image, "dataset": name, "split": split, "possible_answers": ["x"]}
+        several = {**row, "bboxs": [[0, 0, 9, 9], [1, 1, 5, 5]]}
+        write_jsonl(tmp_path / f"metadata/{name}.jsonl", [row, several])
+    return tmp_path
+
+
+def test_visual_cot_is_read_as_published(viscot, capsys):
+    train, test = sources.viscot_samples(viscot)
+    first, second = train
+    assert first["bbox"] == [141.0, 87.0, 397.0, 298.0]  # pixels, and not the padded square's
+    assert (first["question"], first["answer"]) == ("What is the dog on?", "A sofa.")
+    assert (first["source"], first["width"], first["height"]) == ("flickr30k", 500, 357)
+    assert second["bbox"] == [0.0, 0.0, 500.0, 100.0] and second["source"] == "textcap"
+    assert [sample["source"] for sample in test] == ["flickr30k", "visual7w"]
+    printed = capsys.readouterr().out
+    for reason in (
+        "training: 3 kept",
+        "1 without a box inside the image",
+        "1 without a readable image",
+        "1 without words",
+        "test: 2 kept; dropped: 2 without one box",
+    ):
+        assert reason in printed, printed
+    write_jsonl(viscot / "s.jsonl", train + test)
+    assert read_samples(viscot / "s.jsonl", "", fields=VISRL_FIELDS) == train + test
+
+
+def test_visual_cot_that_is_not_as_published_is_refused(viscot):
+    (viscot / "viscot_363k.json").write_text('[{"dataset": "gqa", "image": "one"}]')
+    with pytest.raises(SystemExit, match="not as published .*deepcs233/Visual-CoT"):
+        sources.viscot_samples(viscot)
+    (viscot / "viscot_363k.json").unlink()
+    with pytest.raises(SystemExit, match="has no viscot_363k.json"):
+        sources.viscot_samples(viscot)
+
+
+def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
+    picture(20, 10).save(tmp_path / "a.png")
+    own = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10}
+    own |= {"question": "What?", "answer": "That"}
+    write_jsonl(tmp_path / "s.jsonl", [own])
+    assert read_samples(tmp_path / "s.jsonl", "", fields=VISRL_FIELDS) == [own]
+    with pytest.raises(SystemExit, match="line 1: bbox is 'None'; expected list"):
+        read_samples(tmp_path / "s.jsonl", "", fields=sources.BOXED)
+    for bad, words in (
+        (dict(own, answer=" "), "answer is ' '; write it in words"),
+        (dict(own, question="<|im_end|>"), "question is .*without special tokens"),
+        (dict(own, answer=3), "answer is '3'; expected str"),
+        (dict(own, bbox=[0, 0, 30, 5]), "outside the 20 x 10 image"),
+        ({k: v for k, v in own.items() if k != "question"}, "question is 'None'"),
+    ):
+        write_jsonl(tmp_path / "s.jsonl", [bad])
+        with pytest.raises(SystemExit, match=f"s.jsonl, line 1: .*{words}"):
+            read_samples(tmp_path / "s.jsonl", "", fields=VISRL_FIELDS)
+    # Without any box nothing is left for SFT
+    write_jsonl(tmp_path / "s.jsonl", [own])
+    sizes = dict(sft_samples=1, train_samples=1, test_samples=1)
+    args = SimpleNamespace(
+        data=str(tmp_path / "s.jsonl"), viscot=None, skip_bad=False, seed=0, **sizes
+    )
+    with pytest.raises(SystemExit, match="no sample is left for sft"):
+        sources.prepare(args, tmp_path / "data")
+
+
+# --------------------------------------------------------------------------------------------------
+# Report
+# --------------------------------------------------------------------------------------------------
+SAMPLES = []
+for number in range(40):
+    own = {"id": str(number), "source": "ab"[number % 2], "image": "a.png", "width": 20}
+    own |= {"height": 10, "question": "What mark?", "answer": "a dot", "bbox": [0, 0, 10, 10]}
+    SAMPLES.append(own)
+
+
+def log_lines(right, hit=None):
+    """Of a row that answers the first `right` samples, and finds the first `hit` boxes."""
+    lines = []
+    for number, sample in enumerate(SAMPLES):
+        line = {"id": sample["id"], "answer": "a dot", "right": number < right, "box": None}
+        if hit is not None:
+            line |= {"box": [0, 0, 500, 1000], "iou": 1.0 if number < hit else 0.5}
+        lines.append(line)
+    return lines
+
+
+def test_the_findings_are_judged_by_their_intervals(tmp_path, capsys):
+    rows = {
+        report.BASE: log_lines(20),
+        report.SFT: log_lines(10, 10),
+        report.RL1: log_lines(20, 20),
+        report.RL2: log_lines(30, 20),
+        report.ONLY: log_lines(31, 10),
+        report.PLAIN: log_lines(20),
+        report.control_name(report.RL2, "true"): log_lines(40, 40),
+        f"{report.RL2}, iteration 2": log_lines(30, 20),
+    }
+    pairs = {
+        report.WHOLE: np.array([[True, False]] * 30 + [[False, False]] * 10),
+        report.PARTS["no_controller"]: np.array([[True, False]] * 5 + [[True, True]] * 25),
+    }
+    results = report.analyse(SAMPLES, rows, pairs)
+    assert results["answers"][report.SFT]["all"][0] == pytest.approx(0.25)
+    assert results["boxes"][report.RL1]["all"][0] == pytest.approx(0.5)
+    # A box is right above 0.5, not from there on; a control's box is not the policy's
+    assert results["boxes"][report.SFT]["a"][0] == pytest.approx(5 / 20)
+    assert report.control_name(report.RL2, "true") not in results["boxes"]
+    words = {sentence: word for sentence, _, word in results["findings"]}
+    expected = {
+        "SFT answers less": "holds",
+        "RL1 raises box accuracy": "holds",
+        "In answers SFT < SFT + RL1": "holds",
+        "The whole training": "holds",
+        "RL2 only lies between": "NOT SETTLED",
+        "Looking beats plain DPO": "holds",
+        "A second iteration": "NOT SETTLED",
+        "The pipeline has more right pairs": "holds",
+    }
+    for begin, word in expected.items():
+        [found] = [v for sentence, v in words.items() if sentence.startswith(begin)]
+        assert found == word, begin
+    worse = report.analyse(SAMPLES, {**rows, report.RL1: log_lines(20, 2)}, {})
+    assert "DOES NOT HOLD" in {w for s, _, w in worse["findings"] if s.startswith("RL1 raises")}
+
+    report.write({"n": 40, "seed": 0, "model": "m", **results}, tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    printed = capsys.readouterr().out
+    for name in (*rows, "holds: RL1 raises box accuracy"):
+        assert name in text and name in printed, name
+    assert all(name in text for name in (*pairs, "WP-LN"))
+    assert json.loads((tmp_path / "results.json").read_text())["pairs"][report.WHOLE]["n"] == 40
+
+
+def test_pairs_are_judged_by_the_boxes_that_training_never_saw(tmp_path):
+    right, wrong = [0, 0, 500, 1000], [600, 0, 900, 900]
+    write_jsonl(tmp_path / "train.jsonl", SAMPLES)
+    pairs = []
+    for name, a, b in (("0", right, wrong), ("1", wrong, right), ("2", right, right)):
+        pairs.append({"id": name, "chosen": {"box": a}, "rejected": {"box": b}})
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    write_jsonl(tmp_path / "pairs_no_controller_2.jsonl", pairs[:1])
+    write_jsonl(tmp_path / "pairs_2.jsonl", pairs[1:])
+    found = report.read_pairs(tmp_path)
+    later = f"{report.PARTS['no_controller']}, iteration 2"
+    assert list(found) == [report.WHOLE, f"{report.WHOLE}, iteration 2", later]
+    assert found[report.WHOLE].tolist() == [[True, False], [False, True], [True, True]]
+    shares = report.pair_shares(found[report.WHOLE])
+    kinds = ("WP-LP", "WP-LN", "WN-LP", "WN-LN")
+    assert [shares[kind][0] for kind in kinds] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "0"}])
+    assert report.read_pairs(tmp_path) == {}
+
+
+def test_filmstrips_show_image_crop_and_answer(tmp_path):
+    picture(20, 10).save(tmp_path / "a.png")
+    rows = {report.SFT: log_lines(10, 10), report.RL2: log_lines(30, 20)}
+    shown = report.filmstrips(SAMPLES, rows, tmp_path, tmp_path, VISRL.feedback, 3)
+    assert shown == report.RL2
+    sizes = {}
+    for name in ("gains", "losses", "first"):
+        with Image.open(tmp_path / f"figures/{name}.png") as image:
+            sizes[name] = image.size
+    assert sizes["gains"] == sizes["first"] and sizes["losses"][1] < sizes["gains"][1]
+    assert report.filmstrips(SAMPLES, {}, tmp_path, tmp_path, VISRL.feedback, 3) == "nothing"

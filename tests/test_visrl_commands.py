@@ -1,0 +1,127 @@
+"""The commands of VisRL, very small: a whole run; and one that is killed in every phase, whose
+questions have no boxes."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+
+from tests.test_commands import lines, run, start
+
+import pytest
+
+# With these thresholds a base without skill gives pairs
+PAIRS = "-m visrl.make_pairs --attempts 2 --batch-size 4 --max-tokens 24 --win 0 --lose 1"
+DPO = "-m visrl.dpo --epochs 1 --batch-size 2 --save-every 2"
+SMALL = {  # a step of the main job -> its command, in the order of visrl/README.md
+    "make_data": "-m visrl.make_data --sft-samples 24 --train-samples 9 --test-samples 6",
+    "sft": "-m visrl.sft --epochs 1 --batch-size 4 --save-every 2",
+    "pairs": PAIRS,
+    "no_controller": f"{PAIRS} --ablation no_controller",
+    "rl1": f"{DPO} --stage 1",
+    "rl2": f"{DPO} --stage 2",
+    "rl2_only": f"{DPO} --stage 2 --init sft --condition chosen",
+    "plain_dpo": f"{DPO} --stage answers",
+    "pairs_2": f"{PAIRS} --iteration 2",
+    "evaluate": "-m visrl.evaluate --max-tokens 24 --pictures 2",
+}
+
+
+def command(step, out, *more):
+    return run([*SMALL[step].split(), "--out", str(out), *more], out.parent)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Each step started once and never stopped: (run folder, seconds of each)."""
+    out = tmp_path_factory.mktemp("visrl") / "run"
+    status, printed = command("pairs", out)
+    assert status == 1 and "first run: python -m visrl.make_data" in printed
+    seconds = {}
+    for step in SMALL:
+        began = time.time()
+        status, printed = command(step, out)
+        seconds[step] = time.time() - began
+        assert status == 0, printed
+        assert not re.search(r"warn|Traceback|deprecat|failed", printed, re.I), printed
+    return out, seconds
+
+
+def test_the_main_job(whole):
+    out, _ = whole
+    report = (out / "results.md").read_text()
+    for name in (
+        "Base, no box",
+        "SFT + RL1 + RL2, shown the true box",
+        "SFT + RL2 only",
+        "Plain DPO",
+        "without the diversity controller",
+    ):
+        assert name in report, name
+    assert (out / "figures/first.png").exists()
+    for name, steps in (("rl1", 1), ("rl2", 2), ("rl2_only", 2), ("plain_dpo", 1)):
+        first, *later = lines(out / f"log/{name}.jsonl")
+        # The policy begins as its reference, and leaves it
+        assert first["loss"] == pytest.approx(0.693147) and first["kl"] < 1e-6 < later[-1]["kl"]
+        assert first["margin"] == pytest.approx([0.0] * steps, abs=1e-5)
+    pairs = lines(out / "data/pairs.jsonl")
+    assert len(pairs) > 3
+    for pair in pairs:
+        assert pair["chosen"]["box_score"] >= pair["rejected"]["box_score"]
+    # The same boxes, but for those that the controller replaced
+    one, other = (lines(out / f"data/paths{name}.jsonl") for name in ("", "_no_controller"))
+    assert one != other
+    given = {row["id"]: row["boxes"] for row in lines(out / "data/boxes.jsonl")}
+    for row in other:
+        assert all(path["box"] in given[row["id"]] for path in row["paths"])
+
+
+@pytest.mark.parametrize(
+    "step, flags, status, words",
+    [
+        ("make_data", "", 0, "is finished"),
+        ("rl1", "", 0, "is finished"),
+        ("rl1", "--beta 0.2", 1, "beta: 0.1 then, 0.2 now"),
+        ("rl1", "--init sft", 1, "--init sft is for --stage 2"),
+        ("rl2", "--iteration 3", 1, "first run: python -m visrl.make_pairs --preset toy --it"),
+        ("pairs", "--steps 2", 2, "--steps"),
+        ("pairs", "--temperature 2", 1, "temperature: 1.0 then, 2.0 now"),
+        ("make_data", "--preset paper --out other", 1, "--viscot DIR"),
+    ],
+)
+def test_mistakes_end_with_one_clear_message(whole, step, flags, status, words):
+    ended, printed = command(step, whole[0], *flags.split())
+    assert ended == status and words in printed and "Traceback" not in printed, printed
+
+
+def test_a_stopped_run_without_boxes_ends_as_one_that_never_stopped(whole, tmp_path):
+    """Every phase killed at a random moment, and every true box taken out of the questions before
+    the first pair is made: the same pairs, the same adapters, to the byte."""
+    unbroken, seconds = whole
+    out = tmp_path / "run"
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for step in ("make_data", "sft", "pairs", "rl1", "rl2"):
+        if step == "pairs":
+            questions = lines(out / "data/train.jsonl")
+            assert all(row.pop("bbox") for row in questions)
+            text = "".join(json.dumps(row) + "\n" for row in questions)
+            (out / "data/train.jsonl").write_text(text)
+        process = start([*SMALL[step].split(), "--out", str(out)], tmp_path)
+        moment = time.time() + rng.uniform(0, 0.9) * seconds[step]
+        while process.is_alive() and time.time() < moment:
+            time.sleep(0.001)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        status, printed = command(step, out)
+        assert status == 0, printed
+    files = [file for kind in ("jsonl", "safetensors") for file in out.rglob(f"*.{kind}")]
+    assert len(files) >= 3 + 4 + 3 + 3  # data, pairs and what leads to them, logs, adapters
+    for file in files:
+        name = file.relative_to(out)
+        if name.name != "train.jsonl":
+            assert file.read_bytes() == (unbroken / name).read_bytes(), f"{name}, seed {seed}"

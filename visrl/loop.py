@@ -1,0 +1,169 @@
+"""VisRL's loop, its crop and its loss: what the phases share. Read this file after common.py.
+
+One trajectory, all in one assistant turn:
+
+    user       [image] question, and the request for a box
+    assistant  {"bbox_2d": [x1, y1, x2, y2]}        step 0, ends at the box
+               [crop] the request for an answer     injected
+               answer <end of turn>                 step 1
+
+The paper (Section 3, "Method overview") shows the crop in a second user turn; here the assistant
+turn goes on, as in IVT, so that both papers are one rollout. In shapes: N pairs of a batch, K steps
+of a trajectory (1: the box or the answer alone, 2: both), M targets.
+"""
+
+import functools
+import math
+import re
+from dataclasses import replace
+
+from common import Loop, box_complete, build_trajectory, denormalize_box, format_box
+
+import torch
+from torch.nn import functional as F
+
+# The authors ask for "the bounding box coordinate of the region" and then for an answer by "the
+# corresponding sub-image"; the wording here is ours, of words that the toy's tokenizer knows.
+PROMPT = (
+    "{text}\nAnswer the question about the image. First think about which region matters, then "
+    "report its bbox coordinates in JSON format."
+)
+CONTINUATION = (
+    "This is the region that you chose, enlarged. Now answer the question in a few words."
+)
+END = "<|im_end|>"  # a target of step 1, so that ending is learnt
+
+
+# --------------------------------------------------------------------------------------------------
+# The crop, and the loop
+# --------------------------------------------------------------------------------------------------
+LEAST = 28  # pixels: a narrower crop shows nothing that could be read
+LONGEST = 100  # the longer side in shorter ones; Qwen3-VL's image processor refuses 200
+MARGIN = 0.1  # of the longer side, on each side of a square crop
+
+
+def crop(image, box, square=False):
+    """What lies in a box (0..1000) of an image (PIL), cut out of it at its full size.
+
+    Whole pixels, rounded outwards. A box that is too small or too narrow grows about its centre,
+    one that then sticks out moves into the image. square: the square about the box with a margin,
+    as far as the image has room. None, no valid box, gives the whole image.
+    """
+    if box is None:
+        return image.copy()
+    x1, y1, x2, y2 = denormalize_box(box, *image.size)
+    width, height = x2 - x1, y2 - y1
+    if square:
+        width = height = max(width, height) * (1 + 2 * MARGIN)
+    least = max(LEAST, max(width, height) / LONGEST)
+    spans = []
+    for side, middle, limit in (
+        (width, (x1 + x2) / 2, image.width),
+        (height, (y1 + y2) / 2, image.height),
+    ):
+        side = min(max(side, least), limit)
+        low = min(max(middle - side / 2, 0), limit - side)
+        # Rounded first: 160 + 1e-14 is no reason for one more pixel
+        spans.append((math.floor(round(low, 6)), min(limit, math.ceil(round(low + side, 6)))))
+    (left, right), (top, bottom) = spans
+    return image.crop((left, top, right, bottom))
+
+
+VISRL = Loop(
+    prompt=PROMPT,
+    feedback=crop,
+    continuation=CONTINUATION,
+    ends=lambda text, t: t == 0 and box_complete(text),  # step 1: at the end of the turn
+)
+LOOPS = {  # --crop
+    "box": VISRL,
+    "square": replace(VISRL, feedback=functools.partial(crop, square=True)),
+}
+# With T = 0, the question alone and its answer: no loop at all
+ASK = replace(VISRL, prompt="{text}", ends=lambda text, t: False)
+
+
+def path_trajectory(vlm, question, images, box, answer):
+    """The sequence of a path: images (ImageTokens) are the whole image and the crop.
+
+    With `answer` None it ends behind the box, and one image is enough.
+    """
+    texts = [format_box(box)]
+    if answer is not None:
+        texts.append(answer + END)
+    prompt = VISRL.prompt.format(text=question)
+    return build_trajectory(vlm, prompt, images[: len(texts)], texts, VISRL.continuation)
+
+
+def answer_trajectory(vlm, question, image, answer):
+    """The sequence of a bare question about one picture (ImageTokens) and its answer."""
+    return build_trajectory(vlm, ASK.prompt.format(text=question), [image], [answer + END])
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers
+# --------------------------------------------------------------------------------------------------
+def normalized(text):
+    """Lower case, without articles, punctuation and spaces to spare."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    content = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(content or words)  # "A" may be the answer
+
+
+def is_right(response, answer):
+    """Whether a response is the true answer, up to case, articles and punctuation.
+
+    Ours: the paper has a judge model score each response from 0 to 1.
+    """
+    return normalized(response) == normalized(answer)
+
+
+# --------------------------------------------------------------------------------------------------
+# Step-level DPO (Section 3.2)
+# --------------------------------------------------------------------------------------------------
+def step_logprobs(scores, count, steps):
+    """TokenScores of `count` trajectories -> [count, K]: log pi of each step's text (Eq. 2)."""
+    place = scores.row * steps + scores.step  # [M]
+    sums = torch.zeros(count * steps, device=scores.logprob.device)
+    return sums.index_add(0, place, scores.logprob).view(count, steps)
+
+
+def pair_logprobs(scores, count, steps):
+    """TokenScores of N pairs' trajectories, pair after pair -> [N, 2, K]: chosen, rejected.
+
+    A pair has two trajectories, chosen and rejected. With three the rejected answer is that of the
+    last one, which goes on from the chosen box (`--condition chosen`), and the box the second's.
+    """
+    total = int(scores.row.max()) + 1
+    sums = step_logprobs(scores, total, steps).view(count, -1, steps)  # [N, 2 or 3, K]
+    rejected = torch.cat([sums[:, 1, :1], sums[:, -1, 1:]], 1)  # [N, K]
+    return torch.stack([sums[:, 0], rejected], 1)
+
+
+def dpo_loss(policy, reference, beta):
+    """Eq. 5 to 10: log pi of each step of chosen and rejected, [N, 2, K] twice -> two of [N, K]:
+    the loss of each pair and step, and its margin.
+
+    margin = beta ((log pi_w - log ref_w) - (log pi_l - log ref_l)), loss = -log sigmoid(margin).
+    With K = 1 this is stage 1 (or plain DPO); stage 2 is the mean of its two steps' losses, so that
+    each has its own sigmoid (Eq. 8; that both weigh one half is the authors' code).
+    """
+    ratio = policy - reference  # [N, 2, K]
+    margin = beta * (ratio[:, 0] - ratio[:, 1])  # [N, K]
+    return -F.logsigmoid(margin), margin
+
+
+# --------------------------------------------------------------------------------------------------
+# Names and rates
+# --------------------------------------------------------------------------------------------------
+def named(name, iteration):
+    """The name of a file or an adapter in an iteration; the first one's has no number."""
+    return name if iteration == 1 else f"{name}_{iteration}"
+
+
+def learning_rate(args, update, updates):
+    """Linear warm-up over the first share of the updates, then a cosine to zero."""
+    warm = max(1, round(args.warmup * updates))
+    if update < warm:
+        return args.lr * (update + 1) / warm
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))

@@ -1,0 +1,54 @@
+"""Phase 1: questions with answers; boxes for the supervised start and the evaluation alone.
+
+    python -m visrl.make_data                      the toy's world
+    python -m visrl.make_data --data my.jsonl      your own samples
+    python -m visrl.make_data --preset paper --viscot DIR     Visual CoT, the paper's data
+
+Three sides, split by image. sft: samples with a box, for the supervised start (30k in the paper).
+train: questions, for pairs; a "bbox" that the source has stays in the file, so that the pairs can
+be judged by it afterwards, and nothing that trains reads it. test: held out.
+
+Departures from the paper. The toy preset has three kinds of questions about marks that only a crop
+shows (visrl/sources.py). The paper's tests are Visual CoT's benchmark of eleven sets with a judge
+model; here as many rows of each set as --test-samples allows, of those whose metadata are of no
+training split, and a string match. Questions of Visual CoT are taken in the shares of Table 7.
+
+Writes data/{sft,train,test}.jsonl and data/images/ under --out.
+"""
+
+import time
+from collections import Counter
+
+from support import errors, files, processes
+from support.flags import Flag, flags
+from visrl import sources
+
+args = flags(
+    "visrl.make_data",
+    __doc__,
+    data=Flag("your own samples: a .jsonl to split into sft, train and test", kind="file"),
+    viscot=Flag("folder of Visual CoT, images unpacked to cot/ in it", kind="folder"),
+)
+processes.seed_all(args.seed)
+start = time.time()
+data = args.out / "data"
+if args.data and args.viscot:
+    errors.stop("--data is for samples of your own, --viscot for the paper's; give one of them")
+if args.preset == "paper" and not (args.data or args.viscot):
+    errors.stop(f"the paper's data: --viscot DIR; {sources.GET}. Your own: --data FILE.jsonl")
+files.begin(args, "make_data", *([args.data] if args.data else []))
+there = all((data / f"{side}.jsonl").exists() for side in sources.SIDES)
+if there and not args.restart:
+    print(f"{data / 'test.jsonl'} is finished; --restart makes everything again")
+    raise SystemExit
+
+sides = sources.prepare(args, data)
+for side, samples in sides.items():
+    counts = Counter(sample["source"] for sample in samples)
+    boxed = sum("bbox" in sample for sample in samples)
+    print(f"{side}: {len(samples)}, {boxed} with a box; " + ", ".join(map(str, counts.items())))
+print("one sample of each source:")
+for source in sorted({sample["source"] for sample in sides["test"]}):
+    sample = next(sample for sample in sides["test"] if sample["source"] == source)
+    print(f"  {source}: {sample['question']!r} {sample['answer']!r}, {sample['image']}")
+print(f"{processes.minutes(start)}; next: python -m visrl.sft")

@@ -1,0 +1,265 @@
+"""Where VisRL's samples come from: the toy's world, Visual CoT, your own file; and their split.
+
+A sample is {"id", "source", "image", "width", "height", "question", "answer"}, optionally "key",
+and "bbox" (pixels x1 y1 x2 y2 of the region that the answer is in) where the source has it.
+"""
+
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from support.datasets import clip
+from support.errors import stop
+from support.files import write_jsonl
+from support.processes import RANK, barrier
+from support.samples import VISRL_FIELDS, read_samples
+from toy import questions, world
+
+from PIL import Image
+from tqdm import tqdm
+
+SIDES = ("sft", "train", "test")
+BOXED = {**VISRL_FIELDS, "bbox": list}  # what SFT needs
+
+
+# --------------------------------------------------------------------------------------------------
+# The toy's questions. In the whole scene, as small as the model sees it, no mark can be read.
+# --------------------------------------------------------------------------------------------------
+def ask(rng, source):
+    """(question, answer, scene, bbox) of a new scene.
+
+    mark: which mark an object bears; relation: the same of an object that is described by another;
+    bearer: which of two objects bears a mark, so that either has to be looked at, and the box is
+    the bearer's.
+    """
+    sources = ("relations",) if source == "relation" else ("attributes", "distractors")
+
+    def refer_to(rng, objects):
+        return world.refer_somehow(rng, objects, sources)
+
+    question = questions.ask_bearer if source == "bearer" else questions.ask_mark
+    while True:
+        scene = world.make_scene(rng)
+        asked = question(rng, scene, refer_to)
+        if asked:
+            words, answer, target, _ = asked
+            return words, answer, scene, target["bbox"]
+
+
+TOY_SOURCES = ("mark", "relation", "bearer")
+
+
+def toy_samples(folder, count, seed):
+    """Draws a scene for each of `count` questions of each source into folder/images -> samples."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    samples = []
+    for i in tqdm(range(count * len(TOY_SOURCES)), desc="scenes", unit="scene"):
+        source = TOY_SOURCES[i % len(TOY_SOURCES)]
+        question, answer, scene, bbox = ask(random.Random(f"visrl {seed} {i}"), source)
+        name = f"images/scene_{i:05d}.png"
+        scene["image"].save(folder / name)
+        size = {"width": world.SIDE, "height": world.SIDE}
+        bbox = [round(v, 2) for v in bbox]
+        sample = {"id": f"{source}_{i:05d}", "source": source, "image": name, **size}
+        samples.append({**sample, "question": question, "answer": answer, "bbox": bbox})
+    return samples
+
+
+# --------------------------------------------------------------------------------------------------
+# Visual CoT as it is published (hub id deepcs233/Visual-CoT)
+# --------------------------------------------------------------------------------------------------
+TABLE_7 = {  # data set -> samples for SFT, questions for RL
+    "flickr30k": (4000, 32500),
+    "gqa": (4000, 30000),
+    "infographicsvqa": (4055, 11000),
+    "openimages": (3053, 40000),
+    "textcap": (4152, 28000),
+    "textvqa": (3524, 15000),
+    "vsr": (1876, 1500),
+    "cub": (1987, 2000),
+    "visual7w": (4000, 20000),
+}
+FOLDERS = {
+    "visual7w": "v7w",
+    "textcap": "textvqa",
+}  # of images, where of another name
+REQUEST = "Please provide the bounding box"  # what follows the question in a conversation
+GET = (
+    "it takes the files of hub id deepcs233/Visual-CoT (annotations Apache-2.0, images under their "
+    "own licences, 143 GB), with the images unpacked to cot/<data set>/"
+)
+
+
+def viscot_samples(folder):
+    """(training samples, test samples) of Visual CoT; what cannot be used is dropped and counted.
+
+    Training samples are those of viscot_363k.json, test samples the rows of metadata/*.jsonl that
+    are of no training split. Exits when a file is missing or not as published.
+    """
+    folder = Path(folder).resolve()
+    conversations = folder / "viscot_363k.json"
+    metadata = sorted((folder / "metadata").glob("*.jsonl"))
+    if not conversations.exists() or not metadata:
+        stop(f"--viscot {folder} has no viscot_363k.json or no metadata/*.jsonl; {GET}")
+    try:
+        train = usable("training", conversation_rows(folder, conversations))
+        test = usable("test", metadata_rows(folder, metadata))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        stop(f"--viscot {folder} is not as published ({type(e).__name__}: {e}); {GET}")
+    tested = {sample["key"] for sample in test}
+    return [sample for sample in train if sample["key"] not in tested], test
+
+
+def conversation_rows(folder, path):
+    """The rows of viscot_363k.json. Of its two boxes that behind ### is read, integer pixels of the
+    image; the one in the conversation is relative to the image padded to a square."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for number, row in enumerate(tqdm(rows, desc=path.name, unit="row", delay=2)):
+        name, _, box = row["image"][1].partition("###")
+        question = row["conversations"][0]["value"].removeprefix("<image>").split(REQUEST)[0]
+        yield {
+            "id": f"{row['dataset']}_{number}",
+            "source": row["dataset"],
+            "image": folder / name,
+            "question": question,
+            "answer": row["conversations"][3]["value"],
+            "boxes": [json.loads(box)],
+        }
+
+
+def metadata_rows(folder, paths):
+    """The test rows of metadata/*.jsonl."""
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+            row = json.loads(line) if line.strip() else {"split": "train"}
+            if row["split"] == "train":
+                continue
+            name = row["dataset"]
+            yield {
+                "id": f"{name}_{row['split']}_{number}",
+                "source": name,
+                "image": folder / "cot" / FOLDERS.get(name, name) / row["image"],
+                "question": row["question"],
+                "answer": row["answer"],
+                "boxes": row["bboxs"],
+            }
+
+
+def usable(side, rows):
+    """The rows of a reader as samples; prints how many are dropped, and why."""
+    samples = []
+    dropped = Counter()
+    for row in rows:
+        boxes = row.pop("boxes")
+        question, answer = row["question"].strip(), row["answer"].strip()
+        if not question or not answer or "<|" in question + answer:
+            dropped["without words, or with special tokens"] += 1
+            continue
+        if len(boxes) != 1:
+            dropped["without one box"] += 1
+            continue
+        try:
+            with Image.open(row["image"]) as image:
+                width, height = image.size
+        except OSError:
+            dropped["without a readable image"] += 1
+            continue
+        x1, y1, x2, y2 = bbox = clip(boxes[0], width, height)
+        if not (x1 < x2 and y1 < y2):
+            dropped["without a box inside the image"] += 1
+            continue
+        # The photo's place is its key: textcap's are those of textvqa
+        image = str(row["image"])
+        more = {"image": image, "key": image, "width": width, "height": height, "bbox": bbox}
+        samples.append({**row, **more, "question": question, "answer": answer})
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+    print(f"Visual CoT, {side}: {len(samples)} kept; dropped: {reasons}")
+    return samples
+
+
+# --------------------------------------------------------------------------------------------------
+# Sides
+# --------------------------------------------------------------------------------------------------
+def equal_shares(samples, size):
+    """source -> how many of `size` samples are wanted of it, the same of each, rounded up."""
+    sources = sorted({sample["source"] for sample in samples})
+    return {source: -(-size // len(sources)) for source in sources}
+
+
+def shares_of_table_7(sizes):
+    """side -> source -> how many are wanted, in the proportions of Table 7."""
+    wanted = {}
+    for column, side in enumerate(("sft", "train")):
+        total = sum(row[column] for row in TABLE_7.values())
+        size = sizes[side]
+        wanted[side] = {name: -(-row[column] * size // total) for name, row in TABLE_7.items()}
+    return wanted
+
+
+def split(samples, wanted, seed):
+    """Samples -> {side: samples}, by image: all that are asked about one image go to one side.
+
+    wanted: side -> source -> count. An image goes where its samples are wanted most, as a share of
+    what is wanted there; so a source that runs out is short on all sides alike. SFT takes samples
+    with a box alone.
+    """
+    rng = random.Random(seed)
+    by_image = defaultdict(list)
+    for sample in samples:
+        by_image[sample.get("key", sample["image"])].append(sample)
+    images = sorted(by_image)
+    rng.shuffle(images)
+    sides = {side: [] for side in wanted}
+    have = {side: Counter() for side in wanted}
+
+    def lacking(side, sample):
+        source = sample["source"]
+        if side == "sft" and "bbox" not in sample or not wanted[side].get(source):
+            return 0
+        return 1 - have[side][source] / wanted[side][source]
+
+    for image in images:
+        group = by_image[image]
+        side = max(wanted, key=lambda side: sum(lacking(side, sample) for sample in group))
+        for sample in group:
+            if lacking(side, sample) > 0:
+                have[side][sample["source"]] += 1
+                sides[side].append(sample)
+    for rows in sides.values():
+        rng.shuffle(rows)
+    return sides
+
+
+def prepare(args, data):
+    """Writes data/{sft,train,test}.jsonl and reads them again, all checked; -> side -> samples."""
+    if not RANK:
+        for side, rows in make_sides(args, data).items():
+            if not rows:
+                others = f"give more, or lower the --*-samples of the other sides than {side}"
+                stop(f"no sample is left for {side}; {others}")
+            write_jsonl(data / f"{side}.jsonl", rows)
+    barrier()
+    checked = {}
+    for side, fields in (("sft", BOXED), ("train", VISRL_FIELDS), ("test", VISRL_FIELDS)):
+        path = data / f"{side}.jsonl"
+        checked[side] = read_samples(path, "python -m visrl.make_data", args.skip_bad, fields)
+    return checked
+
+
+def make_sides(args, data):
+    """side -> samples, from where the flags say."""
+    sizes = {side: getattr(args, f"{side}_samples") for side in SIDES}
+    if args.viscot:
+        samples, test = viscot_samples(args.viscot)
+        sides = split(samples, shares_of_table_7(sizes), args.seed)
+        return sides | split(test, {"test": equal_shares(test, sizes["test"])}, args.seed)
+    if args.data:
+        samples = read_samples(args.data, "", args.skip_bad, VISRL_FIELDS)
+        for sample in samples:
+            sample["image"] = str((Path(args.data).parent / sample["image"]).resolve())
+    else:
+        per_source = sum(-(-size // len(TOY_SOURCES)) for size in sizes.values())
+        samples = toy_samples(data, per_source, args.seed)
+    wanted = {side: equal_shares(samples, size) for side, size in sizes.items()}
+    return split(samples, wanted, args.seed)
