@@ -354,6 +354,8 @@ function showControls({ group, method, beside }) {
   fill("sort", [["", "as in the file"], ...orders], state.sort);
   if (fields.search.value !== state.search) fields.search.value = state.search;
   for (const key of ["beyond", "numbers"]) fields[key].checked = state[key] === "1";
+  const longer = lines.some((line) => line.steps.length > line.last + 1);
+  fields.beyond.parentElement.hidden = !longer;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -10,67 +10,66 @@ from contextlib import contextmanager
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
+    "--disable-extensions --disable-background-networking --remote-debugging-pipe"
+).split()
 
 
 @contextmanager
 def browser():
-    """-> send(method, session=None, **parameters) -> the result, a dict. Raises RuntimeError with
-    what the browser says is wrong."""
-    to_browser, here_out = os.pipe()
-    here_in, from_browser = os.pipe()
-    # The browser reads file descriptor 3 and writes 4
-    wiring = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
+    """-> send(method, session, **parameters) -> the result, a dict. Raises RuntimeError with what
+    the browser says is wrong."""
+    commands, to_browser = os.pipe()
+    from_browser, answers = os.pipe()
+    # It reads its commands from file descriptor 3 and answers on 4, each ended by a null byte
+    wiring = f'exec 3<&{commands} 4>&{answers}; exec "$@"'
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [
-                "bash", "-c", wiring, "browser", CHROMIUM,
-                "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                "--no-first-run", "--disable-extensions", "--disable-background-networking",
-                f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank",
-            ],
-            pass_fds=(to_browser, from_browser),
+            ["bash", "-c", wiring, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=(commands, answers),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(to_browser)
-        os.close(from_browser)
-        answers = os.fdopen(here_in, "rb")
+        )
+        os.close(commands)
+        os.close(answers)
         numbers = itertools.count(1)
-
-        def read():
-            message = bytearray()
-            while (byte := answers.read(1)) != b"\0":
-                if not byte:
-                    raise RuntimeError("the browser has gone")
-                message += byte
-            return json.loads(message)
 
         def send(method, session=None, **parameters):
             number = next(numbers)
             command = {"id": number, "method": method, "params": parameters}
             if session:
                 command["sessionId"] = session
-            os.write(here_out, json.dumps(command).encode() + b"\0")
-            while True:
-                message = read()
-                if message.get("id") == number:
-                    break
+            os.write(to_browser, json.dumps(command).encode() + b"\0")
+            message = {}
+            while message.get("id") != number:  # the others are events
+                message = read_message(file)
             if "error" in message:
                 raise RuntimeError(f"{method}: {message['error']}")
             return message["result"]
 
-        try:
-            yield send
-        finally:
-            process.terminate()
-            process.wait()
-            os.close(here_out)
-            answers.close()
+        with os.fdopen(from_browser, "rb") as file:
+            try:
+                yield send
+            finally:
+                process.terminate()
+                process.wait()
+                os.close(to_browser)
+
+
+def read_message(file):
+    message = bytearray()
+    while (byte := file.read(1)) != b"\0":
+        if not byte:
+            raise RuntimeError("the browser has gone")
+        message += byte
+    return json.loads(message)
 
 
 @contextmanager
-def opened(address, send, width=1280, height=900):
-    """A page of its own -> (run, send): run(script) gives a script's value, as JSON knows it."""
+def tab(send, address, *, width=1280, height=900, scheme="light"):
+    """A tab of the browser with a page -> (run, ask): run(script) gives a script's value, as JSON
+    knows it; ask(method, **parameters) speaks to the tab."""
     target = send("Target.createTarget", url="about:blank")["targetId"]
     session = send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
@@ -86,6 +85,10 @@ def opened(address, send, width=1280, height=900):
 
     size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
     ask("Emulation.setDeviceMetricsOverride", **size)
+    ask(
+        "Emulation.setEmulatedMedia",
+        features=[{"name": "prefers-color-scheme", "value": scheme}],
+    )
     ask("Page.navigate", url=address)
     run("new Promise(r => document.readyState == 'complete' ? r() : addEventListener('load', r))")
     yield run, ask
