@@ -1,12 +1,18 @@
-"""A page in a headless Chromium, spoken to over a pipe (the DevTools protocol)."""
+"""A page in a headless Chromium, spoken to over a pipe (the DevTools protocol).
 
+python -m tests.browser "runs/toy/report.html#sort=gain" assets/page.png     a picture of it
+"""
+
+import base64
 import itertools
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -93,3 +99,17 @@ def tab(send, address, *, width=1280, height=900, scheme="light"):
     run("new Promise(r => document.readyState == 'complete' ? r() : addEventListener('load', r))")
     yield run, ask
     send("Target.closeTarget", targetId=target)
+
+
+def picture_of(page, view, path):
+    """Writes what a window of 1280 x 800 pixels shows of a page, opened at a view (or "")."""
+    address = Path(page).resolve().as_uri()
+    with browser() as send, tab(send, f"{address}#{view}", height=800) as (run, ask):
+        run("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
+        data = ask("Page.captureScreenshot", format="png")["data"]
+    Path(path).write_bytes(base64.b64decode(data))
+
+
+if __name__ == "__main__":
+    page, _, view = sys.argv[1].partition("#")
+    picture_of(page, view, sys.argv[2])

@@ -65,6 +65,8 @@ RUN_FILES = {
     r"log/evaluate_(\*|<row>|\w+)\.jsonl": ("evaluate.py", "log/evaluate_{row.log}.jsonl"),
     r"log/\*\.config\.json": ("support/files.py", "log/{name}.config.json"),
     r"results\.(md|json)": ("support/tables.py", '"results.'),
+    r"report\.html": ("support/page.py", '"report.html"'),
+    r"log/validation/(\w+\.jsonl)?": ("support/page.py", "log/validation/{name}_{update}.jsonl"),
     r"figures/": ("support/pictures.py", "figures/{name}.png"),
     r"(figures/)?(corrections|failures|first)\.png": ("support/pictures.py", '("corrections",'),
     r"(figures/)?lead\.png": ("support/pictures.py", "figures/lead.png"),
@@ -113,7 +115,7 @@ def is_path(code):
     code = re.sub("<(name|row|preset)>", "x", code)
     if not re.fullmatch(r"[\w.*()-]+(/[\w.*()-]+)*/?", code) or re.fullmatch(r"[\d./]+", code):
         return False
-    kinds = "py|md|txt|toml|jsonl?|png|jpg|checkpoint|safetensors|skipped|parquet|p|tar.gz"
+    kinds = "py|md|txt|toml|html|jsonl?|png|jpg|checkpoint|safetensors|skipped|parquet|p|tar.gz"
     return "/" in code or bool(re.search(rf"\.({kinds})$", code))
 
 
