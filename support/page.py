@@ -110,8 +110,9 @@ def validation_groups(args):
                 lines_of[f"update {row['update']}"] = read_jsonl(file, "")
         ids = [[line["id"] for line in lines] for lines in lines_of.values()]
         if ids and all(own == ids[0] for own in ids) and set(ids[0]) <= set(sample_of):
-            samples = [sample_of[name] for name in ids[0]]
-            groups.append(group(f"validation of {name}", samples, lines_of, args.steps))
+            samples = [sample_of[id_] for id_ in ids[0]]
+            last = len(next(iter(lines_of.values()))[0]["boxes"]) - 1  # T of that training
+            groups.append(group(f"validation of {name}", samples, lines_of, last))
     return groups
 
 

@@ -20,9 +20,7 @@ from PIL import Image
 RIGHT = [0, 0, 250, 500]  # the truth of GOOD
 HALF = [0, 0, 250, 250]
 FAR = [600, 600, 900, 900]
-HOSTILE = (
-    "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"&\u2028"
-)
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"&\u2028"
 
 
 def a_line(sample, boxes):
