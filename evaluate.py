@@ -4,6 +4,7 @@
     python evaluate.py --ablations      adds rows in which another picture than the box is shown
     python evaluate.py --compare DIR    adds the rows of other runs on the same test samples
     python evaluate.py --image photo.jpg --expression "the cat on the left"     your own picture
+    python evaluate.py --image my.jsonl                                         or many of them
 
 All decoding is greedy, except in the control row that samples T + 1 single-shot answers. IVT rows
 are played to `--longest` steps: a greedy trajectory of T steps is the beginning of a longer one, so
@@ -17,8 +18,9 @@ to choose: `best of steps` here. The other choices are a user's: first step, las
 box, and the medoid, the box with the highest mean IoU to the others. Accuracies and IoUs have 95
 percent bootstrap intervals over the samples; differences are paired.
 
-Reads data/test.jsonl and the adapters. Writes results.md, results.json (every number),
-figures/*.png, log/evaluate_*.jsonl under --out.
+Reads data/test.jsonl and the adapters. Writes results.md, results.json (every number), report.html
+(tables, curves and every trajectory, for a browser), figures/*.png, log/evaluate_*.jsonl under
+--out.
 """
 
 import time
@@ -26,7 +28,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import SINGLE_SHOT, Loop, rollout
-from support import files, models, pictures, processes, samples, second_look, statistics, tables
+from support import (
+    files,
+    models,
+    page,
+    pictures,
+    processes,
+    samples,
+    second_look,
+    statistics,
+    tables,
+)
 from support.flags import Flag, flags
 from support.loops import asked_again, guarded, loop_of
 from support.overlays import OVERLAYS, views
@@ -38,7 +50,11 @@ args = flags(
     ablations=Flag("add rows with other pictures than the predicted box", kind="switch"),
     compare=Flag("folders of other runs, for their rows", kind="folders"),
     predictions=Flag("write every trajectory of every row to this .jsonl", kind="new file"),
-    image=Flag("a picture of yours, instead of the test samples", kind="file"),
+    image=Flag(
+        "a picture of yours instead of the test samples, a folder of pictures, or a .jsonl with an "
+        "image and an expression a line",
+        kind="file or folder",
+    ),
     expression=Flag("what to find in it"),
 )
 processes.seed_all(args.seed)
@@ -189,10 +205,11 @@ results["second_look"] = second_look.analyse(test, lines_of, args.steps)
 logs = {row.name: row.log for row in ROWS}
 results["ablations"] = statistics.ablations(test, args, lines_of, others, logs)
 tables.write_results(results, args.out)
+report = page.write_evaluation(args, results, test, lines_of)
 if args.predictions:
     rows = [{"method": name, **line} for name, lines in lines_of.items() for line in lines]
     files.write_jsonl(args.predictions, rows)
 charts = pictures.write_figures(results, test, lines_of[shown], data, args.out, args.pictures)
-places = f"pictures of {shown} in {args.out / 'figures'}, tables in {args.out / 'results.md'}"
+places = f"tables in {args.out / 'results.md'}, trajectories to look at in {report}"
 more = "" if charts else "; with matplotlib installed, charts too"
 print(f"{places}, {processes.minutes(start)}{more}")

@@ -15,14 +15,15 @@ loss is a mean over all tokens of the update, so that a longer trajectory weighs
 accumulation over 8 steps" is read as 8 prompts per update.
 
 Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ for --init
-base): a PEFT adapter, the best by validation reward; log/<name>.jsonl and <name>.checkpoint under
---out.
+base): a PEFT adapter, the best by validation reward; log/<name>.jsonl, <name>.checkpoint and, at
+each validation, log/validation/<name>_<update>.jsonl and report.html (to look at while it trains)
+under --out.
 """
 
 import time
 
 from common import advantages, grpo_loss, reward, rollout, trajectory_logprobs
-from support import checkpoints, errors, files, models, processes, samples, training
+from support import checkpoints, errors, files, models, page, processes, samples, training
 from support.flags import Flag, flags
 from support.loops import loop_of
 
@@ -122,6 +123,7 @@ for update in range(first_update, args.updates + 1):
         val_reward = sum(rewards) / len(rewards)
         val_iou = training.step_ious(trajectories, mine)
         log.write(update=update, val_reward=val_reward, val_iou=val_iou)
+        page.write_validation(args, name, update, mine, trajectories)
         if val_reward > best:
             best = val_reward
             checkpoints.save_adapter(vlm, args.out / name, "policy")

@@ -22,7 +22,8 @@ class Flag:
     """A flag of one script, no hyperparameter.
 
     kind: None (a text), "switch", or a path, which is checked before any work: "file", "folder",
-    "folders" (several), "new file" and "new folder" (to be written; may be there).
+    "file or folder", "folders" (several), "new file" and "new folder" (to be written; may be
+    there).
     """
 
     help: str
@@ -131,7 +132,7 @@ def print_configuration(args):
 
 def check_path(flag, value, kind):
     """Stops, with one line that names flag, value and remedy, unless the path is of this kind."""
-    if kind in ("file", "folder"):
+    if kind in ("file", "folder", "file or folder"):
         check_existing(flag, value, kind)
     elif not RANK:
         check_writable(flag, value, kind)

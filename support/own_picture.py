@@ -1,54 +1,129 @@
-"""The trained model on a picture of your own (`evaluate.py --image`)."""
+"""The trained model on pictures of your own (`evaluate.py --image`)."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 from common import denormalize_box, rollout
 from support.checkpoints import best_adapter
 from support.errors import explain_out_of_memory, stop, working_on
-from support.files import agrees
+from support.files import agrees, read_lines
 from support.models import load_with_adapter
+from support.page import group, write_page
 from support.pictures import filmstrip, write_picture
 from support.samples import load_image
 
 from PIL import Image
 
 ORIENTATION = 0x0112  # EXIF; from 5 on, width and height are exchanged
+KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LINE = '{"image": "photo.jpg", "expression": "the cat on the left"}'
 
 
 def look_at(args, image, expression, loop):
-    """Runs the loop on an image file for an expression; prints every step, with boxes in pixels,
-    and writes the filmstrip figures/<name of the image>.png under --out.
+    """Runs the loop on image files, each with an expression; prints every step, with boxes in
+    pixels, and writes a page of them, figures/<name of `image`>.html under --out, and the
+    filmstrip figures/<name of `image`>.png of the first ones.
 
-    Takes the GRPO adapter of the run, else its SFT adapter. Exits when there is none, or when the
-    file is no image or the expression no text that can be used.
+    image, expression: as of `pairs`. Takes the GRPO adapter of the run, else its SFT adapter. Exits
+    when there is none, or when a file is no image or an expression no text that can be used.
     """
-    if not image or not expression:
-        stop('give both: --image photo.jpg --expression "the cat on the left"')
-    if not expression.strip() or "<|" in expression:
-        stop(f"--expression {expression!r}: say what to find, without special tokens (<|...|>)")
+    wanted = pairs(image, expression)
     adapter = best_adapter(args.out)
     if not adapter:
         stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
     agrees(args, adapter.name, "feedback")
-    sample, picture = own_sample(image)
-    explain_out_of_memory("--max-pixels")
-    working_on([sample])
+    samples = [own_sample(path, words)[0] for path, words in wanted]
+    if len(samples) > 1:
+        for number, sample in enumerate(samples, 1):  # a list may name a picture twice
+            sample["id"] = f"{number} {sample['id']}"
+    explain_out_of_memory("--max-pixels or --batch-size")
     vlm = load_with_adapter(args, adapter)
-    options = dict(max_tokens=args.max_tokens, loop=loop)
-    [trajectory] = rollout(vlm, [picture], [expression], args.steps, **options)
+    load = partial(load_image, upright=True)
+    lines = []
+    for i in range(0, len(samples), args.batch_size):
+        part = samples[i : i + args.batch_size]
+        working_on(part)
+        trajectories = rollout(
+            vlm,
+            [load(sample, "/") for sample in part],
+            [sample["expression"] for sample in part],
+            args.steps,
+            max_tokens=args.max_tokens,
+            loop=loop,
+        )
+        for sample, trajectory in zip(part, trajectories):
+            lines.append({"boxes": trajectory.boxes, "texts": trajectory.texts})
+            if len(samples) > 1:
+                print(f"{sample['id']}: {sample['expression']}")
+            show(sample, trajectory)
+    place = args.out / f"figures/{Path(image).stem}"
+    first = list(zip(samples, lines))[: args.pictures]
+    items = [(sample, load(sample, "/"), line) for sample, line in first]
+    write_picture(place.with_name(f"{place.name}.png"), filmstrip(items, adapter.name))
+    page = write_page(
+        place.with_name(f"{place.name}.html"),
+        title=f"{Path(image).name} · {args.out.name}, {adapter.name}",
+        groups=[group("your own", samples, {adapter.name: lines}, args.steps)],
+        data=Path("/"),
+        load=load,
+    )
+    print(f"{adapter} on {image}: {page}, and as a picture beside it")
+
+
+def show(sample, trajectory):
     for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
         where = "no valid box"
         if box:
-            where = [round(v, 1) for v in denormalize_box(box, *picture.size)]
+            pixels = denormalize_box(box, sample["width"], sample["height"])
+            where = [round(v, 1) for v in pixels]
         print(f"step {t}: {where}\n  {text.strip()}")
-    row = {"boxes": trajectory.boxes, "texts": trajectory.texts}
-    path = args.out / f"figures/{Path(image).stem}.png"
-    item = ({"expression": expression}, picture, row)
-    write_picture(path, filmstrip([item], adapter.name))
-    print(f"{adapter} on {image}: {path}")
 
 
-def own_sample(path):
+def pairs(image, expression):
+    """-> (path of an image, expression) pairs of: an image file and an expression; a folder of
+    images and one expression for all; a .jsonl whose lines name both, images relative to the
+    file. Exits with what is wrong, and where."""
+    if image and not expression and image.endswith(".jsonl") and Path(image).is_file():
+        return listed_pairs(Path(image))
+    if not image or not expression or image.endswith(".jsonl"):
+        stop(
+            'give both: --image photo.jpg --expression "the cat on the left"; or a list alone: '
+            f"--image my.jsonl, with lines as {LINE}"
+        )
+    if unusable(expression):
+        stop(f"--expression {expression!r}: say what to find, without special tokens (<|...|>)")
+    if not Path(image).is_dir():
+        return [(image, expression)]
+    files = sorted(file for file in Path(image).iterdir() if file.suffix.lower() in KINDS)
+    if not files:
+        stop(f"--image {image}: no picture in this folder ({', '.join(KINDS)})")
+    return [(str(file), expression) for file in files]
+
+
+def listed_pairs(path):
+    found = []
+    for number, line in enumerate(read_lines(path, "what makes it"), 1):
+        where = f"--image {path}, line {number}"
+        try:
+            row = json.loads(line)
+            image, expression = row["image"], row["expression"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            image = expression = None
+        if not isinstance(image, str) or not isinstance(expression, str):
+            line = line[:80].decode("utf-8", "backslashreplace")
+            stop(f"{where}: expected {LINE}; found {line!r}")
+        if unusable(expression):
+            stop(f"{where}: expression {expression!r}; say what to find, without <|...|>")
+        found.append((str(path.parent / image), expression))
+    return found
+
+
+def unusable(expression):
+    return not expression.strip() or "<|" in expression
+
+
+def own_sample(path, expression):
     """An image file -> (sample without a truth, image as a person sees it). Exits when it cannot be
     read."""
     try:
@@ -56,8 +131,13 @@ def own_sample(path):
             width, height = file.size
             if file.getexif().get(ORIENTATION, 1) >= 5:  # load_image turns it upright
                 width, height = height, width
-        location = str(Path(path).resolve())
-        sample = {"id": path, "image": location, "width": width, "height": height}
+        sample = {
+            "id": Path(path).name,
+            "image": str(Path(path).resolve()),
+            "width": width,
+            "height": height,
+            "expression": expression,
+        }
         return sample, load_image(sample, "/", upright=True)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         stop(f"--image {path}: {e}")

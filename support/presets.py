@@ -120,6 +120,7 @@ PRESETS = {  # phase -> name -> Setting
             1.0, 1.0, "of the control of T + 1 sampled answers; ours", low=0.01, high=10
         ),
         "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
+        "page_samples": Setting(1000, 1000, "test samples on report.html, at most; ours"),
     },
     "visrl.make_data": {
         **VISRL,

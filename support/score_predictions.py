@@ -4,8 +4,8 @@
 
 A line is {"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}: T + 1 boxes in 0..1000
 or null, and, if there are any, as many "texts". The first method is what the others are compared
-against. Reads data/test.jsonl; writes results.md, results.json and figures/*.png to a folder
-under --out that is named as the file, so that the run's own results stay.
+against. Reads data/test.jsonl; writes results.md, results.json, report.html and figures/*.png to a
+folder under --out that is named as the file, so that the run's own results stay.
 """
 
 import json
@@ -15,10 +15,11 @@ from support import second_look
 from support.errors import stop
 from support.files import read_lines
 from support.flags import Flag, flags
+from support.page import group, result_curves, write_page
 from support.pictures import write_figures
 from support.samples import read_samples
 from support.statistics import CONTROL, analyse, main_row
-from support.tables import write_results
+from support.tables import report, write_results
 
 LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 
@@ -126,4 +127,15 @@ if __name__ == "__main__":
     folder = args.out / Path(args.predictions).stem
     write_results(results, folder)
     write_figures(results, samples, rows_of[shown], data, folder, args.pictures)
+    own = {}
+    for method, rows in rows_of.items():  # of what else a line says nothing is known
+        own[method] = [{key: row[key] for key in ("boxes", "texts")} for row in rows]
+    write_page(
+        folder / "report.html",
+        title=f"{folder.name} · {len(samples)} test samples",
+        tables=report(results),
+        curves=result_curves(results),
+        groups=[group("test", samples, own, args.steps, limit=args.page_samples)],
+        data=data,
+    )
     print(f"tables and pictures of {args.predictions} in {folder}")

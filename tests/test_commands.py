@@ -114,6 +114,14 @@ def test_the_main_job(whole):
         assert name in report
     for file in ("figures/corrections.png", "figures/lead.png", "grpo_single/adapter_config.json"):
         assert (out / file).exists()
+    page = (out / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    test, *validations = data["groups"]
+    assert len(test["samples"]) == 7 and len(test["methods"]) == 6
+    names = [(group["name"], [m["name"] for m in group["methods"]]) for group in validations]
+    updates = ["update 0", "update 2"]
+    assert names == [("validation of grpo", updates), ("validation of grpo_single", updates)]
+    assert [curve["heading"] for curve in data["curves"]][1] == "Training: sft"
     rows = lines(out / "log/grpo.jsonl")
     updates = [row for row in rows if "reward" in row]
     validations = [row["val_reward"] for row in rows if "val_reward" in row]
@@ -174,7 +182,22 @@ def test_scripts_around_a_run(whole, tmp_path):
     more = ["--image", str(tmp_path / "photo.png"), "--expression", "the red star"]
     status, printed = command("evaluate", out, *more)
     assert status == 0 and "step 2: " in printed, printed
-    assert (out / "figures/photo.png").exists()
+    assert (out / "figures/photo.png").exists() and (out / "figures/photo.html").exists()
+
+    own = [{"image": "photo.png", "expression": word} for word in ("the star", "the cross")]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    status, printed = command("evaluate", out, "--image", str(tmp_path / "own.jsonl"))
+    assert status == 0 and "2 photo.png: the cross" in printed, printed
+    assert "the cross" in (out / "figures/own.html").read_text()
+    for row, words in (({"image": "photo.png"}, "line 2: expected"), ({}, "line 2: expected")):
+        (tmp_path / "own.jsonl").write_text(json.dumps(own[0]) + "\n" + json.dumps(row))
+        status, printed = command("evaluate", out, "--image", str(tmp_path / "own.jsonl"))
+        assert status == 1 and words in printed, printed
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "photo.png", tmp_path / "folder/a.png")
+    more = ["--image", str(tmp_path / "folder"), "--expression", "the red star"]
+    status, printed = command("evaluate", out, *more)
+    assert status == 0 and (out / "figures/folder.html").exists(), printed
 
     for more in (["--image", str(tmp_path / "photo.png")], ["--expression", "the red star"]):
         status, printed = command("evaluate", out, *more)
@@ -343,7 +366,7 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(whole, tmp_path):
         interrupt(step, out, lambda moment=moment: time.time() > moment)
         status, printed = command(step, out)
         assert status == 0, printed
-    kinds = (".jsonl", ".json", ".safetensors", ".md", ".png")
+    kinds = (".jsonl", ".json", ".safetensors", ".md", ".html", ".png")
     files = [file for file in unbroken.rglob("*") if file.suffix in kinds]
     assert len(files) > 40
     for file in files:

@@ -71,6 +71,8 @@ RUN_FILES = {
     r"log/evaluate_(\*|<row>|\w+)\.jsonl": ("evaluate.py", "log/evaluate_{row.log}.jsonl"),
     r"log/\*\.config\.json": ("support/files.py", "log/{name}.config.json"),
     r"results\.(md|json)": ("support/tables.py", '"results.'),
+    r"report\.html": ("support/page.py", '"report.html"'),
+    r"log/validation/(\w+\.jsonl)?": ("support/page.py", "log/validation/{name}_{update}.jsonl"),
     r"figures/": ("support/pictures.py", "figures/{name}.png"),
     r"(figures/)?(corrections|failures|first)\.png": ("support/pictures.py", '("corrections",'),
     r"(figures/)?lead\.png": ("support/pictures.py", "figures/lead.png"),
@@ -119,7 +121,7 @@ def is_path(code):
     code = re.sub("<(name|row|preset)>", "x", code)
     if not re.fullmatch(r"[\w.*()-]+(/[\w.*()-]+)*/?", code) or re.fullmatch(r"[\d./]+", code):
         return False
-    kinds = "py|md|txt|toml|jsonl?|png|jpg|checkpoint|safetensors|skipped|parquet|p|tar.gz"
+    kinds = "py|md|txt|toml|html|jsonl?|png|jpg|checkpoint|safetensors|skipped|parquet|p|tar.gz"
     return "/" in code or bool(re.search(rf"\.({kinds})$", code))
 
 
@@ -217,7 +219,7 @@ def parsers():
         parser = make_parser("", settings_of(phase), own_flags(script))
         parser.exit_on_error = False
         out[script] = parser
-    for script in ("speed/benchmark.py", "toy/train.py"):
+    for script in ("speed/benchmark.py", "toy/train.py", "tests/browser.py"):
         out[script] = set(re.findall(r'\badd(?:_argument)?\(\s*"(--[\w-]+)"', TEXT[script]))
     return out
 

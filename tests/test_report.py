@@ -350,9 +350,9 @@ def test_a_picture_of_your_own_is_turned_upright(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     picture(90, 70).save(file, exif=turned)
-    sample, image = own_sample(str(file))
+    sample, image = own_sample(str(file), "x")
     assert (sample["width"], sample["height"]) == image.size == (70, 90)
     file.write_bytes(file.read_bytes()[:500])
     for path in (file, tmp_path / "none.png"):
         with pytest.raises(SystemExit, match=f"error: --image {path}: "):
-            own_sample(str(path))
+            own_sample(str(path), "x")

@@ -1,0 +1,327 @@
+"""The page of trajectories: what is in the file, and what a browser makes of it."""
+
+import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+from support import page
+from support.files import write_jsonl
+from support.statistics import CONTROL, analyse, changes
+from support.tables import report
+from tests.browser import CHROMIUM, browser, tab
+from tests.small import GOOD, TEXTS, picture
+
+import numpy as np
+import pytest
+from PIL import Image
+
+RIGHT = [0, 0, 250, 500]  # the truth of GOOD
+HALF = [0, 0, 250, 250]
+FAR = [600, 600, 900, 900]
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"&\u2028"
+
+
+def a_line(sample, boxes):
+    texts = [TEXTS[t % 2] for t in range(len(boxes))]
+    return {"id": sample["id"], "boxes": boxes, "texts": texts, "logprob": [-1.5] * len(boxes)}
+
+
+def a_run(folder, count=6, words=""):
+    """Samples with pictures under `folder`/data, and lines of three methods: (args, results,
+    samples, lines_of). words: put into everything that comes from data."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "log").mkdir()
+    samples = []
+    for i in range(count):
+        name = f"{words.replace('/', '')}{i}.png"
+        picture(20, 10, seed=i).save(folder / "data" / name)
+        own = {"id": f"{i}{words}", "source": f"{'ab'[i % 2]}{words}", "image": name}
+        samples.append({**GOOD, **own, "expression": f"thing {i} {words}"})
+    ways = [[HALF, HALF, RIGHT], [RIGHT, FAR, FAR], [HALF, None, HALF], [FAR, FAR, RIGHT]]
+    lines_of = {
+        "base": [a_line(sample, [HALF]) for sample in samples],
+        CONTROL: [a_line(sample, [HALF, FAR, RIGHT]) for sample in samples],
+        f"refined{words}": [a_line(s, [*ways[i % 4], FAR]) for i, s in enumerate(samples)],
+    }
+    for lines in lines_of.values():
+        for line in lines:
+            line["texts"] = [text + words for text in line["texts"]]
+    shown = f"refined{words}"
+    results = {"n": count, "seed": 0, "steps": 2, "model": "m" + words, "ablations": {}}
+    results |= analyse(samples, lines_of, 2, shown, CONTROL)
+    return SimpleNamespace(out=folder, steps=2, page_samples=1000), results, samples, lines_of
+
+
+def write(folder, **options):
+    path = page.write_evaluation(*a_run(folder, **options))
+    return path.read_text(encoding="utf-8")
+
+
+class Reader(HTMLParser):
+    """Tags in their order, the texts of scripts by id, and all attributes."""
+
+    VOID = ("meta", "link", "br", "img", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.attributes, self.scripts = [], [], [], {}
+        self.name = None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.name = dict(attrs).get("id", "code") if tag == "script" else None
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.name = None
+
+    def handle_data(self, data):
+        if self.name:
+            self.scripts[self.name] = self.scripts.get(self.name, "") + data
+
+
+def test_the_file_is_well_formed_and_has_everything(tmp_path):
+    text = write(tmp_path)
+    reader = Reader(text)
+    assert reader.open == [] and text.startswith("<!doctype html>")
+    data = json.loads(reader.scripts["data"])
+    [test] = data["groups"]
+    assert [sample["id"] for sample in test["samples"]] == list("012345")
+    assert [method["name"] for method in test["methods"]] == ["base", CONTROL, "refined"]
+    for method, steps in zip(test["methods"], (1, 3, 4)):
+        assert [len(line["steps"]) for line in method["lines"]] == [steps] * 6
+    single, control, refined = test["methods"]
+    words = [line["outcome"] for line in refined["lines"][:4]]
+    assert words == [
+        ["improved"],  # HALF has an IoU of 0.5, which counts as right
+        ["degraded", "broken"],
+        ["stagnated"],
+        ["improved", "corrected"],
+    ]
+    assert not any(line["outcome"] for line in single["lines"] + control["lines"])
+    # Step t was shown the last valid box; an answer of its own was shown none
+    assert [step.get("seen") for step in refined["lines"][2]["steps"]] == [None, HALF, HALF, HALF]
+    assert not any("seen" in step for step in control["lines"][0]["steps"])
+    pictures = json.loads(reader.scripts["pictures"])
+    assert len(pictures) == 6 and all(p.startswith("data:image/png;base64,") for p in pictures)
+    rows = report(a_run(tmp_path / "again")[1]).count("\n| ")
+    assert reader.tags.count("tr") == rows and "bootstrap interval" in text
+
+
+def test_no_address_leads_outside(tmp_path):
+    text = write(tmp_path)
+    assert set(re.findall(r"\w+://[\w./]*", text)) == {"http://www.w3.org/2000/svg"}  # a name
+    named = {name for name, _ in Reader(text).attributes}
+    assert not named & {"src", "href", "action", "data", "srcset", "style"}
+    for word in ("url(", "@import", "innerHTML", "outerHTML", "insertAdjacent", "document.write"):
+        assert word not in text
+    for word in ("fetch(", "XMLHttpRequest", "WebSocket", "sendBeacon", "import(", "eval("):
+        assert word not in text
+
+
+def test_what_comes_from_data_is_inert(tmp_path):
+    """The same tags as with harmless words, and the words themselves in the data."""
+    plain = Reader(write(tmp_path / "plain"))
+    text = write(tmp_path / "hostile", words=HOSTILE)
+    hostile = Reader(text)
+    assert hostile.tags == plain.tags and hostile.open == []
+    assert {name for name, _ in hostile.attributes} == {name for name, _ in plain.attributes}
+    [test] = json.loads(hostile.scripts["data"])["groups"]
+    assert all(sample["text"].endswith(HOSTILE) for sample in test["samples"])
+    assert test["methods"][2]["lines"][0]["steps"][0]["text"].endswith(HOSTILE)
+    for name in ("data", "pictures"):
+        assert not set("<>&\u2028") & set(hostile.scripts[name])
+
+
+def test_pictures_are_embedded_once_and_up_to_a_size(tmp_path, monkeypatch):
+    args, results, samples, lines_of = a_run(tmp_path, words="ä %'\"#?")
+    samples[1]["image"] = samples[0]["image"]  # two expressions on one picture
+    whole = page.write_evaluation(args, results, samples, lines_of)
+    pictures = json.loads(Reader(whole.read_text()).scripts["pictures"])
+    assert len(pictures) == 5
+    limit = whole.stat().st_size - 1000
+    monkeypatch.setattr(page, "LIMIT", limit)
+    page.write_evaluation(args, results, samples, lines_of)
+    assert whole.stat().st_size <= limit
+    pictures = json.loads(Reader(whole.read_text()).scripts["pictures"])
+    paths = [address for address in pictures if not address.startswith("data:")]
+    assert 0 < len(paths) < 5
+    for path in paths:
+        assert re.fullmatch(r"[\w./%-]+", path) and (tmp_path / unquote(path)).is_file()
+
+
+def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
+    """A browser would turn a photo that its camera marked as rotated, whatever its annotation."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise = picture(20, 10)
+    noise.save(tmp_path / "plain.jpg")
+    noise.save(tmp_path / "turned.jpg", exif=turned)
+    noise.convert("CMYK").save(tmp_path / "print.jpg")
+    noise.save(tmp_path / "map.bmp")
+    samples = {}
+    for name in ("plain.jpg", "turned.jpg", "print.jpg", "map.bmp"):
+        samples[name] = {**GOOD, "image": name}
+    for name, sample in samples.items():
+        kind, content = page.picture_file(tmp_path / name, sample, tmp_path, page.load_image)
+        as_it_is = content == (tmp_path / name).read_bytes()
+        assert kind == "jpeg" and as_it_is == (name == "plain.jpg"), name
+    found = page.addresses({"none.png": GOOD}, tmp_path, tmp_path, 10**6, page.load_image)
+    assert found == [None]
+
+
+def test_a_page_of_some_samples(tmp_path):
+    """They keep the strata that they have among all."""
+    args, results, samples, lines_of = a_run(tmp_path)
+    for i, sample in enumerate(samples):
+        sample["bbox"] = [0, 0, 1 + i, 5]
+    everything = page.group("test", samples, lines_of, 2)
+    some = page.group("test", samples, lines_of, 2, limit=3)
+    assert some["name"] == "test, 3 of 6" and len(some["samples"]) == 3
+    for few, all_lines in zip(some["methods"], everything["methods"]):
+        assert few["lines"] == all_lines["lines"][:3]
+
+
+def test_outcomes_are_those_of_table_2():
+    rng = np.random.default_rng(0)
+    ious = rng.random((50, 2)).round(2)
+    table = changes(ious)
+    words = [page.outcome(*row) for row in ious]
+    for name in ("improved", "stagnated", "degraded"):
+        assert sum(name in own for own in words) == pytest.approx(50 * table[name][0], abs=0.01)
+
+
+def test_questions_with_crops_and_critics(tmp_path):
+    """A VisRL line: a box, then an answer that was given on the crop of it."""
+    picture(20, 10).save(tmp_path / "a.png")
+    sample = {key: GOOD[key] for key in ("id", "source", "image", "width", "height")}
+    sample |= {"question": "What colour?", "answer": "red"}
+    line = {
+        "boxes": [RIGHT, None],
+        "texts": ["[0, 0, 250, 500]", "blue"],
+        "name": ["box", "answer"],
+        "view": [None, RIGHT],
+        "seen": [None, None],
+        "scores": {"box critic": 0.9, "answer critic": 0.0},
+    }
+    group = page.group("pairs", [sample], {"rejected": [line]}, 1)
+    [record] = group["methods"][0]["lines"]
+    assert record["scores"]["box critic"] == 0.9
+    box, answer = record["steps"]
+    assert box["box"] == RIGHT and "view" not in box
+    assert answer["view"] == RIGHT and "box" not in answer and "seen" not in answer
+    assert group["samples"][0]["answer"] == "red"
+    path = page.write_page(tmp_path / "p.html", title="t", groups=[group], data=tmp_path)
+    assert Reader(path.read_text()).open == []
+
+
+def test_curves_of_a_log(tmp_path):
+    rows = [{"update": 0, "val_reward": 0.5, "val_iou": [0.4, 0.5]}]
+    for i in range(1, 31):
+        rows.append({"update": i, "reward": float(i), "kl": 0.1, "iou": [0.1, 0.2], "name": "x"})
+    write_jsonl(tmp_path / "grpo.jsonl", rows)
+    write_jsonl(tmp_path / "sft.jsonl", [{"update": 1, "epoch": 1, "loss": float("nan")}])
+    write_jsonl(tmp_path / "evaluate_base.jsonl", [{"id": "1"}])
+    (tmp_path / "empty.jsonl").touch()
+    (_, sft), (heading, charts) = page.log_curves(tmp_path)
+    assert heading == "Training: grpo" and "null" in page.to_json(sft)
+    titles = [chart["title"] for chart in charts]
+    assert titles == [page.TITLES[key] for key in ("reward", "iou", "val_iou", "kl")]
+    reward, mean, validation = charts[0]["series"]
+    assert reward["points"][29] == [30, 30.0] and reward["faint"]
+    assert mean["points"][29] == [30, 25.5] and mean["points"][1] == [2, 1.5]
+    assert validation["points"] == [[0, 0.5]]
+    assert len(charts[2]["series"]) == 2 and charts[3]["healthy"] == (0, 0.5)
+
+
+def test_markdown_becomes_html():
+    markdown = "A **b** `c`\nd <e>.\n\n| x | y |\n|---|---|\n| 1 |  |\n\n- one\n- two\n\n## Head"
+    assert page.to_html(markdown) == (
+        "<p>A <strong>b</strong> <code>c</code> d &lt;e&gt;.</p>\n"
+        '<div class="wide" tabindex="0"><table>\n'
+        '<tr><th scope="col">x</th><th scope="col">y</th></tr>\n<tr><td>1</td><td></td></tr>\n'
+        "</table></div>\n<ul><li>one</li><li>two</li></ul>\n<h2>Head</h2>"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# In a browser
+# --------------------------------------------------------------------------------------------------
+SHOWN = "document.querySelector('.expression').textContent"
+LISTED = "document.querySelectorAll('#list li').length"
+
+
+def key(ask, name):
+    for kind in ("keyDown", "keyUp"):
+        ask("Input.dispatchKeyEvent", type=kind, key=name, code=name)
+
+
+def choose(run, name, value):
+    """As a hand would: the value, and the event of it."""
+    run(
+        f"(field => {{ field.value = {json.dumps(value)}; "
+        f"field.dispatchEvent(new Event('input')) }})(document.querySelector('[name={name}]'))"
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_page_in_a_browser(tmp_path):
+    args, results, samples, lines_of = a_run(tmp_path, words=HOSTILE)
+    for line in lines_of["base"]:
+        line["truth"] = [line["id"][0] in "02"]
+    rows = [{"update": i, "kl": i / 100} for i in range(1, 31)]
+    write_jsonl(tmp_path / "log/grpo.jsonl", rows)
+    address = page.write_evaluation(args, results, samples, lines_of).as_uri()
+    with browser() as send:
+        with tab(send, address) as (run, ask):
+            assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0 </script>")
+            assert run("document.querySelectorAll('.panel').length") == 3
+            choose(run, "method", "base")
+            assert run("document.querySelectorAll('.panel').length") == 1
+            choose(run, "trace", "true")
+            assert run(LISTED) == 2
+            choose(run, "trace", "")
+            choose(run, "method", f"refined{HOSTILE}")
+            choose(run, "beside", CONTROL)
+            assert run("document.querySelectorAll('.panel').length") == 6
+            choose(run, "sort", "loss")
+            assert run(SHOWN).startswith("thing 1")  # from 1 to 0
+            key(ask, "ArrowRight")
+            assert run(SHOWN).startswith("thing 5")  # the other one
+            key(ask, "ArrowLeft")
+            choose(run, "outcome", "corrected")
+            assert run(LISTED) == 1 and run(SHOWN).startswith("thing 3")
+            choose(run, "outcome", "")
+            choose(run, "stratum", "step-0 IoU: hard, below 0.5")
+            assert run(LISTED) == 1
+            choose(run, "stratum", "")
+            choose(run, "source", f"b{HOSTILE}")
+            assert run(LISTED) == 3
+            choose(run, "search", "THING 5")
+            assert run(LISTED) == 1 and run(SHOWN).startswith("thing 5")
+            sent = run("location.href")
+            # A chart that has the focus reads its points out, and keeps the arrow keys
+            run("document.querySelectorAll('.chart > svg')[1].focus()")
+            key(ask, "ArrowLeft")
+            charts = "[...document.querySelectorAll('.chart output')].map(o => o.textContent)"
+            assert run(charts)[1] == "update 29: kl 0.29, kl, mean of the last 10 0.245"
+            loaded = "[...document.querySelectorAll('#list image')].map(i => i.href.baseVal)"
+            assert all(picture.startswith("data:") for picture in run(loaded))
+            assert run("window.hacked") is None
+            assert run("performance.getEntriesByType('resource').length") == 0
+            light = run("getComputedStyle(document.body).backgroundColor")
+        with tab(send, sent, width=390, height=844, scheme="dark") as (run, ask):
+            # The view that was sent, on a dark phone
+            assert run(LISTED) == 1 and run(SHOWN).startswith("thing 5")
+            assert run("document.querySelector('[name=beside]').value") == CONTROL
+            assert run("getComputedStyle(document.body).backgroundColor") != light
+            assert run("document.documentElement.scrollWidth") <= 390
+        with tab(send, address + "#id=nobody&sort=constructor&method=none") as (run, ask):
+            assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0")
