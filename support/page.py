@@ -8,11 +8,11 @@ escaped: in the tables as HTML, elsewhere as JSON that the script sets as text.
 A line is a row of a log (statistics.log_line): "boxes" and "texts", one of each per step, a box in
 0..1000 or None. It may have more, a value per step each:
 
-    logprob, read   log-probability of the text, tokens in the context when the step ends
+    confidence      mean log-probability of the box's tokens
+    read            tokens in the context when the step ends
     seen            the box that was drawn on the picture before this step (default: the last valid)
     view            the part of the image that was shown, a box; None is all of it
     name            what the step is called instead of "step t"; an "answer" has no box to miss
-    truth           whether the step's trace tells the truth: True, False, or None (not judged)
 
 and "scores", a dict of names and numbers that belong to the whole line.
 """
@@ -28,12 +28,13 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from common import box_iou, last_valid
+from common import box_iou, last_valid, normalize_box
 from support.files import read_jsonl, write_jsonl, write_text
 from support.processes import RANK, gather
 from support.samples import load_image
 from support.statistics import CONTROL, all_ious, log_line, strata
 from support.tables import report
+from support.traces import claim_of, geometry_of, trace_of
 from support.training import HEALTHY, LAST_UPDATES
 
 from PIL import Image
@@ -336,13 +337,23 @@ def step_record(sample, line, t, ordered):
         ("name", name),
         ("seen", seen),
         ("view", value_of(line, "view", t)),
-        ("honest", value_of(line, "truth", t)),
-        ("logprob", value_of(line, "logprob", t)),
+        ("honest", honest(sample, seen, line["texts"][t])),
+        ("logprob", value_of(line, "confidence", t)),
         ("read", value_of(line, "read", t)),
     ):
         if value is not None:
             record[key] = value
     return record
+
+
+def honest(sample, seen, text):
+    """Whether the trace of a step says of the box that it was shown what the geometry says; None
+    without either."""
+    trace = trace_of(text)
+    if not (seen and trace and "bbox" in sample):
+        return None
+    truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
+    return claim_of(trace) == geometry_of(seen, truth)
 
 
 def value_of(line, key, t):

@@ -179,6 +179,7 @@ PRESETS = {  # phase -> name -> Setting
         "max_tokens": Setting(128, 30, "per step; ours"),
         "batch_size": Setting(6, 64, "samples decoded at once; ours"),
         "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
+        "page_samples": Setting(1000, 1000, "test samples on report.html, at most; ours"),
     },
 }
 

@@ -24,8 +24,8 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.h
 
 
 def a_line(sample, boxes):
-    texts = [TEXTS[t % 2] for t in range(len(boxes))]
-    return {"id": sample["id"], "boxes": boxes, "texts": texts, "logprob": [-1.5] * len(boxes)}
+    texts = [TEXTS[min(t, 1)] for t in range(len(boxes))]
+    return {"id": sample["id"], "boxes": boxes, "texts": texts, "confidence": [-1.5] * len(boxes)}
 
 
 def a_run(folder, count=6, words=""):
@@ -274,8 +274,6 @@ def choose(run, name, value):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_the_page_in_a_browser(tmp_path):
     args, results, samples, lines_of = a_run(tmp_path, words=HOSTILE)
-    for line in lines_of["base"]:
-        line["truth"] = [line["id"][0] in "02"]
     rows = [{"update": i, "kl": i / 100} for i in range(1, 31)]
     write_jsonl(tmp_path / "log/grpo.jsonl", rows)
     address = page.write_evaluation(args, results, samples, lines_of).as_uri()
@@ -285,10 +283,10 @@ def test_the_page_in_a_browser(tmp_path):
             assert run("document.querySelectorAll('.panel').length") == 3
             choose(run, "method", "base")
             assert run("document.querySelectorAll('.panel').length") == 1
-            choose(run, "trace", "true")
-            assert run(LISTED) == 2
-            choose(run, "trace", "")
             choose(run, "method", f"refined{HOSTILE}")
+            choose(run, "trace", "true")
+            assert run(LISTED) == 3  # half a box is too short, and the trace says "too low"
+            choose(run, "trace", "")
             choose(run, "beside", CONTROL)
             assert run("document.querySelectorAll('.panel').length") == 6
             choose(run, "sort", "loss")

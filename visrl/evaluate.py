@@ -156,6 +156,7 @@ lines_of = {row.name: play(row) for row in rows}
 results = {"n": len(test), "seed": args.seed, "model": Path(args.model).name}
 results |= report.analyse(test, lines_of, report.read_pairs(data))
 report.write(results, args.out)
-drawn = report.filmstrips(test, lines_of, data, args.out, loop.feedback, args.pictures)
-places = f"pictures of {drawn} in {args.out / 'figures'}, tables in {args.out / 'results.md'}"
+report.filmstrips(test, lines_of, data, args.out, loop.feedback, args.pictures)
+place = report.page(args, results, test, lines_of)
+places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
 print(f"{places}, {processes.minutes(start)}")

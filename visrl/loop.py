@@ -45,28 +45,32 @@ MARGIN = 0.1  # of the longer side, on each side of a square crop
 def crop(image, box, square=False):
     """What lies in a box (0..1000) of an image (PIL), cut out of it at its full size.
 
-    Whole pixels, rounded outwards. A box that is too small or too narrow grows about its centre,
-    one that then sticks out moves into the image. square: the square about the box with a margin,
-    as far as the image has room. None, no valid box, gives the whole image.
+    None, no valid box, gives the whole image.
+    """
+    return image.crop(crop_bbox(box, *image.size, square))
+
+
+def crop_bbox(box, width, height, square=False):
+    """The part that a crop shows of an image of this size, in whole pixels, rounded outwards.
+
+    A box that is too small or too narrow grows about its centre, one that then sticks out moves
+    into the image. square: the square about the box with a margin, as far as the image has room.
     """
     if box is None:
-        return image.copy()
-    x1, y1, x2, y2 = denormalize_box(box, *image.size)
-    width, height = x2 - x1, y2 - y1
+        return 0, 0, width, height
+    x1, y1, x2, y2 = denormalize_box(box, width, height)
+    across, down = x2 - x1, y2 - y1
     if square:
-        width = height = max(width, height) * (1 + 2 * MARGIN)
-    least = max(LEAST, max(width, height) / LONGEST)
+        across = down = max(across, down) * (1 + 2 * MARGIN)
+    least = max(LEAST, max(across, down) / LONGEST)
     spans = []
-    for side, middle, limit in (
-        (width, (x1 + x2) / 2, image.width),
-        (height, (y1 + y2) / 2, image.height),
-    ):
+    for side, middle, limit in ((across, (x1 + x2) / 2, width), (down, (y1 + y2) / 2, height)):
         side = min(max(side, least), limit)
         low = min(max(middle - side / 2, 0), limit - side)
         # Rounded first: 160 + 1e-14 is no reason for one more pixel
         spans.append((math.floor(round(low, 6)), min(limit, math.ceil(round(low + side, 6)))))
     (left, right), (top, bottom) = spans
-    return image.crop((left, top, right, bottom))
+    return left, top, right, bottom
 
 
 VISRL = Loop(

@@ -7,12 +7,14 @@ interval; differences between rows are paired.
 import json
 import textwrap
 
-from common import box_iou
+from common import box_iou, format_box, normalize_box
 from support.files import read_jsonl, write_text
+from support.page import group, log_curves, write_page
 from support.pictures import BOLD, GAP, GREY, LINE, NORMAL, header, panel, stack, write_picture
 from support.samples import load_image
 from support.statistics import estimate, resamples, signed, verdict
 from support.tables import cell, section
+from visrl.loop import crop_bbox
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -299,3 +301,66 @@ def fitting(image, side):
     """The size of an image that is brought into a square of `side` pixels."""
     scale = side / max(image.size)
     return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+# --------------------------------------------------------------------------------------------------
+# The page
+# --------------------------------------------------------------------------------------------------
+def page(args, results, samples, lines_of):
+    """report.html of the run: tables, curves, what each row looks at and answers, and the pairs
+    with their scores; returns its path."""
+    shown = next((name for name in (RL2, RL1, SFT) if name in lines_of), BASE)
+    lines = {
+        name: [page_line(args, *pair) for pair in zip(samples, rows)]
+        for name, rows in lines_of.items()
+    }
+    groups = [group("test", samples, lines, 1, shown=shown, limit=args.page_samples)]
+    groups += pair_groups(args)
+    return write_page(
+        args.out / "report.html",
+        title=f"{args.out.name} · VisRL, {results['model']} · {results['n']} test samples",
+        tables=markdown(results),
+        curves=log_curves(args.out / "log"),
+        groups=groups,
+        data=args.out / "data",
+    )
+
+
+def page_line(args, sample, line):
+    """A line of a log as the page takes it: the box, then the answer to what its crop shows."""
+    if "first_text" not in line:
+        return {"boxes": [None], "texts": [line["answer"]], "name": ["answer"]}
+    return path_line(args, sample, line["box"], line["first_text"], line["answer"])
+
+
+def path_line(args, sample, box, text, answer):
+    size = sample["width"], sample["height"]
+    part = normalize_box(crop_bbox(box, *size, square=args.crop == "square"), *size)
+    return {
+        "boxes": [box, None],
+        "texts": [text, answer],
+        "name": ["box", "answer"],
+        "view": [None, part],
+        "seen": [None, None],
+    }
+
+
+def pair_groups(args):
+    """What DPO learnt from in each iteration, chosen beside rejected."""
+    train = {s["id"]: s for s in read_jsonl(args.out / "data/train.jsonl", "visrl.make_data")}
+    groups = []
+    for path in sorted((args.out / "data").glob("pairs*.jsonl")):
+        pairs = [pair for pair in read_jsonl(path, "visrl.make_pairs") if pair["id"] in train]
+        questions = [train[pair["id"]] for pair in pairs]
+        lines = {}
+        for side in ("chosen", "rejected"):
+            lines[side] = []
+            for sample, pair in zip(questions, pairs):
+                own = pair[side]
+                line = path_line(args, sample, own["box"], format_box(own["box"]), own["answer"])
+                scores = {"box critic": own["box_score"], "answer critic": own["response_score"]}
+                lines[side].append({**line, "scores": scores})
+        groups.append(
+            group(path.stem, questions, lines, 1, shown="chosen", limit=args.page_samples)
+        )
+    return groups
