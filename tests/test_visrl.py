@@ -148,9 +148,9 @@ def test_the_cache_agrees_with_one_full_pass(vlm, monkeypatch, crop):
     boxes = iter([[100, 100, 101, 1000], [0, 0, 333, 77], None, [3, 3, 999, 998]] * 2)
     images = [picture(131, 77), picture(48, 144, 1)]
     monkeypatch.setattr(common, "parse_box", lambda text: next(boxes))
-    options = dict(group_size=2, temperatures=(2.0, 2.0), seeds=[3, 4])
+    options = dict(group_size=2, temperatures=(1.0, 1.0), seeds=[3, 4])
     rows = rollout(
-        vlm, images, ["x", "a longer question"], 1, max_tokens=12, loop=LOOPS[crop], **options
+        vlm, images, ["x", "a longer question"], 1, max_tokens=24, loop=LOOPS[crop], **options
     )
     assert len({(t.images[1].rows, t.images[1].columns) for t in rows}) > 2
     assert len({len(t.target) for t in rows}) > 1
