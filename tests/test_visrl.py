@@ -439,14 +439,10 @@ def test_the_toys_questions_are_about_marks(tmp_path):
     assert read_samples(tmp_path / "s.jsonl", "", fields=sources.BOXED) == made
     assert [sample["source"] for sample in made[:3]] == list(sources.TOY_SOURCES)
     for sample in made:
-        if sample["source"] == "bearer":
-            assert sample["question"].startswith("Which bears a ")
-            assert sample["answer"] in sample["question"]
-        else:
-            assert sample["question"].startswith("What mark is on the ")
-            assert sample["answer"].removeprefix("a ") in world.MARKS
-            relation = " that is " in sample["question"]
-            assert relation == (sample["source"] == "relation")
+        assert sample["question"].startswith("What mark is on the ")
+        assert sample["answer"].removeprefix("a ") in world.MARKS
+        relation = " that is " in sample["question"]
+        assert relation == (sample["source"] == "relation")
     assert sources.toy_samples(tmp_path, 4, 0) == made != sources.toy_samples(tmp_path, 4, 1)
 
 

@@ -217,7 +217,7 @@ def next_question(rng, picture, level, said, vocabulary, repeats=True):
     if picture["frames"] and rng.random() < 0.75:
         kinds = ("frame", "what_inside", "is_inside", "compare", "compare")
     elif picture["zoom"] >= LEGIBLE and rng.random() < 0.6:
-        kinds = ("mark", "mark", "bearer", "count")
+        kinds = ("mark", "mark", "mark", "count")
     else:
         kinds = ("find",) * 9 + ("where",)
     kind = rng.choice(kinds)
@@ -341,7 +341,7 @@ def chat_batch(rng, level, tokenizer, answered, rows=ROWS, budget=BUDGET):
             about[name + "digits"].append(digits(box) if box else [-1] * 8)
             about[name + "box"].append([v / 1000 for v in box] if box else [0.0] * 4)
         spoken = q["answer"].replace(",", "").split()
-        taught = q["kind"] in ("what_inside", "is_inside", "compare", "mark", "bearer")
+        taught = q["kind"] in ("what_inside", "is_inside", "compare", "mark")
         about["answer"].append([float(word in spoken) if taught else -1.0 for word in ANSWERS])
     out["last"] = torch.tensor([[row, at] for row, at, _ in last])
     out["about"] = {name: torch.tensor(value) for name, value in about.items()}

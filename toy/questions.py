@@ -211,24 +211,6 @@ def ask_mark(rng, picture, refer_to):
     return f"What mark is on {found[0]}?", f"a {found[1]['mark']}", found[1], None
 
 
-def ask_bearer(rng, picture, refer_to):
-    """Which of two objects bears a mark."""
-    names = {}
-    for _ in range(8):
-        found = refer_to(rng, picture["objects"])
-        if (
-            found
-            and found[1]["seen"] > 0.9
-            and all(found[1]["mark"] != o["mark"] for o in names.values())
-        ):
-            names[found[0]] = found[1]
-    if len(names) < 2:
-        return None
-    (first, a), (second, b) = rng.sample(list(names.items()), 2)
-    name, target = rng.choice(((first, a), (second, b)))
-    return f"Which bears a {target['mark']}: {first} or {second}?", name, target, None
-
-
 def ask_count(rng, picture, refer_to):
     """How many marks of a kind a view shows."""
     if any(0.3 < o["seen"] < 0.9 for o in picture["objects"]):

@@ -76,11 +76,17 @@ def draw(rng, make, n):
 
 
 def found_in_scene(rng, source, sizes=True):
-    """(picture, expression, object) of a fresh scene."""
+    """(picture, expression, object) of a fresh scene, like those that the base learnt on."""
     distractors = True if source == "distractors" else None
     picture = world.make_scene(rng, distractors=distractors)
     found = world.refer(rng, picture["objects"], source, sizes)
     return (picture, *found) if found else None
+
+
+def found_in_sample(rng, source):
+    """(picture, expression, object) as the methods' samples have them."""
+    objects, expression, target = world.crowded(rng, source)
+    return {"image": world.draw_scene(rng, objects), "objects": objects}, expression, target
 
 
 def scene_and_view(rng):
@@ -196,13 +202,13 @@ def table(vlm, n, seed):
 
     print(f"{'skill':44}{'measure':19}{'value':>6}  {'chance':>6}  target")
     sources = iter(range(10**9))
-    finds = draw(rng, lambda rng: found_in_scene(rng, SOURCES[next(sources) % 3]), n)
+    finds = draw(rng, lambda rng: found_in_sample(rng, SOURCES[next(sources) % 3]), n)
     boxes = locate(vlm, [m[0] for m in finds], [m[1] for m in finds])
     ious = overlap(boxes, [m[2]["box"] for m in finds])
     chance = f"{mean(1 / len(m[0]['objects']) for m in finds):.2f}"
-    add("find an object, whole scene", "mean IoU", mean(ious), chance, "0.75 to 0.85")
+    add("find an object, crowded scene", "mean IoU", mean(ious), chance, "0.75 to 0.85")
     add(
-        "find an object, whole scene",
+        "find an object, crowded scene",
         "Acc@0.5",
         mean(v >= 0.5 for v in ious),
         chance,
@@ -226,7 +232,7 @@ def table(vlm, n, seed):
         chance,
         f"{mean(whole) + 0.05:.3f}",
     )
-    add("  the same in the whole scene", "mean IoU", mean(whole), chance, "")
+    add("  the same in the whole scene, not crowded", "mean IoU", mean(whole), chance, "")
 
     frames = [questions.with_frames(rng, world.make_scene(rng), 1) for _ in range(n)]
     names = [f"the {picture['frames'][0][0]} frame" for picture in frames]
@@ -271,8 +277,6 @@ def table(vlm, n, seed):
         one,
         "near chance",
     )
-    made = draw(rng, lambda rng: in_crop(rng, "bearer"), n // 2)
-    add("which of two bears a mark, in a view", "exact", exact(vlm, made), "0.5", "")
     made = draw(rng, lambda rng: in_crop(rng, "count"), n // 2)
     add("how many marks of a kind, in a view", "exact", exact(vlm, made), "0.5", "")
     return rows

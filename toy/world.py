@@ -55,6 +55,8 @@ def area(box):
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
+FINE = 12  # the same, in the samples: an expression that is hard to follow
+
 SUPERLATIVES = {
     "leftmost": lambda box: -center(box)[0],
     "rightmost": lambda box: center(box)[0],
@@ -108,14 +110,17 @@ def place_objects(rng, objects):
     return placed
 
 
-def make_objects(rng, low=2, high=5, distractors=None):
+def make_objects(rng, low=2, high=5, distractors=None, same=None):
     """low to high placed objects; with `distractors` (None: one time in two) 2 or 3 share kind
-    and color.
+    and color; `same`: that many do.
     """
     while True:
         n = rng.randint(low, high)
         objects = [make_object(rng) for _ in range(n)]
-        if distractors or (distractors is None and n > 1 and rng.random() < 0.5):
+        if same:
+            for i in range(1, same):
+                objects[i] = make_object(rng, objects[0]["kind"], objects[0]["color"])
+        elif distractors or (distractors is None and n > 1 and rng.random() < 0.5):
             for i in range(1, min(n, rng.choice((2, 3)))):
                 objects[i] = make_object(rng, objects[0]["kind"], objects[0]["color"])
         placed = place_objects(rng, objects)
@@ -214,24 +219,26 @@ def words_of(o, keys):
     return {key: o[key] for key in keys}
 
 
-def best(objects, superlative):
-    """The object that a superlative names among several; None where two are too close to call."""
+def best(objects, superlative, fine=False):
+    """The object that a superlative names among several; None where two are too close to call.
+
+    fine: the lead may be about a quarter as large, one pixel of those that the model sees.
+    """
     key = SUPERLATIVES[superlative]
     first, second = sorted(objects, key=lambda o: key(o["box"]), reverse=True)[:2]
     lead = key(first["box"]) - key(second["box"])
-    margin = (
-        MARGIN
-        if superlative.endswith("most")
-        else 0.4 * min(area(first["box"]), area(second["box"]))
-    )
+    margin = FINE if fine else MARGIN
+    if not superlative.endswith("most"):
+        margin = (0.1 if fine else 0.4) * min(area(first["box"]), area(second["box"]))
     return first if lead >= margin else None
 
 
-def refer(rng, objects, source, sizes=True):
+def refer(rng, objects, source, sizes=True, fine=False):
     """(expression, object) in the style of `source`, or None where the object that was drawn
     cannot be told apart so.
 
     sizes: whether "small" and "large" may be said; in an enlarged view they would mislead.
+    fine: as in `best`.
     """
     if not objects:
         return None
@@ -248,7 +255,9 @@ def refer(rng, objects, source, sizes=True):
     if source == "distractors":
         words = words_of(target, rng.choice((("kind",), ("color", "kind"), ("color", "kind"))))
         same = fitting(objects, words)
-        options = [s for s in SUPERLATIVES if best(same, s) is target] if len(same) > 1 else []
+        options = (
+            [s for s in SUPERLATIVES if best(same, s, fine) is target] if len(same) > 1 else []
+        )
         if not options:
             return None
         return f"the {rng.choice(options)} {' '.join(words.values())}", target
@@ -285,6 +294,17 @@ def refer_somehow(rng, objects, sources=SOURCES, sizes=True, tries=12):
 # ----------------------------------------------------------------------------------------------
 # Samples
 # ----------------------------------------------------------------------------------------------
+def crowded(rng, source):
+    """(objects, expression, object) as the samples have them: 6 to 8 objects, mostly 3 to 5 of one
+    kind and color. The base learnt on 2 to 5: what is hard is to follow the expression."""
+    while True:
+        same = rng.randint(3, 5) if rng.random() < 0.8 else rng.randint(1, 3)
+        objects = make_objects(rng, 6, 8, same=same)
+        found = refer(rng, objects, source, fine=True)
+        if found:
+            return objects, *found
+
+
 def make_samples(folder, per_source, seed):
     """Draws one scene for each of 3 * per_source samples into folder/images; returns the samples
     (DESIGN: one line each).
@@ -295,10 +315,7 @@ def make_samples(folder, per_source, seed):
     for i in tqdm(range(3 * per_source), desc="scenes", unit="scene"):
         source = SOURCES[i % 3]
         rng = random.Random(f"{seed} {i}")
-        found = None
-        while not found:
-            objects = make_objects(rng, distractors=True if source == "distractors" else None)
-            found = refer(rng, objects, source)
+        objects, expression, target = crowded(rng, source)
         name = f"images/scene_{i:05d}.png"
         draw_scene(rng, objects).save(folder / name)
         samples.append(
@@ -308,8 +325,8 @@ def make_samples(folder, per_source, seed):
                 "image": name,
                 "width": SIDE,
                 "height": SIDE,
-                "expression": found[0],
-                "bbox": [round(v, 2) for v in found[1]["bbox"]],
+                "expression": expression,
+                "bbox": [round(v, 2) for v in target["bbox"]],
             }
         )
     return samples

@@ -14,7 +14,7 @@ from support.errors import stop
 from support.files import write_jsonl
 from support.processes import RANK, barrier
 from support.samples import VISRL_FIELDS, read_samples
-from toy import questions, world
+from toy import world
 
 from PIL import Image
 from tqdm import tqdm
@@ -26,28 +26,11 @@ BOXED = {**VISRL_FIELDS, "bbox": list}  # what SFT needs
 # --------------------------------------------------------------------------------------------------
 # The toy's questions. In the whole scene, as small as the model sees it, no mark can be read.
 # --------------------------------------------------------------------------------------------------
-def ask(rng, source):
-    """(question, answer, scene, bbox) of a new scene.
-
-    mark: which mark an object bears; relation: the same of an object that is described by another;
-    bearer: which of two objects bears a mark, so that either has to be looked at, and the box is
-    the bearer's.
-    """
-    sources = ("relations",) if source == "relation" else ("attributes", "distractors")
-
-    def refer_to(rng, objects):
-        return world.refer_somehow(rng, objects, sources)
-
-    question = questions.ask_bearer if source == "bearer" else questions.ask_mark
-    while True:
-        scene = world.make_scene(rng)
-        asked = question(rng, scene, refer_to)
-        if asked:
-            words, answer, target, _ = asked
-            return words, answer, scene, target["bbox"]
-
-
-TOY_SOURCES = ("mark", "relation", "bearer")
+TOY_SOURCES = {  # source of a question -> how its expression describes the object (toy/world.py)
+    "mark": "attributes",
+    "superlative": "distractors",
+    "relation": "relations",
+}
 
 
 def toy_samples(folder, count, seed):
@@ -55,14 +38,23 @@ def toy_samples(folder, count, seed):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     samples = []
     for i in tqdm(range(count * len(TOY_SOURCES)), desc="scenes", unit="scene"):
-        source = TOY_SOURCES[i % len(TOY_SOURCES)]
-        question, answer, scene, bbox = ask(random.Random(f"visrl {seed} {i}"), source)
+        source = list(TOY_SOURCES)[i % len(TOY_SOURCES)]
+        rng = random.Random(f"visrl {seed} {i}")
+        objects, expression, target = world.crowded(rng, TOY_SOURCES[source])
         name = f"images/scene_{i:05d}.png"
-        scene["image"].save(folder / name)
-        size = {"width": world.SIDE, "height": world.SIDE}
-        bbox = [round(v, 2) for v in bbox]
-        sample = {"id": f"{source}_{i:05d}", "source": source, "image": name, **size}
-        samples.append({**sample, "question": question, "answer": answer, "bbox": bbox})
+        world.draw_scene(rng, objects).save(folder / name)
+        samples.append(
+            {
+                "id": f"{source}_{i:05d}",
+                "source": source,
+                "image": name,
+                "width": world.SIDE,
+                "height": world.SIDE,
+                "question": f"What mark is on {expression}?",
+                "answer": f"a {target['mark']}",
+                "bbox": [round(v, 2) for v in target["bbox"]],
+            }
+        )
     return samples
 
 
