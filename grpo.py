@@ -123,7 +123,7 @@ for update in range(first_update, args.updates + 1):
         val_reward = sum(rewards) / len(rewards)
         val_iou = training.step_ious(trajectories, mine)
         log.write(update=update, val_reward=val_reward, val_iou=val_iou)
-        page.write_validation(args, name, update, mine, trajectories)
+        page.write_validation(args, name, update, mine, trajectories, vlm.tokenizer)
         if val_reward > best:
             best = val_reward
             checkpoints.save_adapter(vlm, args.out / name, "policy")

@@ -8,8 +8,7 @@ escaped: in the tables as HTML, elsewhere as JSON that the script sets as text.
 A line is a row of a log (statistics.log_line): "boxes" and "texts", one of each per step, a box in
 0..1000 or None. It may have more, a value per step each:
 
-    confidence      mean log-probability of the box's tokens
-    read            tokens in the context when the step ends
+    logprob, read   log-probability of the text, tokens in the context when the step ends
     seen            the box that was drawn on the picture before this step (default: the last valid)
     view            the part of the image that was shown, a box; None is all of it
     name            what the step is called instead of "step t"; an "answer" has no box to miss
@@ -71,13 +70,13 @@ def write_evaluation(args, results, samples, lines_of):
     )
 
 
-def write_validation(args, name, update, samples, trajectories):
+def write_validation(args, name, update, samples, trajectories, tokenizer):
     """report.html of a training that runs: its curves so far, and its validation trajectories.
 
     samples, trajectories: this process's share. They are kept as log/validation/<name>_<update>
     .jsonl, so that one update can be laid beside another.
     """
-    lines = [log_line(sample, [t]) for sample, t in zip(samples, trajectories)]
+    lines = [log_line(sample, [t], tokenizer) for sample, t in zip(samples, trajectories)]
     lines = gather(lines)
     write_jsonl(validation_file(args, name, update), lines)
     if RANK:
@@ -338,7 +337,7 @@ def step_record(sample, line, t, ordered):
         ("seen", seen),
         ("view", value_of(line, "view", t)),
         ("honest", honest(sample, seen, line["texts"][t])),
-        ("logprob", value_of(line, "confidence", t)),
+        ("logprob", value_of(line, "logprob", t)),
         ("read", value_of(line, "read", t)),
     ):
         if value is not None:

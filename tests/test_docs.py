@@ -281,7 +281,8 @@ def problems_of(words):
         given = {word for word in words if word.startswith("--")}
         return [f"{words[0]} {flag}" for flag in given - FOREIGN.get(words[0], set())]
     words = words[1:]
-    if words[0] == "-m":
+    if "-m" in words:
+        words = words[words.index("-m") :]  # torchrun's own flags come before it
         script = words[1].replace(".", "/") + ".py"
         if script not in TEXT:
             there = importlib.util.find_spec(words[1].split(".")[0])

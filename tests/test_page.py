@@ -25,7 +25,7 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.h
 
 def a_line(sample, boxes):
     texts = [TEXTS[min(t, 1)] for t in range(len(boxes))]
-    return {"id": sample["id"], "boxes": boxes, "texts": texts, "confidence": [-1.5] * len(boxes)}
+    return {"id": sample["id"], "boxes": boxes, "texts": texts, "logprob": [-1.5] * len(boxes)}
 
 
 def a_run(folder, count=6, words=""):
