@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {  # a step of the main job -> its command, in the order of the README
-    "make_data": "make_data.py --train-samples 24 --val-samples 6 --test-samples 7 --max-tokens 60",
+    "make_data": "make_data.py --train-samples 54 --val-samples 6 --test-samples 7 --max-tokens 60",
     "sft": "sft.py --epochs 1 --batch-size 2 --grad-accum 2 --save-every 2",
     "grpo": "grpo.py --updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 "
     "--max-tokens 60",
@@ -117,7 +117,7 @@ def test_the_main_job(whole):
     page = (out / "report.html").read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
     test, *validations = data["groups"]
-    assert len(test["samples"]) == 7 and len(test["methods"]) == 6
+    assert len(test["samples"]) == 7 and len(test["methods"]) == 8
     names = [(group["name"], [m["name"] for m in group["methods"]]) for group in validations]
     updates = ["update 0", "update 2"]
     assert names == [("validation of grpo", updates), ("validation of grpo_single", updates)]
