@@ -86,7 +86,8 @@ def found_in_scene(rng, source, sizes=True):
 def found_in_sample(rng, source):
     """(picture, expression, object) as the methods' samples have them."""
     objects, expression, target = world.crowded(rng, source)
-    return {"image": world.draw_scene(rng, objects), "objects": objects}, expression, target
+    picture = {"image": world.draw_scene(rng, objects), "objects": objects, "frames": []}
+    return picture, expression, target
 
 
 def scene_and_view(rng):

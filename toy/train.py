@@ -455,7 +455,7 @@ def main():
     parser.add_argument(
         "--question-steps", type=int, default=400, help="of stage 2, without answers (400)"
     )
-    parser.add_argument("--answer-steps", type=int, default=3100, help="of stage 3 (3100)")
+    parser.add_argument("--answer-steps", type=int, default=4100, help="and with answers (4100)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quiet()
