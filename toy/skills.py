@@ -1,6 +1,6 @@
 """What the toy's base can do: one table, on fresh scenes.
 
-python -m toy.skills [--model FOLDER] [--n 400]
+python -m toy.skills --n 100      questions of each kind; 400 without the flag
 """
 
 import argparse
