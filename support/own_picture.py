@@ -9,7 +9,7 @@ from support.checkpoints import best_adapter
 from support.errors import explain_out_of_memory, stop, working_on
 from support.files import agrees, read_lines
 from support.models import load_with_adapter
-from support.page import group, write_page
+from support.page import group, with_views, write_page
 from support.pictures import filmstrip, write_picture
 from support.samples import load_image
 
@@ -61,6 +61,7 @@ def look_at(args, image, expression, loop):
     first = list(zip(samples, lines))[: args.pictures]
     items = [(sample, load(sample, "/"), line) for sample, line in first]
     write_picture(place.with_name(f"{place.name}.png"), filmstrip(items, adapter.name))
+    lines = with_views(args, adapter.name, lines)
     page = write_page(
         place.with_name(f"{place.name}.html"),
         title=f"{Path(image).name} · {args.out.name}, {adapter.name}",

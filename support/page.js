@@ -221,7 +221,7 @@ function writeAddress() {
   const chosen = Object.entries(state).filter(([key, value]) => value !== START[key]);
   const address = "#" + new URLSearchParams(chosen);
   // Replaced: going back leads to the page before, not through every sample that was looked at
-  if (address !== location.hash) location.replace(address);
+  if (address !== (location.hash || "#")) history.replaceState(null, "", address);
 }
 
 function change(values) {
@@ -256,7 +256,7 @@ function gain(line) {
 }
 
 function firstIou(line) {
-  return ends(line)?.[0] ?? 0;
+  return line.steps[0].iou ?? 0;
 }
 
 const ORDERS = {
@@ -327,6 +327,8 @@ function makeControls() {
 // Options as [value, words]; a field with nothing to choose from is hidden.
 function fill(key, options, value) {
   const select = fields[key];
+  // A choice that this method or group does not have stays in sight, and can be taken back
+  if (value && !options.some(([own]) => own === value)) options = [...options, [value, value]];
   select.replaceChildren(...options.map(([value, words]) => make("option", { value }, words)));
   select.value = value;
   select.parentElement.hidden = options.length < 2;
@@ -407,9 +409,9 @@ function thumbnail(sample, line) {
 // The list of samples
 // ------------------------------------------------------------------------------------------------
 function numbers(line) {
-  const pair = ends(line);
-  if (!pair) return "";
-  const words = line.last ? pair.map((v) => v.toFixed(2)).join(" → ") : pair[0].toFixed(2);
+  const pair = ends(line) ?? [line.steps[0].iou];
+  if (pair[0] === undefined) return "";
+  const words = pair.length > 1 && line.last ? pair.map((v) => v.toFixed(2)).join(" → ") : pair[0].toFixed(2);
   return ["IoU " + words, ...line.outcome].join(", ");
 }
 

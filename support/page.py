@@ -27,11 +27,11 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from common import box_iou, last_valid, normalize_box
-from support.files import read_jsonl, write_jsonl, write_text
+from common import box_iou, last_valid, normalize_box, view_of
+from support.files import write_jsonl, write_text
 from support.processes import RANK, gather
 from support.samples import load_image
-from support.statistics import CONTROL, all_ious, log_line, strata
+from support.statistics import AGAIN, AGAIN_GUARDED, CONTROL, all_ious, log_line, strata
 from support.tables import report
 from support.traces import claim_of, geometry_of, trace_of
 from support.training import HEALTHY, LAST_UPDATES
@@ -59,6 +59,7 @@ def write_evaluation(args, results, samples, lines_of):
     model = results.get("model", "")
     title = " · ".join(filter(None, [args.out.name, model, f"{results['n']} test samples"]))
     shown = results["shown"]
+    lines_of = {name: with_views(args, name, lines) for name, lines in lines_of.items()}
     test = group("test", samples, lines_of, args.steps, shown=shown, limit=args.page_samples)
     return write_page(
         args.out / "report.html",
@@ -100,20 +101,50 @@ def validation_groups(args):
     path = args.out / "data/val.jsonl"
     if not path.is_file():
         return []
-    sample_of = {sample["id"]: sample for sample in read_jsonl(path, "")}
+    sample_of = {sample["id"]: sample for sample in readable(path)}
     groups = []
     for name, rows in training_logs(args.out / "log"):
         lines_of = {}
         for row in rows:  # a file that the log does not name is of an earlier run
             file = validation_file(args, name, row.get("update"))
             if "val_iou" in row and file.is_file():
-                lines_of[f"update {row['update']}"] = read_jsonl(file, "")
+                lines_of[f"update {row['update']}"] = readable(file)
         ids = [[line["id"] for line in lines] for lines in lines_of.values()]
         if ids and all(own == ids[0] for own in ids) and set(ids[0]) <= set(sample_of):
             samples = [sample_of[id_] for id_ in ids[0]]
+            lines_of = {update: with_views(args, name, own) for update, own in lines_of.items()}
             last = len(next(iter(lines_of.values()))[0]["boxes"]) - 1  # T of that training
             groups.append(group(f"validation of {name}", samples, lines_of, last))
     return groups
+
+
+def readable(path):
+    """The rows of a file that the phases check and mend themselves: what is no row is left out."""
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # empty, or half of a line that a killed phase left
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def with_views(args, name, lines):
+    """The lines of a row that looks at the surroundings of its boxes, with these as "view"."""
+    again = name in (AGAIN, AGAIN_GUARDED)
+    if not again and (args.feedback != "zoom" or name == CONTROL):
+        return lines
+    out = []
+    for line in lines:
+        shown = [last_valid(line["boxes"][:t]) for t in range(1, len(line["boxes"]))]
+        views = [None] + [view_of(box, args.surroundings) for box in shown]
+        line = {**line, "view": views}
+        if again:  # nothing is drawn on its views
+            line["seen"] = [None] * len(views)
+        out.append(line)
+    return out
 
 
 def training_logs(folder):
@@ -121,7 +152,7 @@ def training_logs(folder):
     paths = sorted(Path(folder).glob("*.jsonl"), key=lambda path: (path.stem != "sft", path))
     for path in paths:
         if not path.name.startswith("evaluate_") and path.stat().st_size:
-            yield path.stem, read_jsonl(path, "")
+            yield path.stem, readable(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,7 +344,7 @@ def line_record(sample, line, steps, ordered):
     last = min(steps, count - 1)
     records = [step_record(sample, line, t, ordered) for t in range(count)]
     record = {"steps": records, "last": last, "outcome": []}
-    if ordered and last > 0 and "bbox" in sample:
+    if ordered and last > 0 and all("iou" in records[t] for t in (0, last)):
         first, final = (box_iou(line["boxes"][t], sample) for t in (0, last))
         record["outcome"] = outcome(first, final)
     if "scores" in line:

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from support import page
 from support.files import write_jsonl
-from support.statistics import CONTROL, analyse, changes
+from support.statistics import AGAIN, CONTROL, analyse, changes
 from support.tables import report
 from tests.browser import CHROMIUM, browser, tab
 from tests.small import GOOD, TEXTS, picture
@@ -52,7 +52,8 @@ def a_run(folder, count=6, words=""):
     results = {"n": count, "seed": 0, "steps": 2, "model": "m" + words, "ablations": {}}
     results |= {"feedback": "overlay", "second_look": {}}
     results |= analyse(samples, lines_of, 2, shown, CONTROL)
-    return SimpleNamespace(out=folder, steps=2, page_samples=1000), results, samples, lines_of
+    flags = dict(out=folder, steps=2, page_samples=1000, feedback="overlay", surroundings=2.0)
+    return SimpleNamespace(**flags), results, samples, lines_of
 
 
 def write(folder, **options):
@@ -324,3 +325,28 @@ def test_the_page_in_a_browser(tmp_path):
             assert run("document.documentElement.scrollWidth") <= 390
         with tab(send, address + "#id=nobody&sort=constructor&method=none") as (run, ask):
             assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0")
+
+
+def test_an_answer_is_no_box_that_was_missed():
+    """The second step of a VisRL line has no box to be wrong."""
+    line = {"boxes": [RIGHT, None], "texts": ["", "a dot"], "name": ["box", "answer"]}
+    assert page.line_record(GOOD, line, 1, ordered=True)["outcome"] == []
+    del line["name"]
+    assert page.line_record(GOOD, line, 1, ordered=True)["outcome"] == ["degraded", "broken"]
+
+
+def test_half_a_line_that_a_killed_phase_left_does_not_stop_the_page(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"update": 1}\n[1]\n{"upd')
+    assert page.readable(tmp_path / "log.jsonl") == [{"update": 1}]
+
+
+def test_a_row_that_looks_closer_is_shown_as_the_model_saw_it():
+    args = SimpleNamespace(feedback="overlay", surroundings=2.0)
+    box = [400, 400, 500, 500]
+    [line] = page.with_views(args, AGAIN, [{"boxes": [box, None, box]}])
+    assert line["view"] == [None, [350, 350, 550, 550], [350, 350, 550, 550]]
+    assert line["seen"] == [None] * 3
+    assert page.with_views(args, "SFT + IVT", [{"boxes": [box]}]) == [{"boxes": [box]}]
+    args.feedback = "zoom"
+    [line] = page.with_views(args, "SFT + IVT", [{"boxes": [box, None]}])
+    assert line["view"] == [None, [350, 350, 550, 550]] and "seen" not in line

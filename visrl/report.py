@@ -351,6 +351,8 @@ def pair_groups(args):
     groups = []
     for path in sorted((args.out / "data").glob("pairs*.jsonl")):
         pairs = [pair for pair in read_jsonl(path, "visrl.make_pairs") if pair["id"] in train]
+        if not pairs:  # of an earlier run
+            continue
         questions = [train[pair["id"]] for pair in pairs]
         lines = {}
         for side in ("chosen", "rejected"):
