@@ -373,25 +373,29 @@ function inPixels(sample, [x1, y1, x2, y2]) {
   return [x1 * kx, y1 * ky, x2 * kx, y2 * ky];
 }
 
-// view: the part of the image that is shown, in 0..1000
+// view: the part of the image that is shown, in 0..1000. What is drawn goes into the svg within: it
+// is clipped to the view, where the outer one shows more of the image if its height is limited.
 function picture(sample, view = [0, 0, 1000, 1000]) {
-  const [x1, y1, x2, y2] = inPixels(sample, view);
-  const svg = make("svg:svg", { class: "picture", viewBox: `${x1} ${y1} ${x2 - x1} ${y2 - y1}` });
+  const [x, y, x2, y2] = inPixels(sample, view);
+  const part = { viewBox: `${x} ${y} ${x2 - x} ${y2 - y}` };
+  const svg = make("svg:svg", { class: "picture", ...part });
+  const inner = make("svg:svg", { ...part, x, y, width: x2 - x, height: y2 - y });
+  svg.append(inner);
   const address = PICTURES[sample.picture];
   const size = { width: sample.width, height: sample.height };
   if (!address) {
-    svg.append(make("svg:rect", { class: "empty", ...size }));
+    inner.append(make("svg:rect", { class: "empty", ...size }));
     return svg;
   }
   const name = sample.width < 200 ? "small" : null;
   const image = { class: name, href: address, preserveAspectRatio: "none" };
-  svg.append(make("svg:rect", { class: "paper", ...size })); // behind what is transparent
-  svg.append(make("svg:image", { ...image, ...size }));
+  inner.append(make("svg:rect", { class: "paper", ...size })); // behind what is transparent
+  inner.append(make("svg:image", { ...image, ...size }));
   return svg;
 }
 
 function draw(svg, name, box) {
-  svg.append(rectangle("edge", box), rectangle(name, box));
+  svg.firstChild.append(rectangle("edge", box), rectangle(name, box));
 }
 
 function thumbnail(sample, line) {
@@ -400,8 +404,8 @@ function thumbnail(sample, line) {
   if (sample.truth) draw(svg, "truth", sample.truth);
   const first = line.steps[0].box;
   const last = line.steps[line.last].box;
-  if (first) svg.append(rectangle("before", inPixels(sample, first)));
-  if (last) svg.append(rectangle("box", inPixels(sample, last)));
+  if (first) svg.firstChild.append(rectangle("before", inPixels(sample, first)));
+  if (last) svg.firstChild.append(rectangle("box", inPixels(sample, last)));
   return svg;
 }
 
@@ -450,7 +454,7 @@ function showList({ group, method, rows }, at) {
 // ------------------------------------------------------------------------------------------------
 function panel(sample, step, t, method, last) {
   const svg = picture(sample, step.view);
-  if (step.seen) svg.append(rectangle("seen", inPixels(sample, step.seen)));
+  if (step.seen) svg.firstChild.append(rectangle("seen", inPixels(sample, step.seen)));
   if (sample.truth) draw(svg, "truth", sample.truth);
   if (step.box) draw(svg, "box", inPixels(sample, step.box));
   let words = step.name ?? `${method.word} ${t}`;
