@@ -41,6 +41,8 @@ from PIL import Image
 HERE = Path(__file__).parent
 LIMIT = 25_000_000  # bytes of a page: what a mail takes; pictures fill what the rest leaves
 
+VALIDATIONS = 12, 200  # updates (the first and the last ones) and samples on a page, at most
+
 # What happened from step 0 to step T, as in Table 2, and whether it made a wrong box (IoU below
 # 0.5) right or a right one wrong
 OUTCOMES = ("improved", "stagnated", "degraded", "corrected", "broken")
@@ -112,9 +114,14 @@ def validation_groups(args):
         ids = [[line["id"] for line in lines] for lines in lines_of.values()]
         if ids and all(own == ids[0] for own in ids) and set(ids[0]) <= set(sample_of):
             samples = [sample_of[id_] for id_ in ids[0]]
+            updates = list(lines_of)
+            if len(updates) > VALIDATIONS[0]:
+                updates = updates[:1] + updates[1 - VALIDATIONS[0] :]
+            lines_of = {update: lines_of[update] for update in updates}
             lines_of = {update: with_views(args, name, own) for update, own in lines_of.items()}
             last = len(next(iter(lines_of.values()))[0]["boxes"]) - 1  # T of that training
-            groups.append(group(f"validation of {name}", samples, lines_of, last))
+            limit = VALIDATIONS[1]
+            groups.append(group(f"validation of {name}", samples, lines_of, last, limit=limit))
     return groups
 
 
@@ -233,6 +240,8 @@ def addresses(samples, data, folder, room, load):
     """An address for each image of {path: a sample that shows it}: its own content while there is
     room (bytes), then a path relative to `folder`."""
     found = []
+    paths = {image: relative_address(Path(data) / image, folder) for image in samples}
+    room -= sum(len(path) + 4 for path in paths.values())  # an embedded one gives its own back
     for image, sample in samples.items():
         file = Path(data) / image
         try:
@@ -241,12 +250,12 @@ def addresses(samples, data, folder, room, load):
             found.append(None)
             continue
         size = len(content) * 4 // 3 + 40
-        if size <= room:
-            room -= size
+        if size <= room + len(paths[image]):
+            room -= size - len(paths[image])
             encoded = base64.b64encode(content).decode()
             found.append(f"data:image/{kind};base64,{encoded}")
         else:
-            found.append(relative_address(file, folder))
+            found.append(paths[image])
     return found
 
 

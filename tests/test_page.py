@@ -159,6 +159,19 @@ def test_pictures_are_embedded_once_and_up_to_a_size(tmp_path, monkeypatch):
         assert re.fullmatch(r"[\w./%-]+", path) and (tmp_path / unquote(path)).is_file()
 
 
+def test_the_room_of_pictures_holds_their_paths_too(tmp_path):
+    """Of many pictures most are referred to, and each path takes some of the page."""
+    samples = {}
+    for i in range(60):
+        name = f"{'a long name ' * 8}{i}.png"
+        picture(20, 10, seed=i).save(tmp_path / name)
+        samples[name] = {**GOOD, "image": name}
+    room = 20_000
+    found = page.addresses(samples, tmp_path, tmp_path, room, None)
+    assert any(address.startswith("data:") for address in found)
+    assert len(page.to_json(found)) <= room
+
+
 def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
     """A browser would turn a photo that its camera marked as rotated, whatever its annotation."""
     turned = Image.Exif()
