@@ -36,6 +36,7 @@ from transformers.cache_utils import DynamicLayer
 
 # The paper prints no prompts. The single-shot one is what Qwen3-VL's authors use for this task; the
 # others say what Section 3.1 says they do: think and answer; examine the red box and correct it.
+# The description stands there again, at the end: a small model answers what was asked last.
 SINGLE_PROMPT = (
     'Locate every object that matches the description "{text}" in the image. '
     "Report bbox coordinates in JSON format."
@@ -45,9 +46,9 @@ IVT_PROMPT = (
     "<think> </think> about where it is, then report its bbox coordinates in JSON format."
 )
 CORRECTION = (
-    "The red box is your last prediction. Examine it: is it on the wrong object, shifted, too "
-    "large or too small? Think inside <think> </think>, then report the corrected bbox "
-    "coordinates in JSON format."
+    "The red box is your last prediction. Think inside <think> </think>, then report the corrected "
+    "bbox coordinates in JSON format. Examine the box: is it on the wrong object, shifted, too "
+    "large or too small? How does it lie around {text}?"
 )
 CLOSER = "The view shows the surroundings of your last prediction, enlarged. "
 CLOSER += CORRECTION.replace("coordinates", "coordinates in this view")
@@ -372,7 +373,7 @@ def mrope_positions(ids, images, image_token_id, start=0):
     return positions, start
 
 
-def build_trajectory(vlm, prompt, images, texts, continuation=CORRECTION):
+def build_trajectory(vlm, prompt, images, texts, continuation=""):
     """The training sequence of Section 3.2: T + 1 texts, images[t] (ImageTokens) before text t.
 
     Targets are the tokens of the texts alone. Prompt, image tokens and instructions are context

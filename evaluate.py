@@ -41,7 +41,7 @@ from support import (
 )
 from support.flags import Flag, flags
 from support.loops import asked_again, guarded, loop_of
-from support.overlays import OVERLAYS, views
+from support.overlays import OVERLAYS, elsewhere, views
 from support.own_picture import look_at
 
 args = flags(
@@ -185,15 +185,18 @@ for row in ROWS:
         print(f"{row.name}: left out, {adapter} is missing; to add it: {command}")
 shown = statistics.main_row(lines_of)  # the row that pictures and further tables are of
 
-# Does the box in the picture matter? The same policy, shown something else.
+# Does the box in the picture matter? The same model, shown something else.
 others = {}
 if args.ablations:
     main = next(row for row in ROWS if row.name == shown)
     shown_instead = OVERLAYS if args.feedback == "overlay" else views(args.surroundings)
-    for word, feedback in shown_instead.items():
-        log = f"{main.log}_{word.replace(' ', '_')}"
-        other = replace(main.loop, feedback=feedback)
-        others[f"{shown}, {word}"] = play(replace(main, name=word, log=log, loop=other))
+    instead = [(main, word, feedback) for word, feedback in shown_instead.items()]
+    again = next(row for row in ROWS if row.name == statistics.AGAIN_GUARDED)
+    instead.append((again, "a view elsewhere", elsewhere(again.loop.feedback)))
+    for row, word, feedback in instead:
+        log = f"{row.log}_{word.replace(' ', '_')}"
+        other = replace(row.loop, feedback=feedback)
+        others[f"{row.name}, {word}"] = play(replace(row, name=word, log=log, loop=other))
 
 # --------------------------------------------------------------------------------------------------
 # Report

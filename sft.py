@@ -91,8 +91,9 @@ def examples(rows):
     for row, images in zip(rows, image_tokens(rows)):
         boxes = written_boxes(row["boxes"], loop)
         texts = [step_text(trace, box) for trace, box in zip(row["traces"], boxes)]
-        prompt = loop.prompt.format(text=row["expression"])
-        trajectories.append(build_trajectory(vlm, prompt, images, texts, loop.continuation))
+        words = (loop.prompt, loop.continuation)
+        prompt, instruction = (part.format(text=row["expression"]) for part in words)
+        trajectories.append(build_trajectory(vlm, prompt, images, texts, instruction))
     return trajectories
 
 

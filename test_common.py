@@ -227,7 +227,7 @@ def test_positions_equal_the_models_own(vlm):
 
 def test_loss_mask_token_by_token(vlm):
     prompt = IVT_PROMPT.format(text="the cat")
-    t = build_trajectory(vlm, prompt, encode_images(vlm, [picture(32, 32)] * 2), TEXTS)
+    t = build_trajectory(vlm, prompt, encode_images(vlm, [picture(32, 32)] * 2), TEXTS, "Look.")
     assert t.boxes == [[1, 2, 30, 40], [5, 6, 70, 800]]
     assert t.predictor == sorted(t.predictor)
     assert [t.ids[p + 1] for p in t.predictor] == t.target  # the token after its predictor
@@ -242,7 +242,7 @@ def test_loss_mask_token_by_token(vlm):
 
     image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
     user = f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
-    instruction = f"\n{image}\n{common.CORRECTION}\n"
+    instruction = f"\n{image}\nLook.\n"
     assert text == user + bracketed(TEXTS[0]) + instruction + bracketed(TEXTS[1])
     second = [token for token, step in zip(t.target, t.step) if step == 1]
     assert vlm.tokenizer.decode(second) == TEXTS[1]

@@ -73,15 +73,17 @@ def plain_rollout(
     end_of_turn = vlm.token("<|im_end|>")
     recompute_activations(vlm)
     rows = []
+    instructions = []
     for image, text in zip(images, texts):
         ids = prompt_ids(vlm, size_in_tokens(vlm, image), loop.prompt.format(text=text))
         rows += [Trajectory(ids=list(ids), images=[image]) for _ in range(group_size)]
+        instructions += [loop.continuation.format(text=text)] * group_size
     for t in range(steps + 1):
         if t > 0:
-            for row in rows:
+            for row, instruction in zip(rows, instructions):
                 picture = loop.feedback(row.images[0], last_valid(row.boxes))
                 row.images.append(picture)
-                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), loop.continuation)
+                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), instruction)
         inputs = model_inputs(vlm, [row.ids for row in rows], [row.images for row in rows])
         start = inputs["input_ids"].shape[1]
 

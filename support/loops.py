@@ -6,8 +6,8 @@ from common import IVT, SINGLE_PROMPT, enlarge, iou, view_of, zoom
 
 # The guard's g and s. A box that differs more from the last one is taken for a slip, not for a
 # correction: refining a box that is roughly right does not need more.
-GUARD_IOU = 0.5
-GUARD_SIDES = 0.5
+GUARD_IOU = 0.6
+GUARD_SIDES = 0.35
 
 # A model that was never taught to go on in its own turn is asked again by its user
 USER_TURN = (

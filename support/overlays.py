@@ -40,23 +40,21 @@ def random_box(box):
     return [x, y, x + width, y + height]
 
 
-def box_elsewhere(image, box):
-    """A copy with the overlay of a random box: what changes is whether the box is the model's
-    own."""
-    return draw_overlay(image, random_box(box))
+def elsewhere(feedback):
+    """The same feedback for a random box: what changes is whether the box is the model's own."""
+    return lambda image, box: feedback(image, random_box(box))
 
 
 OVERLAYS = {
     "no overlay": no_overlay,
     "random text": random_text,
-    "a box elsewhere": box_elsewhere,
+    "a box elsewhere": elsewhere(draw_overlay),
 }
 
 
 def views(surroundings):
     """As OVERLAYS, for the zoomed loop: name -> feedback."""
-    feedback = zoom(surroundings).feedback
     return {
         "no box drawn": lambda image, box: enlarge(image, view_of(box, surroundings)),
-        "a view elsewhere": lambda image, box: feedback(image, random_box(box)),
+        "a view elsewhere": elsewhere(zoom(surroundings).feedback),
     }

@@ -49,28 +49,32 @@ def join(words):
 def template_trace(boxes, truth, t):
     """The trace of step t, from geometry alone: what is wrong with box t - 1, and what to do.
 
-    Shifts and sizes count from about a tenth of the true box on. The description is not repeated: a
-    model as small as the toy's copies it wrongly, and then finds what it wrote.
+    Shifts and sizes count from about a tenth of the true box on. It begins with the words by which
+    the toy's base says how a frame lies, as an answer to the question that `CORRECTION` ends with:
+    with a sentence first, as small a model says the same of every box. The description is not
+    repeated: it copies it wrongly, and then finds what it wrote.
     """
     if t == 0:  # forward reasoning: why this region, right or wrong (Section 3.2)
         return f"I look for the object. I see it at the {place(boxes[0])}."
     before = boxes[t - 1]
     faults, moves, sizes = faults_of(before, truth)
+    words = [fault.split()[-1] for fault in faults]
     if iou(before, truth) == 0:
+        where = ", ".join(["apart", *words[: len(moves)]])
         return (
-            f"The red box is on the wrong object. I see the target at the {place(truth)}. "
+            f"{where}: the red box is on the wrong object. I see the target at the {place(truth)}. "
             f"I move the box {join(moves or ['there'])}."
         )
     if not faults and before == boxes[t]:
-        return "The red box fits well. I keep it."
+        return "well: the red box fits. I keep it."
     if not faults:
-        return "The red box is nearly right. I tighten it slightly."
+        return "well: the red box is nearly right. I tighten it slightly."
     cures = []
     if moves:
         cures.append(f"move it {join(moves)}")
     if sizes:
         cures.append(f"make it {join(sizes)}")
-    return f"The red box is {join(faults)}. I {join(cures)}."
+    return f"{', '.join(words)}: the red box is {join(faults)}. I {join(cures)}."
 
 
 def faults_of(before, truth):

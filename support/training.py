@@ -104,9 +104,10 @@ def probe_grpo(vlm, samples, args, data, loop):
     working_on([largest])
     count = args.steps + 1
     images = encode_images(vlm, [load_image(largest, data)]) * count
-    prompt = loop.prompt.format(text=largest["expression"])
+    words = (loop.prompt, loop.continuation)
+    prompt, instruction = (part.format(text=largest["expression"]) for part in words)
     text = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
-    trajectory = build_trajectory(vlm, prompt, images, [text] * count, loop.continuation)
+    trajectory = build_trajectory(vlm, prompt, images, [text] * count, instruction)
     probe(vlm, [trajectory] * args.batch_size, largest)
 
 
