@@ -48,7 +48,7 @@ IVT_PROMPT = (
 CORRECTION = (
     "The red box is your last prediction. Think inside <think> </think>, then report the corrected "
     "bbox coordinates in JSON format. Examine the box: is it on the wrong object, shifted, too "
-    "large or too small? How does it lie around {text}?"
+    "large or too small? How well does the red box lie around {text}?"
 )
 CLOSER = "The view shows the surroundings of your last prediction, enlarged. "
 CLOSER += CORRECTION.replace("coordinates", "coordinates in this view")
@@ -373,7 +373,7 @@ def mrope_positions(ids, images, image_token_id, start=0):
     return positions, start
 
 
-def build_trajectory(vlm, prompt, images, texts, continuation=""):
+def build_trajectory(vlm, prompt, images, texts, continuation="", turn=IVT.turn):
     """The training sequence of Section 3.2: T + 1 texts, images[t] (ImageTokens) before text t.
 
     Targets are the tokens of the texts alone. Prompt, image tokens and instructions are context
@@ -382,7 +382,7 @@ def build_trajectory(vlm, prompt, images, texts, continuation=""):
     out = Trajectory(ids=prompt_ids(vlm, images[0], prompt), images=list(images))
     for t, text in enumerate(texts):
         if t > 0:
-            out.ids += continuation_ids(vlm, images[t], continuation)
+            out.ids += continuation_ids(vlm, images[t], continuation, turn)
         tokens = vlm.encode(text)
         first = len(out.ids) - 1  # a token is predicted at the position before its own
         out.predictor += range(first, first + len(tokens))

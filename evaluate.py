@@ -41,7 +41,7 @@ from support import (
 )
 from support.flags import Flag, flags
 from support.loops import asked_again, guarded, loop_of
-from support.overlays import OVERLAYS, elsewhere, views
+from support.overlays import OVERLAYS, elsewhere
 from support.own_picture import look_at
 
 args = flags(
@@ -71,7 +71,7 @@ loop = loop_of(args)
 
 # The surroundings mean nothing to a row in which the box is drawn on the whole image
 LOOP_FLAGS = ("feedback", "guard")
-if args.feedback == "zoom":
+if args.feedback != "overlay":
     LOOP_FLAGS += ("surroundings",)
 
 
@@ -189,7 +189,11 @@ shown = statistics.main_row(lines_of)  # the row that pictures and further table
 others = {}
 if args.ablations:
     main = next(row for row in ROWS if row.name == shown)
-    shown_instead = OVERLAYS if args.feedback == "overlay" else views(args.surroundings)
+    shown_instead = OVERLAYS
+    if args.feedback != "overlay":
+        shown_instead = {"a view elsewhere": elsewhere(loop.feedback)}
+    if args.feedback == "zoom":
+        shown_instead["no box drawn"] = closer.feedback
     instead = [(main, word, feedback) for word, feedback in shown_instead.items()]
     again = next(row for row in ROWS if row.name == statistics.AGAIN_GUARDED)
     instead.append((again, "a view elsewhere", elsewhere(again.loop.feedback)))

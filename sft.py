@@ -93,7 +93,7 @@ def examples(rows):
         texts = [step_text(trace, box) for trace, box in zip(row["traces"], boxes)]
         words = (loop.prompt, loop.continuation)
         prompt, instruction = (part.format(text=row["expression"]) for part in words)
-        trajectories.append(build_trajectory(vlm, prompt, images, texts, instruction))
+        trajectories.append(build_trajectory(vlm, prompt, images, texts, instruction, loop.turn))
     return trajectories
 
 

@@ -83,7 +83,8 @@ def plain_rollout(
             for row, instruction in zip(rows, instructions):
                 picture = loop.feedback(row.images[0], last_valid(row.boxes))
                 row.images.append(picture)
-                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), instruction)
+                size = size_in_tokens(vlm, picture)
+                row.ids += continuation_ids(vlm, size, instruction, loop.turn)
         inputs = model_inputs(vlm, [row.ids for row in rows], [row.images for row in rows])
         start = inputs["input_ids"].shape[1]
 

@@ -21,6 +21,8 @@ def loop_of(args):
     loop = IVT
     if args.feedback == "zoom":
         loop = zoom(args.surroundings)
+    if args.feedback == "again":
+        loop = asked_again(args.surroundings)
     if getattr(args, "guard", "off") == "on":
         loop = guarded(loop)
     return loop
@@ -49,8 +51,8 @@ def guarded(loop):
 
 
 def asked_again(surroundings):
-    """A loop for a model that was not trained for one: the single-shot question, asked again on the
-    enlarged surroundings of its box.
+    """A loop that needs no training: the single-shot question, asked again on the enlarged
+    surroundings of its box.
 
     The box is not drawn: nobody has told the model whose it is.
     """

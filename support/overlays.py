@@ -5,7 +5,7 @@ Each takes (image, box or None) and returns a picture of the same size, as the f
 does; what is random in it depends on the box alone, so that a run can be repeated.
 """
 
-from common import draw_overlay, enlarge, view_of, zoom
+from common import draw_overlay
 
 import numpy as np
 from PIL import ImageDraw, ImageFont
@@ -50,11 +50,3 @@ OVERLAYS = {
     "random text": random_text,
     "a box elsewhere": elsewhere(draw_overlay),
 }
-
-
-def views(surroundings):
-    """As OVERLAYS, for the zoomed loop: name -> feedback."""
-    return {
-        "no box drawn": lambda image, box: enlarge(image, view_of(box, surroundings)),
-        "a view elsewhere": elsewhere(zoom(surroundings).feedback),
-    }

@@ -141,14 +141,14 @@ def readable(path):
 def with_views(args, name, lines):
     """The lines of a row that looks at the surroundings of its boxes, with these as "view"."""
     again = name in (AGAIN, AGAIN_GUARDED)
-    if not again and (args.feedback != "zoom" or name == CONTROL):
+    if not again and (args.feedback == "overlay" or name == CONTROL):
         return lines
     out = []
     for line in lines:
         shown = [last_valid(line["boxes"][:t]) for t in range(1, len(line["boxes"]))]
         views = [None] + [view_of(box, args.surroundings) for box in shown]
         line = {**line, "view": views}
-        if again:  # nothing is drawn on its views
+        if again or args.feedback == "again":  # nothing is drawn on its views
             line["seen"] = [None] * len(views)
         out.append(line)
     return out

@@ -48,8 +48,9 @@ PRESETS = {  # phase -> name -> Setting
         "feedback": Setting(
             "overlay",
             "overlay",
-            "before step t: box t - 1 on the image, or its surroundings enlarged (zoom, ours)",
-            ("overlay", "zoom"),
+            "before step t: box t - 1 on the image, or its surroundings enlarged (ours: zoom), or "
+            "these without the box, and the question of step 0 again (again)",
+            ("overlay", "zoom", "again"),
         ),
         "surroundings": Setting(
             2.0, 1.5, "zoom: sides of the view, in longer sides of the box; ours", high=100
@@ -57,10 +58,10 @@ PRESETS = {  # phase -> name -> Setting
         "seed": Setting(0, 0, "of everything random; ours", low=0, high=2**31 - 1),
     },
     "make_data": {
-        "train_samples": Setting(2400, 2400, "training samples, a third from each source"),
+        "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
-        "iou_max": Setting(0.85, 0.8, "better predictions are discarded", low=0, high=1),
+        "iou_max": Setting(0.85, 0.83, "better predictions are discarded", low=0, high=1),
         "start": Setting(
             "student",
             "student",
@@ -84,7 +85,7 @@ PRESETS = {  # phase -> name -> Setting
     },
     "sft": {
         "lr": Setting(2e-5, 2e-3, "peak learning rate", low=1e-9, high=1),
-        "epochs": Setting(10, 6, "passes over the trajectories"),
+        "epochs": Setting(10, 4, "passes over the trajectories"),
         "batch_size": Setting(4, 16, "trajectories per forward pass"),
         "grad_accum": Setting(4, 1, "forward passes per update"),
         "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),

@@ -107,7 +107,7 @@ def probe_grpo(vlm, samples, args, data, loop):
     words = (loop.prompt, loop.continuation)
     prompt, instruction = (part.format(text=largest["expression"]) for part in words)
     text = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
-    trajectory = build_trajectory(vlm, prompt, images, [text] * count, instruction)
+    trajectory = build_trajectory(vlm, prompt, images, [text] * count, instruction, loop.turn)
     probe(vlm, [trajectory] * args.batch_size, largest)
 
 

@@ -9,7 +9,7 @@ import make_data
 from common import IVT, SINGLE_PROMPT, encode_images, format_box, rollout, trajectory_logprobs, zoom
 from support import files
 from support.loops import asked_again, guarded, loop_of, plausible
-from support.overlays import views
+from support.overlays import elsewhere
 from tests.small import picture, vlm
 
 import pytest
@@ -76,7 +76,7 @@ def test_an_untrained_model_is_asked_again_by_its_user(vlm, monkeypatch):
     rows = rollout(vlm, images, ["a", "b"], 1, max_tokens=6, loop=asked_again(2.0), **options)
     sampled = torch.tensor([logprob for row in rows for logprob in row.logprob])
     assert (trajectory_logprobs(vlm, rows).logprob - sampled).abs().max() < 1e-4
-    [view] = encode_images(vlm, [views(2.0)["no box drawn"](images[1], BOX)])
+    [view] = encode_images(vlm, [asked_again(2.0).feedback(images[1], BOX)])
     assert torch.allclose(rows[2].images[1].embeds, view.embeds, atol=1e-5)
     text = vlm.tokenizer.decode(rows[2].ids).replace("<|image_pad|>", "")
     shown = "<|im_start|>user\n<|vision_start|><|vision_end|>"
@@ -88,7 +88,7 @@ def test_an_untrained_model_is_asked_again_by_its_user(vlm, monkeypatch):
 def test_what_is_shown_instead_of_the_view():
     image = picture(90, 70)
     own = zoom(2.0).feedback(image, BOX).tobytes()
-    for feedback in views(2.0).values():
+    for feedback in (elsewhere(zoom(2.0).feedback), asked_again(2.0).feedback):
         shown = feedback(image, BOX)
         assert shown.size == image.size and shown.tobytes() != own
         assert shown.tobytes() == feedback(image, BOX).tobytes()
