@@ -61,7 +61,7 @@ PRESETS = {  # phase -> name -> Setting
         "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
-        "iou_max": Setting(0.85, 0.83, "better predictions are discarded", low=0, high=1),
+        "iou_max": Setting(0.85, 0.82, "better predictions are discarded", low=0, high=1),
         "start": Setting(
             "student",
             "student",
@@ -105,10 +105,10 @@ PRESETS = {  # phase -> name -> Setting
         "entropy": Setting(0.01, 0.01, "lambda, weight of the entropy", low=0, high=100),
         "kl": Setting("paper", "paper", "mean |log pi - log ref|; k3 is ours", ("paper", "k3")),
         "grad_accum": Setting(8, 8, "prompts per update: our reading of 8 accumulation steps"),
-        "updates": Setting(300, 40, "300 x 8 is one pass over 2,400 prompts; ours"),
+        "updates": Setting(300, 30, "300 x 8 is one pass over 2,400 prompts; ours"),
         "batch_size": Setting(6, 6, "trajectories per forward pass; ours"),
         "prompts_at_once": Setting(2, 16, "prompts decoded together; ours"),
-        "val_every": Setting(25, 20, "updates between validations; ours"),
+        "val_every": Setting(25, 15, "updates between validations; ours"),
         "val_prompts": Setting(64, 128, "validation prompts; ours"),
         "save_every": Setting(5, 5, "updates between checkpoints; ours"),
     },
@@ -116,7 +116,7 @@ PRESETS = {  # phase -> name -> Setting
         "max_tokens": Setting(160, 80, "per step"),
         "batch_size": Setting(6, 64, "samples decoded at once; ours"),
         "guard": GUARD,
-        "longest": Setting(6, 6, "steps that an IVT row is played to; ours"),
+        "longest": Setting(6, 4, "steps that an IVT row is played to; ours"),
         "control_temperature": Setting(
             1.0, 1.0, "of the control of T + 1 sampled answers; ours", low=0.01, high=10
         ),
