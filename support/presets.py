@@ -95,7 +95,7 @@ PRESETS = {  # phase -> name -> Setting
     },
     "grpo": {
         "steps": Setting(2, 2, "T; 0 trains Table 1's single-step control", low=0, high=20),
-        "lr": Setting(2e-6, 1e-4, "learning rate; that it is constant is ours", low=1e-9, high=1),
+        "lr": Setting(2e-6, 3e-4, "learning rate; that it is constant is ours", low=1e-9, high=1),
         "max_tokens": Setting(160, 80, "per step"),
         "group_size": Setting(6, 6, "N, trajectories per prompt", low=2, high=1000),
         "temperature_first": Setting(1.0, 1.0, "at step 0", low=0, high=10),
@@ -163,7 +163,8 @@ PRESETS = {  # phase -> name -> Setting
         "iteration": Setting(1, 1, "whose pairs are learnt from", high=99),
         "lr": Setting(5e-6, 2e-4, "peak learning rate", low=1e-9, high=1),
         "beta": Setting(0.1, 0.1, "nearness to the reference", low=0, high=100),
-        "epochs": Setting(5, 3, "passes over the pairs"),
+        "nll": Setting(0.0, 1.0, "weight of the chosen path's mean -log pi; ours", low=0, high=100),
+        "epochs": Setting(5, 2, "passes over the pairs"),
         "batch_size": Setting(3, 8, "pairs per forward pass"),
         "grad_accum": Setting(8, 1, "forward passes per update"),
         "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),

@@ -10,8 +10,10 @@ SFT for stage 1, stage 1 for stage 2. In stage 2 each answer is conditioned on i
 two steps have a loss each (visrl/loop.py, `dpo_loss`). Plain DPO starts from the bare base, with
 the bare question. In iteration 2 stage 1 starts from stage 2 of iteration 1, and so on.
 
-No departure from the paper's text. Where it is silent: the authors' rates, AdamW without weight
-decay, gradients clipped to norm 1. The toy preset has its own rate, epochs and batch.
+One departure from the paper's text: `--nll` adds the chosen path's own loss (in the toy preset; the
+paper's is 0), without which the toy unlearns to write boxes. Where the paper is silent: the
+authors' rates, AdamW without weight decay, gradients clipped to norm 1. The toy preset has its own
+rate, epochs and batch.
 
 Reads data/train.jsonl, data/pairs.jsonl and an adapter. Writes rl1/, rl2/, rl2_only/ or plain_dpo/
 (PEFT adapters; from iteration 2 on with its number), log/<name>.jsonl, <name>.checkpoint.
@@ -151,7 +153,7 @@ for update in range(first_update, updates):
     # Update ---------------------------------------------------------------------------------------
     # Each pair weighs the same: divided by those of the whole update, accumulation equals one large
     # batch. The reference's log-probabilities need no gradient.
-    facts = []  # of each pair: loss, right, a margin for each step, KL
+    facts = []  # of each pair: loss, right, a margin for each step, KL, loss of the chosen path
     for i in range(0, len(mine), args.batch_size):
         part = mine[i : i + args.batch_size]
         errors.working_on([sample_of[pair["id"]] for pair in part])
@@ -165,14 +167,18 @@ for update in range(first_update, updates):
             args.beta,
         )
         losses = losses.mean(1)  # [N]: Eq. 8, both steps weigh one half
-        (losses.sum() / len(whole)).backward()
+        # Both log pi may fall, the rejected one's faster, until no box is written at all; this term
+        # holds the chosen one's up (as in arXiv:2404.19733, Section 2.2)
+        chosen = policy.row % (len(batch) // len(part)) == 0  # [M]: of each pair's first trajectory
+        nll = -policy.logprob[chosen].mean()  # []
+        ((losses.sum() + args.nll * len(part) * nll) / len(whole)).backward()
         # As GRPO's: mean |log pi - log ref| over the tokens of the pairs
         kl = (policy.logprob - reference.logprob).abs().mean()
         for loss, margin in zip(losses.tolist(), margins.tolist()):
-            facts.append([loss, float(sum(margin) > 0), *margin, kl.item()])
+            facts.append([loss, float(sum(margin) > 0), *margin, kl.item(), nll.item()])
     processes.sum_gradients(parameters)
-    facts = torch.tensor(processes.gather(facts))  # [pairs of the update, 3 + K]
-    loss, accuracy, *margin, kl = facts.mean(0).tolist()
+    facts = torch.tensor(processes.gather(facts))  # [pairs of the update, 4 + K]
+    loss, accuracy, *margin, kl, nll = facts.mean(0).tolist()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     training.stop_unless_finite(update, loss, norm, whole)
     rate = learning_rate(args, update, updates)
@@ -183,7 +189,7 @@ for update in range(first_update, updates):
 
     # Log ------------------------------------------------------------------------------------------
     margin = [round(m, 6) for m in margin]
-    row = dict(loss=loss, accuracy=accuracy, margin=margin, kl=kl, grad_norm=norm, lr=rate)
+    row = dict(loss=loss, accuracy=accuracy, margin=margin, kl=kl, nll=nll, grad_norm=norm, lr=rate)
     log.write(update=update + 1, epoch=epoch + 1, **row)
     numbers = dict(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", kl=f"{kl:.3f}")
     bar.set_postfix(numbers, refresh=False)
