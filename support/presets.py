@@ -125,14 +125,14 @@ PRESETS = {  # phase -> name -> Setting
     },
     "visrl.make_data": {
         **VISRL,
-        "sft_samples": Setting(30647, 900, "samples with boxes, for SFT (Table 7)"),
+        "sft_samples": Setting(30647, 48, "samples with boxes, for SFT (Table 7)"),
         "train_samples": Setting(180000, 600, "questions without boxes, for RL (Table 7)"),
         "test_samples": Setting(5500, 450, "test samples; ours"),
     },
     "visrl.sft": {
         **VISRL,
         "lr": Setting(1e-4, 2e-3, "peak learning rate", low=1e-9, high=1),
-        "epochs": Setting(3, 3, "passes over the samples"),
+        "epochs": Setting(3, 2, "passes over the samples"),
         "batch_size": Setting(2, 16, "samples per forward pass"),
         "grad_accum": Setting(8, 1, "forward passes per update"),
         "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
@@ -161,7 +161,7 @@ PRESETS = {  # phase -> name -> Setting
     "visrl.dpo": {
         **VISRL,
         "iteration": Setting(1, 1, "whose pairs are learnt from", high=99),
-        "lr": Setting(5e-6, 2e-4, "peak learning rate", low=1e-9, high=1),
+        "lr": Setting(5e-6, 5e-4, "peak learning rate", low=1e-9, high=1),
         "beta": Setting(0.1, 0.1, "nearness to the reference", low=0, high=100),
         "nll": Setting(0.0, 1.0, "weight of the chosen path's mean -log pi; ours", low=0, high=100),
         "epochs": Setting(5, 2, "passes over the pairs"),
