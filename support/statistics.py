@@ -434,11 +434,15 @@ def ablations(samples, args, lines_of, others, logs):
     """The table of ablations, name -> row: the run's own rows, `others` (played with other
     pictures) and those of the runs in args.compare; {} when there is nothing to compare.
 
-    logs: the name of each row's log. Exits when another run has other test samples.
+    logs: the name of each row's log. "against", of `others`, named "row, what is shown": the last
+    step's IoU minus that of the row itself, paired. Exits when another run has other test samples.
     """
     rows = {}
     for name, lines in others.items():
         rows[name] = ablation(samples, lines, args.steps, Path())
+        own = lines_of[name.rpartition(", ")[0]]
+        last, last_own = (all_ious(samples, of)[:, args.steps] for of in (lines, own))
+        rows[name]["against"] = estimate(last - last_own)
     for folder in map(Path, args.compare):
         rows |= rows_of_run(samples, folder, logs, args.steps)
     if not rows:

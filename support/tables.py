@@ -423,11 +423,14 @@ def ablation_lines(results):
     for name, row in results["ablations"].items():
         ends = [cell(row["first"]), cell(row["last"]), cell(row["delta"], "+")]
         validation = " -> ".join(f"{iou:.3f}" for iou in row["validation"])
-        rows.append([name, *ends, cell(row["repeats"]), cell(row["Acc@0.5"]), validation])
+        against = cell(row["against"], "+") if "against" in row else ""
+        own = [cell(row["repeats"]), cell(row["Acc@0.5"]), validation]
+        rows.append([name, *ends, against, *own])
     last = f"step {results['steps']}"
-    return section(
-        "**Ablations.** Same test samples. Validation: mean IoU of step 0 at the first and the "
-        "last validation of GRPO.",
-        ("Run", "step 0", last, "delta", "repeats", "Acc@0.5, last step", "validation, step 0"),
-        rows,
+    title = (
+        "**Ablations.** Same test samples. Validation: mean IoU of step 0 at the first and the last "
+        "validation of GRPO. Against its own: the last step minus that of the same model shown its "
+        "own boxes, paired."
     )
+    head = ["Run", "step 0", last, "delta", "against its own", "repeats", "Acc@0.5, last step"]
+    return section(title, [*head, "validation, step 0"], rows)

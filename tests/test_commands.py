@@ -165,7 +165,7 @@ def test_scripts_around_a_run(whole, tmp_path):
     status, printed = command("evaluate", out, *more)
     assert status == 0, printed
     before = json.loads((out / "results.json").read_text())
-    assert len(before["ablations"]) == 5 + 3 + 2
+    assert len(before["ablations"]) == 5 + 4 + 2
     own = before["ablations"]["SFT + GRPO + IVT"]
     other = before["ablations"][f"{whole[0]}: SFT + GRPO + IVT"]
     assert own["first"] == other["first"] and own["validation"] == other["validation"]
@@ -238,7 +238,7 @@ def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
         assert status == 0, printed
     results = json.loads((out / "results.json").read_text())
     names = [name for name in results["ablations"] if "SFT + GRPO + IVT, " in name]
-    assert names == ["SFT + GRPO + IVT, no box drawn", "SFT + GRPO + IVT, a view elsewhere"]
+    assert names == ["SFT + GRPO + IVT, a view elsewhere", "SFT + GRPO + IVT, no box drawn"]
     status, printed = command("sft", out, "--restart")
     assert status == 1 and "was made with --feedback zoom, and now it is overlay" in printed
 
