@@ -428,9 +428,9 @@ def ablation_lines(results):
         rows.append([name, *ends, against, *own])
     last = f"step {results['steps']}"
     title = (
-        "**Ablations.** Same test samples. Validation: mean IoU of step 0 at the first and the last "
-        "validation of GRPO. Against its own: the last step minus that of the same model shown its "
-        "own boxes, paired."
+        "**Ablations.** Same test samples. Validation: mean IoU of step 0 at the first and the "
+        "last validation of GRPO. Against its own: the last step minus that of the same model shown "
+        "its own boxes, paired."
     )
     head = ["Run", "step 0", last, "delta", "against its own", "repeats", "Acc@0.5, last step"]
     return section(title, [*head, "validation, step 0"], rows)
