@@ -429,8 +429,8 @@ def ablation_lines(results):
     last = f"step {results['steps']}"
     title = (
         "**Ablations.** Same test samples. Validation: mean IoU of step 0 at the first and the "
-        "last validation of GRPO. Against its own: the last step minus that of the same model shown "
-        "its own boxes, paired."
+        "last validation of GRPO. Against its own: the last step minus that of the same model that "
+        "is shown its own boxes, paired."
     )
     head = ["Run", "step 0", last, "delta", "against its own", "repeats", "Acc@0.5, last step"]
     return section(title, [*head, "validation, step 0"], rows)
