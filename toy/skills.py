@@ -4,6 +4,7 @@ python -m toy.skills --n 100      questions of each kind; 400 without the flag
 """
 
 import argparse
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +35,16 @@ def ask(vlm, images, questions, batch=64):
     """The greedy answers to one question about each image (PIL), as text. A question may hold
     earlier turns (`TURN`).
     """
-    answers = []
+    return [row.texts[0] for row in replies(vlm, images, questions, batch)]
+
+
+def replies(vlm, images, questions, batch=64):
+    """As `ask`: Trajectories, with the answers' log-probabilities."""
+    rows = []
     for i in range(0, len(images), batch):
         part = slice(i, i + batch)
-        rows = rollout(vlm, images[part], questions[part], 0, max_tokens=40, loop=ASK)
-        answers += [row.texts[0] for row in rows]
-    return answers
+        rows += rollout(vlm, images[part], questions[part], 0, max_tokens=40, loop=ASK)
+    return rows
 
 
 def locate(vlm, pictures, expressions, batch=64):
@@ -143,6 +148,18 @@ def exact(vlm, made):
     """The share of (picture, question, answer, ...) that are answered to the letter."""
     answers = ask(vlm, [m[0]["image"] for m in made], [m[1] for m in made])
     return mean(a.strip() == m[2] for a, m in zip(answers, made))
+
+
+def yes(vlm, made):
+    """The probability of "yes" for each (picture, question that is answered by yes or no, ...)."""
+    rows = replies(vlm, [m[0]["image"] for m in made], [m[1] for m in made])
+    sure = [math.exp(row.logprob[0]) for row in rows]
+    return [p if row.texts[0] == "yes" else 1 - p for p, row in zip(sure, rows)]
+
+
+def area_under_curve(low, high):
+    """The share of pairs of a value of `low` and one of `high` in which the latter is larger."""
+    return mean((a < b) + (a == b) / 2 for a in low for b in high)
 
 
 def own_frames(rng, finds, boxes):
@@ -252,6 +269,10 @@ def table(vlm, n, seed):
     add("is X inside the frame", "balanced accuracy", balanced, "0.5", "0.85")
     add(f"  its own wrong boxes ({len(own['wrong'])})", "no", exact(vlm, own["wrong"]), "0.5", "")
     add(f"  its own right boxes ({len(own['right'])})", "yes", exact(vlm, own["right"]), "0.5", "")
+    # Its answer takes a yes for the likelier one; how well does its probability tell them apart?
+    area = area_under_curve(yes(vlm, own["wrong"]), yes(vlm, own["right"]))
+    number = min(len(own["wrong"]), len(own["right"]))
+    add(f"  p(yes), own right above own wrong ({number})", "area under curve", area, "0.5", "")
 
     made = draw(rng, lambda rng: framed(rng, "compare"), n)
     answers = ask(vlm, [m[0]["image"] for m in made], [m[1] for m in made])
