@@ -3,7 +3,7 @@
 import random
 import re
 
-from common import CORRECTION, IVT_PROMPT, SINGLE_PROMPT, format_box
+from common import IVT_PROMPT, SINGLE_PROMPT, format_box
 from toy.questions import FRAMES, RELATED
 from toy.world import COLORS, KINDS, MARKS, RELATIONS, SEEN, SIZES, SUPERLATIVES
 
@@ -33,6 +33,11 @@ CHAT_TEMPLATE = (
 )
 # Words of the methods' prompts and traces. The tokenizer learns to spell them; the base never
 # reads them in training.
+INSTRUCTION_WORDS = (
+    "The red box is your last prediction. Examine it: is it on the wrong object, shifted, too "
+    "large or too small? Think inside <think> </think>, then report the corrected bbox "
+    "coordinates in JSON format."
+)
 TRACE_WORDS = (
     "<think>I look for the object. I see it in the middle, at the upper left. Here is the red "
     "box: it fits well and I keep it. The red box is on the wrong object, too far left, too far"
@@ -57,7 +62,7 @@ QUESTION_WORDS = (
 
 def vocabulary_words():
     """All words of the texts above and of the world, each once."""
-    texts = [CORRECTION, IVT_PROMPT, SINGLE_PROMPT, TRACE_WORDS, QUESTION_WORDS]
+    texts = [INSTRUCTION_WORDS, IVT_PROMPT, SINGLE_PROMPT, TRACE_WORDS, QUESTION_WORDS]
     words = {word for text in texts for word in re.findall(r"</?think>|[A-Za-z]+", text)}
     words |= {*COLORS, *KINDS, *SIZES, *FRAMES, *MARKS, *RELATED, *SUPERLATIVES}
     return sorted(words)
@@ -75,7 +80,7 @@ def make_tokenizer(seed=0):
     corpus = []
     for _ in range(300):
         corpus += [
-            CORRECTION,
+            INSTRUCTION_WORDS,
             IVT_PROMPT,
             SINGLE_PROMPT,
             TRACE_WORDS,
