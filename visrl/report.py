@@ -116,7 +116,15 @@ def analyse(samples, lines_of, pairs):
     boxes of its pairs."""
     sources = np.array([sample["source"] for sample in samples])
     order = {name: i for i, name in enumerate(ORDER)}
-    names = sorted(lines_of, key=lambda name: order.get(name, len(order)))
+
+    def place(name):
+        """Further iterations stand behind the first, each with its stages in order."""
+        first, _, iteration = name.partition(", iteration ")
+        if iteration:
+            return order[RL2], int(iteration), order[first]
+        return order.get(name, len(order)), 0, 0
+
+    names = sorted(lines_of, key=place)
     right = {name: np.array([line["right"] for line in lines_of[name]], float) for name in names}
     hit = {}  # of rows with boxes of their own, where the samples have true ones
     for name in names:
