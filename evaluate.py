@@ -100,7 +100,7 @@ ROWS = [
     # Do new pixels help without any training? The question again, on the enlarged surroundings
     Row(statistics.AGAIN, "base_closer", loop=closer, **untrained),
     Row(statistics.AGAIN_GUARDED, "base_closer_guarded", loop=guarded(closer), **untrained),
-    Row("Base + IVT (no training)", "base_ivt"),
+    Row("Base + IVT (no training)", "base_ivt", steps=args.steps),
     Row("SFT + IVT", "sft", adapter="sft", command="python sft.py"),
     # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
     Row(

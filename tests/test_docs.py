@@ -440,7 +440,8 @@ def test_the_readme_names_the_packages():
 def test_the_readme_has_the_main_commands():
     """`.ci/run` takes the test command from there, too."""
     lines = [line for block in fenced(TEXT["README.md"]) for line in block.splitlines()]
-    test = "pip install -r requirements.txt pytest hypothesis && python -m pytest -q"
+    test = "pip install -r requirements.txt pytest pytest-xdist hypothesis "
+    test += "&& python -m pytest -q -n 2 --dist loadfile"
     assert test in lines
     text = TEXT["README.md"].replace("\\\n", " ")
     phases = r"python make_data\.py.+?sft\.py.+?grpo\.py.+?grpo\.py --steps 0.+?evaluate\.py"
