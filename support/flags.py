@@ -123,7 +123,7 @@ def print_configuration(args):
         values["model"] = os.path.relpath(args.model)
     given = []
     for name, value in values.items():
-        if value is None or value is False or value == ():
+        if value is None or value is False or value in ((), ""):
             continue
         given.append(f"{name}={value}")
     print(f"{program()} --preset {args.preset} --out {args.out}")

@@ -115,17 +115,16 @@ def test_traces_are_of_the_view():
     assert "at the middle" in make_data.geometric_trace(row, 0, zoom(2.0))
 
 
-def test_the_vlm_teacher_is_told_the_box_of_the_view(monkeypatch):
+def test_the_vlm_teacher_is_told_the_box_of_the_view():
     calls = []
 
     def answer(vlm, images, prompts, steps, **options):
         calls.append((images, prompts))
         return [common.Trajectory(texts=["I see it at the left. It fits."]) for _ in prompts]
 
-    monkeypatch.setattr(make_data, "rollout", answer)
     rows = [{"id": "1", "expression": "the cat", "boxes": [BOX, [440, 410, 640, 510]]}]
     image = picture(64, 48)
-    make_data.vlm_traces(None, [image], rows, [1], max_tokens=4, loop=zoom(2.0))
+    make_data.vlm_traces(None, [image], rows, [1], max_tokens=4, loop=zoom(2.0), roll=answer)
     [(_, first), ([shown], second)] = calls
     assert format_box(BOX) in first[0]
     assert format_box([350, 400, 850, 650]) in second[0]
