@@ -29,6 +29,7 @@ import atexit
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -125,11 +126,8 @@ def import_vllm():
 
 def start(args, vlm):
     """An Engine of vlm's base model. What --vllm says goes before what is chosen here."""
+    more = further_arguments(args.vllm)
     free_memory()
-    try:
-        more = json.loads(args.vllm or "{}")
-    except ValueError as e:
-        stop(f"--vllm {args.vllm}: not JSON ({e}); give a JSON object of arguments of vllm.LLM")
     pictures = max(getattr(args, "steps", 1), getattr(args, "longest", 0)) + 1
     processor = vlm.image_processor
     largest = processor.size["longest_edge"] // (processor.patch_size * processor.merge_size) ** 2
@@ -152,6 +150,17 @@ def start(args, vlm):
     with without_main():
         llm = import_vllm().LLM(vlm.base.name_or_path, **options | more)
     return Engine(llm, folder.name)
+
+
+def further_arguments(text):
+    """The dict that --vllm says."""
+    try:
+        more = json.loads(text or "{}")
+    except ValueError:
+        more = None
+    if not isinstance(more, dict):
+        stop(f"--vllm {text}: no JSON object; for example '{{\"tensor_parallel_size\": 2}}'")
+    return more
 
 
 @contextmanager
@@ -182,7 +191,7 @@ def hand_over(engine, vlm):
     """The LoRARequest of the adapter that is active in vlm, None where there is none.
 
     It is saved when its weights are not those that were saved last: other tensors, or changed in
-    place since.
+    place since. What was saved before of this name goes.
     """
     from vllm.lora.request import LoRARequest
 
@@ -191,7 +200,10 @@ def hand_over(engine, vlm):
         return None
     weights = [p for key, p in vlm.model.named_parameters() if f".{name}." in key]
     versions = [(id(p), p._version) for p in weights]
-    if name not in engine.handed or engine.handed[name][1] != versions:
+    before = engine.handed.get(name)
+    if before is None or before[1] != versions:
+        if before:
+            shutil.rmtree(before[2].lora_path)
         engine.count += 1
         folder = Path(engine.folder) / str(engine.count)
         save_adapter(vlm, folder, name)

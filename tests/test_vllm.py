@@ -2,6 +2,7 @@
 stands in for it, and the tests that need it are skipped."""
 
 import argparse
+import collections
 import contextlib
 import json
 import math
@@ -60,6 +61,8 @@ def test_another_policy_than_the_trained_one_is_refused(monkeypatch):
     with pytest.raises(SystemExit, match="--quantize none"):
         rollouts(args)
     args.quantize = "none"
+    with pytest.raises(SystemExit, match="no JSON object"):
+        on_vllm.further_arguments("[1]")
     monkeypatch.setattr(on_vllm, "WORLD", 2)
     with pytest.raises(SystemExit, match="one process"):
         rollouts(args)
@@ -168,7 +171,8 @@ def stand_in(monkeypatch):
     sampling.RequestOutputKind = kinds
     lora = types.ModuleType("vllm.lora")
     request = types.ModuleType("vllm.lora.request")
-    request.LoRARequest = lambda *what: what
+    fields = "lora_name lora_int_id lora_path"
+    request.LoRARequest = collections.namedtuple("LoRARequest", fields)
     for module in (vllm, sampling, lora, request):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -251,6 +255,7 @@ def test_an_adapter_is_handed_over_when_it_has_changed(stand_in, tmp_path, toget
     optimizer.step()
     changed = on_vllm.hand_over(engine, vlm)
     assert changed == ("policy 3", 3, str(tmp_path / "3"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
     loaded = toy()
     add_adapter(loaded, tmp_path / "3", "policy")
     saved = dict(loaded.model.named_parameters())
