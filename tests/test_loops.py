@@ -156,6 +156,7 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path):
     args = argparse.Namespace(out=tmp_path, restart=False, model="m", lr=0.1)
     files.begin(args, "grpo")
     later = {**vars(args), "feedback": "overlay", "surroundings": 2.0, "guard": "off"}
+    later |= {"engine": "plain", "vllm": ""}
     assert files.begin(argparse.Namespace(**later), "grpo")
     with pytest.raises(SystemExit, match="feedback: overlay then, zoom now"):
         files.begin(argparse.Namespace(**{**later, "feedback": "zoom"}), "grpo")
