@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import SINGLE_SHOT, Loop, rollout
+from common import SINGLE_SHOT, Loop
 from support import (
     files,
     models,
@@ -40,7 +40,7 @@ from support import (
     tables,
 )
 from support.flags import Flag, flags
-from support.loops import asked_again, guarded, loop_of
+from support.loops import asked_again, guarded, loop_of, rollouts
 from support.overlays import OVERLAYS, elsewhere
 from support.own_picture import look_at
 
@@ -68,6 +68,7 @@ test = samples.read_samples(
 )
 longest = max(args.steps, args.longest)
 loop = loop_of(args)
+roll = rollouts(args)
 
 # The surroundings mean nothing to a row in which the box is drawn on the whole image
 LOOP_FLAGS = ("feedback", "guard")
@@ -139,7 +140,7 @@ def play(row):
     inputs = [data / "test.jsonl"]
     if row.adapter:
         inputs.append(args.out / row.adapter / "adapter_model.safetensors")
-    depends_on = ["model", "quantize", "dtype", "max_pixels", "max_tokens"]
+    depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens"]
     count = row.samples or args.steps + 1
     if count > 1:
         depends_on += ["seed", "control_temperature"]
@@ -151,7 +152,7 @@ def play(row):
 
     def work(batch):
         numbers, part = zip(*batch)
-        trajectories = rollout(
+        trajectories = roll(
             model_with(row.adapter),
             [samples.load_image(sample, data) for sample in part],
             [sample["expression"] for sample in part],

@@ -22,10 +22,10 @@ under --out.
 
 import time
 
-from common import advantages, grpo_loss, reward, rollout, trajectory_logprobs
+from common import advantages, grpo_loss, reward, trajectory_logprobs
 from support import checkpoints, errors, files, models, page, processes, samples, training
 from support.flags import Flag, flags
-from support.loops import loop_of
+from support.loops import loop_of, rollouts
 
 import torch
 
@@ -71,6 +71,7 @@ for adapter in ("policy", "reference"):
 vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that takes gradients
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+roll = rollouts(args, vlm)
 
 
 def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0):
@@ -84,7 +85,7 @@ def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0)
     for i in range(0, len(prompts), at_once):
         part = prompts[i : i + at_once]
         errors.working_on(part)
-        trajectories += rollout(
+        trajectories += roll(
             vlm,
             [samples.load_image(sample, data) for sample in part],
             [sample["expression"] for sample in part],
@@ -156,6 +157,7 @@ for update in range(first_update, args.updates + 1):
     # One gradient step. Each term is divided by the tokens of the whole update, whichever
     # micro-batch or process they are in, so that accumulation equals one large batch.
     tokens = sum(processes.gather([sum(len(t.target) for t in trajectories)]))
+    gaps = []  # |log pi as sampled - log pi here| of each token: rounding, or something is wrong
     terms = torch.zeros(4)  # loss, policy, KL, entropy: means over the tokens of the update
     for i in range(0, len(trajectories), args.batch_size):
         batch = trajectories[i : i + args.batch_size]
@@ -174,6 +176,7 @@ for update in range(first_update, args.updates + 1):
             kl=args.kl,
         )
         (loss / tokens).backward()
+        gaps += training.sampler_gaps(batch, policy.logprob)
         terms += torch.stack([loss, *parts]).detach().cpu() / tokens  # [4]
     processes.sum_gradients(parameters)
     terms = torch.tensor(processes.gather([terms.tolist()])).sum(0)  # [processes, 4] -> [4]
@@ -184,7 +187,7 @@ for update in range(first_update, args.updates + 1):
     optimizer.zero_grad()
 
     # Log ------------------------------------------------------------------------------------------
-    row = training.rollout_facts(rewards, trajectories, owners)
+    row = training.rollout_facts(rewards, trajectories, owners, gaps)
     row |= dict(loss=loss, policy=policy_term, kl=kl, entropy=entropy, grad_norm=norm)
     log.write(update=update + 1, **row)
     recent.append(row)

@@ -45,7 +45,7 @@ from common import (
 )
 from support import errors, files, models, processes, samples, sources
 from support.flags import flags
-from support.loops import loop_of
+from support.loops import loop_of, rollouts
 from support.traces import template_trace, trace_fault
 from toy import world
 
@@ -116,7 +116,7 @@ TEACHER_HOLD = (  # for trajectories that hold still, with --keep all or --path 
 )
 
 
-def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT):
+def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
     """The paper's teacher for a batch of rows: a VLM is asked for each step, up to three times.
 
     rows: dicts with id, expression and boxes. Returns for each {"id", "traces", "rejected"}: T + 1
@@ -141,7 +141,7 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT):
                 told = format_box(loop.to_picture(box, last_box))
                 prompts.append(words.format(expression=rows[i]["expression"], box=told))
                 pictures.append(loop.feedback(images[i], last_box))  # what the student will see
-            trajectories = rollout(
+            trajectories = roll(
                 vlm,
                 pictures,
                 prompts,
@@ -189,10 +189,11 @@ if __name__ == "__main__":
     # 2. The student's predictions -----------------------------------------------------------------
     # Greedy and single-shot: the errors that this model makes, not those that we would think of.
     vlm = models.load_vlm(args)
+    roll = rollouts(args)
 
     def predict(batch):
         part = [sample for _, sample in batch]
-        trajectories = rollout(
+        trajectories = roll(
             vlm,
             [samples.load_image(sample, data) for sample in part],
             [sample["expression"] for sample in part],
@@ -260,7 +261,8 @@ if __name__ == "__main__":
             numbers, part = zip(*batch)
             images = [samples.load_image(row, data) for row in part]
             seeds = [args.seed * 1_000_003 + 3 * number for number in numbers]
-            return vlm_traces(vlm, images, part, seeds, max_tokens=args.max_tokens, loop=loop)
+            options = dict(max_tokens=args.max_tokens, loop=loop, roll=roll)
+            return vlm_traces(vlm, images, part, seeds, **options)
 
         sample_of = {sample["id"]: sample for sample in train}
         todo = [{**sample_of[row["id"]], **row} for row in rows]

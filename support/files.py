@@ -13,7 +13,7 @@ from support.processes import RANK, barrier, catch_interrupts, gather, leave_if_
 # Flags of earlier versions, with the value at which they did nothing: a run with it can go on
 FORMER_FLAGS = {"first_step": "all", "reward": "simple", "agree": 1.0}
 # Flags that came later, with the value at which they do what the code did before
-LATER_FLAGS = {"feedback": "overlay", "surroundings": 2.0, "guard": "off"}
+LATER_FLAGS = {"feedback": "overlay", "surroundings": 2.0, "guard": "off", "engine": "plain"}
 FORMER_NAMES = {"toy_base": "base"}  # folders of base models that have moved
 LARGE_FILE = 2**26  # bytes
 
@@ -178,7 +178,7 @@ def begin(args, name, *inputs, ignore=(), only=None, **more):
     path = args.out / f"log/{name}.config.json"
     config = {}
     for key, value in vars(args).items():
-        if key in ("out", "restart", "save_every", "skip_bad", *ignore):
+        if key in ("out", "restart", "save_every", "skip_bad", "vllm", *ignore):
             continue
         if only is None or key in only:
             config[key] = value

@@ -88,7 +88,7 @@ def make_parser(doc, settings, extra):
         "--skip-bad", action="store_true", help="go on without samples that do not pass the checks"
     )
     for name, setting in settings.items():
-        values = f"{setting.paper}"
+        values = str(setting.paper) or "none"
         if setting.paper != setting.toy:
             values = f"paper: {setting.paper}, toy: {setting.toy}"
         parser.add_argument(
@@ -123,7 +123,7 @@ def print_configuration(args):
         values["model"] = os.path.relpath(args.model)
     given = []
     for name, value in values.items():
-        if value is None or value is False or value == ():
+        if value is None or value is False or value in ((), ""):
             continue
         given.append(f"{name}={value}")
     print(f"{program()} --preset {args.preset} --out {args.out}")

@@ -1,8 +1,9 @@
-"""The Loop that `--feedback` names, and its variants in the tables of evaluate.py."""
+"""The Loop that `--feedback` names, its variants in the tables of evaluate.py, and who plays
+them."""
 
 from dataclasses import replace
 
-from common import IVT, SINGLE_PROMPT, enlarge, iou, view_of, zoom
+from common import IVT, SINGLE_PROMPT, enlarge, iou, rollout, view_of, zoom
 
 # The guard's g and s. A box that differs more from the last one is taken for a slip, not for a
 # correction: refining a box that is roughly right does not need more.
@@ -62,3 +63,17 @@ def asked_again(surroundings):
 
     words = dict(prompt=SINGLE_PROMPT, continuation=SINGLE_PROMPT, turn=USER_TURN)
     return replace(zoom(surroundings), feedback=feedback, **words)
+
+
+def rollouts(args, trainee=None):
+    """What plays the loops: `rollout`, or with --engine vllm a function that takes and returns the
+    same.
+
+    trainee: the model that is trained on what is played: its trajectories need their ImageTokens,
+    and the engine starts at once, beside the largest batch. Exits when there is no vLLM.
+    """
+    if args.engine == "plain":
+        return rollout
+    from speed.vllm_rollout import player
+
+    return player(args, trainee)

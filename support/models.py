@@ -369,11 +369,11 @@ def load_with_adapter(args, folder=None):
 
     In float32 LoRA becomes part of the weights: one product for each projection and not three, and
     the same policy up to rounding. bfloat16 would round much of it away, and 4-bit weights cannot
-    take it, so there it stays beside them.
+    take it, so there it stays beside them; and so it does where another engine is to be given it.
     """
     vlm = load_vlm(args)
     if folder:
         add_adapter(vlm, folder, "policy")
-        if args.quantize == "none" and args.dtype == "float32":
+        if args.quantize == "none" and args.dtype == "float32" and args.engine == "plain":
             vlm.model = vlm.model.merge_and_unload()
     return vlm

@@ -4,10 +4,11 @@ import json
 from functools import partial
 from pathlib import Path
 
-from common import denormalize_box, rollout
+from common import denormalize_box
 from support.checkpoints import best_adapter
 from support.errors import explain_out_of_memory, stop, working_on
 from support.files import agrees, read_lines
+from support.loops import rollouts
 from support.models import load_with_adapter
 from support.page import group, with_views, write_page
 from support.pictures import filmstrip, write_picture
@@ -39,12 +40,13 @@ def look_at(args, image, expression, loop):
             sample["id"] = f"{number} {sample['id']}"
     explain_out_of_memory("--max-pixels or --batch-size")
     vlm = load_with_adapter(args, adapter)
+    roll = rollouts(args)
     load = partial(load_image, upright=True)
     lines = []
     for i in range(0, len(samples), args.batch_size):
         part = samples[i : i + args.batch_size]
         working_on(part)
-        trajectories = rollout(
+        trajectories = roll(
             vlm,
             [load(sample, "/") for sample in part],
             [sample["expression"] for sample in part],

@@ -426,6 +426,7 @@ TITLES = {  # a metric of the logs -> what stands over its chart
     "no_signal": "Share of groups whose rewards are all equal",
     "reward_std": "Deviation of the reward within a group",
     "policy": "Policy term of the loss",
+    "sampler_gap": "Gap in log pi between what sampled and what is trained, nats",
     "grad_norm": "Norm of the gradient, before it is clipped",
     "lr": "Learning rate",
 }

@@ -22,6 +22,12 @@ class Setting:
 GUARD = Setting(
     "off", "off", "a box that is far from the one before it is not taken; ours", ("off", "on")
 )
+ENGINE = {  # of all phases that play the loop
+    "engine": Setting(
+        "plain", "plain", "what plays the loop (speed/README.md); ours", ("plain", "vllm")
+    ),
+    "vllm": Setting("", "", "further arguments of vllm.LLM, JSON; ours"),
+}
 VISRL = {  # of all phases of the second paper
     "steps": None,  # a box and its crop, no T
     "feedback": None,
@@ -58,6 +64,7 @@ PRESETS = {  # phase -> name -> Setting
         "seed": Setting(0, 0, "of everything random; ours", low=0, high=2**31 - 1),
     },
     "make_data": {
+        **ENGINE,
         "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
@@ -94,6 +101,7 @@ PRESETS = {  # phase -> name -> Setting
         "save_every": Setting(10, 10, "updates between checkpoints; ours"),
     },
     "grpo": {
+        **ENGINE,
         "steps": Setting(2, 2, "T; 0 trains Table 1's single-step control", low=0, high=20),
         "lr": Setting(2e-6, 3e-4, "learning rate; that it is constant is ours", low=1e-9, high=1),
         "max_tokens": Setting(160, 80, "per step"),
@@ -113,6 +121,7 @@ PRESETS = {  # phase -> name -> Setting
         "save_every": Setting(5, 5, "updates between checkpoints; ours"),
     },
     "evaluate": {
+        **ENGINE,
         "max_tokens": Setting(160, 80, "per step"),
         "batch_size": Setting(6, 64, "samples decoded at once; ours"),
         "guard": GUARD,
@@ -142,6 +151,7 @@ PRESETS = {  # phase -> name -> Setting
     },
     "visrl.make_pairs": {
         **VISRL,
+        **ENGINE,
         "iteration": Setting(1, 1, "the first starts from the SFT model", high=99),
         "attempts": Setting(3, 3, "of two paths each, for each question", high=99),
         "temperature": Setting(2.0, 1.0, "of boxes and answers", low=0.01, high=10),
@@ -178,6 +188,7 @@ PRESETS = {  # phase -> name -> Setting
     },
     "visrl.evaluate": {
         **VISRL,
+        **ENGINE,
         "max_tokens": Setting(128, 30, "per step; ours"),
         "batch_size": Setting(6, 64, "samples decoded at once; ours"),
         "pictures": Setting(6, 6, "rows of each filmstrip; ours"),

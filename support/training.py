@@ -25,6 +25,11 @@ HEALTHY = {
         0.7,
         "most groups have equal rewards and teach nothing; raise --temperature or --group-size",
     ),
+    "sampler_gap": (
+        0,
+        0.05,
+        "what samples is not the policy that is trained; look at --dtype, or --engine plain",
+    ),
     "valid": (
         0.9,
         1,
@@ -177,14 +182,22 @@ def step_ious(trajectories, owners):
     return [round(v, 4) for v in torch.tensor(gather(ious)).mean(0).tolist()]
 
 
-def rollout_facts(rewards, trajectories, owners):
+def sampler_gaps(trajectories, logprob):
+    """|log pi as it was sampled - log pi of the trainer (a tensor, [M])| -> M floats."""
+    sampled = torch.tensor([value for t in trajectories for value in t.logprob])  # [M]
+    return (sampled - logprob.detach().cpu()).abs().tolist()
+
+
+def rollout_facts(rewards, trajectories, owners, gaps):
     """What the log of GRPO has of a batch of rollouts, over all processes. rewards: [P, N].
 
-    no_signal: the share of groups whose rewards are all equal, which teach nothing.
+    gaps: of `sampler_gaps`. no_signal: the share of groups whose rewards are all equal, which teach
+    nothing.
     """
     valid = [sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories]
     valid = gather(valid)
     lengths = gather([len(t.target) for t in trajectories])
+    sums, largest = zip(*gather([(sum(gaps), max(gaps))]))
     rewards = torch.tensor(gather(rewards.tolist()))  # [P, N] of all processes
     deviation = rewards.std(1, unbiased=False)  # [P]
     return {
@@ -194,4 +207,6 @@ def rollout_facts(rewards, trajectories, owners):
         "iou": step_ious(trajectories, owners),
         "valid": sum(valid) / len(valid),
         "tokens": sum(lengths) / len(lengths),
+        "sampler_gap": sum(sums) / sum(lengths),
+        "sampler_gap_max": max(largest),
     }

@@ -43,6 +43,7 @@ PHASE = {  # a script with rows of PRESETS -> its phase
 FOREIGN = {  # flags of other people's programs
     "torchrun": {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"},
     "hf": {"--repo-type", "--local-dir"},
+    "ray": {"--head", "--address=FIRST_NODE:6379"},
     "python": {"--help"},
 }
 YOURS = {"my.jsonl", "all.jsonl", "theirs.jsonl", "photo.jpg", "photos/1.jpg"}  # a reader's files

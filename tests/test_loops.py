@@ -115,17 +115,16 @@ def test_traces_are_of_the_view():
     assert "at the middle" in make_data.geometric_trace(row, 0, zoom(2.0))
 
 
-def test_the_vlm_teacher_is_told_the_box_of_the_view(monkeypatch):
+def test_the_vlm_teacher_is_told_the_box_of_the_view():
     calls = []
 
     def answer(vlm, images, prompts, steps, **options):
         calls.append((images, prompts))
         return [common.Trajectory(texts=["I see it at the left. It fits."]) for _ in prompts]
 
-    monkeypatch.setattr(make_data, "rollout", answer)
     rows = [{"id": "1", "expression": "the cat", "boxes": [BOX, [440, 410, 640, 510]]}]
     image = picture(64, 48)
-    make_data.vlm_traces(None, [image], rows, [1], max_tokens=4, loop=zoom(2.0))
+    make_data.vlm_traces(None, [image], rows, [1], max_tokens=4, loop=zoom(2.0), roll=answer)
     [(_, first), ([shown], second)] = calls
     assert format_box(BOX) in first[0]
     assert format_box([350, 400, 850, 650]) in second[0]
@@ -157,6 +156,7 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path):
     args = argparse.Namespace(out=tmp_path, restart=False, model="m", lr=0.1)
     files.begin(args, "grpo")
     later = {**vars(args), "feedback": "overlay", "surroundings": 2.0, "guard": "off"}
+    later |= {"engine": "plain", "vllm": ""}
     assert files.begin(argparse.Namespace(**later), "grpo")
     with pytest.raises(SystemExit, match="feedback: overlay then, zoom now"):
         files.begin(argparse.Namespace(**{**later, "feedback": "zoom"}), "grpo")

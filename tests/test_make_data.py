@@ -64,7 +64,7 @@ def test_teacher_traces_may_not_leak():
     assert fault("A. B. C. D. E.", "the cat") == "sentences"
 
 
-def test_the_vlm_teacher_asks_again_and_sees_the_overlay(monkeypatch):
+def test_the_vlm_teacher_asks_again_and_sees_the_overlay():
     good = "I see it at the left. It is the only one."
     rows = [
         {"id": "1", "expression": "the cat", "boxes": [[0, 0, 500, 500], [500, 500, 900, 900]]},
@@ -81,9 +81,8 @@ def test_the_vlm_teacher_asks_again_and_sees_the_overlay(monkeypatch):
         names = ["the cat" if "the cat" in prompt else "a dog" for prompt in prompts]
         return [Trajectory(texts=[texts[name].pop(0)]) for name in names]
 
-    monkeypatch.setattr(make_data, "rollout", answer)
     images = [picture(32, 32), picture(32, 32, 1)]
-    made = make_data.vlm_traces(None, images, rows, [10, 20], max_tokens=4)
+    made = make_data.vlm_traces(None, images, rows, [10, 20], max_tokens=4, roll=answer)
     assert [row["traces"] for row in made] == [[good, good], [good, good]]
     assert [row["rejected"] for row in made] == [["coordinates"], ["unfinished", "empty"]]
     # Only what was rejected is asked for again, with another seed
@@ -96,5 +95,5 @@ def test_the_vlm_teacher_asks_again_and_sees_the_overlay(monkeypatch):
     # A box that holds still is not to be found fault with
     assert "it is right" in calls[2][1][1]
     texts["a dog"] = ["1"] * 3 + [good]
-    [row] = make_data.vlm_traces(None, images[1:], rows[1:], [20], max_tokens=4)
+    [row] = make_data.vlm_traces(None, images[1:], rows[1:], [20], max_tokens=4, roll=answer)
     assert row["traces"] is None

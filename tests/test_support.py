@@ -767,7 +767,7 @@ def test_what_the_log_says_of_a_batch_of_rollouts():
     boxes = [[half, right], [None, right], [half, half], [half, None]]
     trajectories = [Trajectory(target=[1] * n, boxes=pair) for n, pair in enumerate(boxes, 1)]
     rewards = torch.tensor([[1.0, 0.5], [0.3, 0.3]])
-    facts = training.rollout_facts(rewards, trajectories, [truth] * 4)
+    facts = training.rollout_facts(rewards, trajectories, [truth] * 4, [0.1] * 9 + [0.6])
     assert facts == {
         "reward": pytest.approx(0.525),
         "reward_std": 0.125,  # of 0.25 and 0
@@ -775,6 +775,8 @@ def test_what_the_log_says_of_a_batch_of_rollouts():
         "iou": [0.375, 0.625],
         "valid": 0.75,
         "tokens": 2.5,
+        "sampler_gap": pytest.approx(0.15),
+        "sampler_gap_max": 0.6,
     }
     training.stop_unless_finite(3, 0.5, 1.0, [truth])
     message = one_line(training.stop_unless_finite, 3, float("nan"), 1.0, [truth])

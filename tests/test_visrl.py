@@ -336,7 +336,7 @@ def items_of(image, sample):
     return [(image, sample, path) for path in paths]
 
 
-def test_the_prompted_critics_see_crop_or_image_and_never_the_true_box(vlm, monkeypatch):
+def test_the_prompted_critics_see_crop_or_image_and_never_the_true_box(vlm):
     calls = []
     replies = iter(['{"score": 0.9}', "no idea", "0.75", '{"score": 0}'])
 
@@ -344,9 +344,8 @@ def test_the_prompted_critics_see_crop_or_image_and_never_the_true_box(vlm, monk
         calls.append((images, prompts, options))
         return [Trajectory(texts=[next(replies)]) for _ in prompts]
 
-    monkeypatch.setattr(critics, "rollout", answer)
     image = picture(90, 60)
-    options = dict(critic="prompted", crop=crop, max_tokens=9)
+    options = dict(critic="prompted", crop=crop, max_tokens=9, roll=answer)
     scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
     assert [(p["box_score"], p["response_score"]) for p in scored] == [(0.9, 0.75), (None, 0.0)]
     (crops, of_box, how), (images, of_response, _) = calls

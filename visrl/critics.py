@@ -42,9 +42,9 @@ def parse_score(text):
     return None
 
 
-def prompted_scores(vlm, pictures, prompts, max_tokens):
+def prompted_scores(vlm, pictures, prompts, max_tokens, roll):
     """The scores, or None, that a critic writes at temperature 0 for each picture and prompt."""
-    replies = rollout(vlm, pictures, prompts, 0, max_tokens=max_tokens, loop=ASK)
+    replies = roll(vlm, pictures, prompts, 0, max_tokens=max_tokens, loop=ASK)
     return [parse_score(reply.texts[0]) for reply in replies]
 
 
@@ -58,11 +58,12 @@ def likelihood_scores(vlm, pictures, questions, answers):
     return [float(f"{p:.6g}") for p in scores[:, 0].exp().tolist()]
 
 
-def score_paths(vlm, items, *, critic, crop, max_tokens):
+def score_paths(vlm, items, *, critic, crop, max_tokens, roll=rollout):
     """(image, sample, path) of each candidate -> the paths with "box_score" and "response_score",
     None where no score was given.
 
-    crop: (image, box) -> picture. Of a sample, question and answer are read, and nothing else.
+    crop: (image, box) -> picture. roll: `rollout`, or what plays in its place. Of a sample,
+    question and answer are read, and nothing else.
     """
     images = [image for image, _, _ in items]
     crops = [crop(image, path["box"]) for image, _, path in items]
@@ -75,8 +76,8 @@ def score_paths(vlm, items, *, critic, crop, max_tokens):
     else:
         words = list(zip(questions, answers, responses))
         prompts = [BOX_CRITIC.format(question=q, answer=a) for q, a, _ in words]
-        of_box = prompted_scores(vlm, crops, prompts, max_tokens)
+        of_box = prompted_scores(vlm, crops, prompts, max_tokens, roll)
         prompts = [RESPONSE_CRITIC.format(question=q, answer=a, response=r) for q, a, r in words]
-        of_response = prompted_scores(vlm, images, prompts, max_tokens)
+        of_response = prompted_scores(vlm, images, prompts, max_tokens, roll)
     scores = zip(items, of_box, of_response)
     return [{**path, "box_score": b, "response_score": r} for (_, _, path), b, r in scores]

@@ -16,9 +16,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import box_iou, format_box, normalize_box, rollout
+from common import box_iou, format_box, normalize_box
 from support import files, models, processes, samples
 from support.flags import flags
+from support.loops import rollouts
 from visrl import report
 from visrl.loop import ASK, LOOPS, is_right, named
 
@@ -52,6 +53,7 @@ command = f"python -m visrl.make_data --preset {args.preset}"
 fields = samples.VISRL_FIELDS
 test = samples.read_samples(data / "test.jsonl", command, args.skip_bad, fields)
 loop = LOOPS[args.crop]
+roll = rollouts(args)
 
 # --------------------------------------------------------------------------------------------------
 # One row on all test samples
@@ -86,7 +88,8 @@ def play(row):
     inputs = [data / "test.jsonl"]
     if row.adapter:
         inputs.append(args.out / row.adapter / "adapter_model.safetensors")
-    depends_on = ["model", "quantize", "dtype", "max_pixels", "max_tokens", "crop", "seed"]
+    depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens"]
+    depends_on += ["crop", "seed"]
     same = files.begin(args, f"evaluate_{row.log}", *inputs, only=depends_on)
 
     def work(batch):
@@ -94,7 +97,7 @@ def play(row):
         first_texts = None
         if row.box != "own":
             first_texts = [format_box(given_box(sample, row.box)) for sample in part]
-        trajectories = rollout(
+        trajectories = roll(
             model_with(row.adapter),
             [samples.load_image(sample, data) for sample in part],
             [sample["question"] for sample in part],

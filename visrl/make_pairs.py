@@ -33,9 +33,10 @@ import random
 import time
 from collections import Counter
 
-from common import format_box, iou, rollout
+from common import format_box, iou
 from support import checkpoints, errors, files, models, processes, samples
 from support.flags import Flag, flags
+from support.loops import rollouts
 from visrl.critics import score_paths
 from visrl.loop import END, LOOPS, named
 
@@ -131,6 +132,7 @@ if __name__ == "__main__":
     start = time.time()
     data = args.out / "data"
     loop = LOOPS[args.crop]
+    roll = rollouts(args)
     make_data = f"python -m visrl.make_data --preset {args.preset}"
     train = samples.read_samples(
         data / "train.jsonl", make_data, args.skip_bad, samples.VISRL_FIELDS
@@ -140,7 +142,8 @@ if __name__ == "__main__":
     actor = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
     command = "python -m visrl." + ("sft" if actor == "sft" else "dpo --stage 2")
     inputs = [data / "train.jsonl", checkpoints.adapter_file(args.out / actor, command)]
-    depends_on = ["model", "quantize", "dtype", "max_pixels", "max_tokens", "seed", "iteration"]
+    depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
+    depends_on.append("iteration")
 
     @functools.cache
     def load_model():
@@ -167,7 +170,7 @@ if __name__ == "__main__":
 
     # 1. Boxes -------------------------------------------------------------------------------------
     def sample_boxes(batch):
-        trajectories = rollout(
+        trajectories = roll(
             load_model(),
             [samples.load_image(sample, data) for _, sample in batch],
             [sample["question"] for _, sample in batch],
@@ -205,7 +208,7 @@ if __name__ == "__main__":
         paths = {number: [] for number, _ in batch}
         trajectories = []
         if flat:
-            trajectories = rollout(
+            trajectories = roll(
                 load_model(),
                 [samples.load_image(sample, data) for _, sample, _ in flat],
                 [sample["question"] for _, sample, _ in flat],
@@ -239,7 +242,7 @@ if __name__ == "__main__":
         if items:
             options = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
             with judge:
-                made = score_paths(vlm, items, **options)
+                made = score_paths(vlm, items, **options, roll=roll)
         made = iter(made)
         rows = []
         for number, sample in batch:
