@@ -130,14 +130,18 @@ def start(args, vlm):
     free_memory()
     pictures = max(getattr(args, "steps", 1), getattr(args, "longest", 0)) + 1
     processor = vlm.image_processor
-    largest = processor.size["longest_edge"] // (processor.patch_size * processor.merge_size) ** 2
+    side = processor.patch_size * processor.merge_size
+    # Wide enough that vLLM leaves a picture as `fitted` made it: a small one is made so large as
+    # the smallest, rounded up, which may be more than the largest
+    size = {"shortest_edge": side**2, "longest_edge": 2 * processor.size["longest_edge"]}
+    largest = size["longest_edge"] // side**2
     length = pictures * (largest + args.max_tokens + WORDS)
     options = dict(
         dtype=args.dtype,
         seed=args.seed,
         max_model_len=min(length, vlm.base.config.text_config.max_position_embeddings),
         limit_mm_per_prompt={"image": pictures, "video": 0},
-        mm_processor_kwargs={"images_kwargs": {"size": dict(processor.size)}},
+        mm_processor_kwargs={"images_kwargs": {"size": size}},
         enable_prefix_caching=True,
         generation_config="vllm",  # none of the checkpoint's own penalties and ends
         gpu_memory_utilization=0.4,  # the trainer has the rest
@@ -166,10 +170,11 @@ def further_arguments(text):
 @contextmanager
 def without_main():
     """Inside, a process that is started anew does not run this program again, as Python would have
-    it do: the phases are plain scripts, and vLLM starts a process for each further GPU."""
+    it do: the phases are plain scripts, and vLLM starts a process for each further GPU. It runs
+    the package's empty file instead."""
     main = sys.modules["__main__"]
     before = main.__spec__, getattr(main, "__file__", None)
-    main.__spec__ = main.__file__ = None
+    main.__spec__, main.__file__ = None, str(Path(__file__).with_name("__init__.py"))
     try:
         yield
     finally:
@@ -232,7 +237,7 @@ def fitted(vlm, picture):
     side = processor.patch_size * processor.merge_size
     pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)  # [3, height, width]
     pixels = processor.resize(
-        pixels, size=SizeDict(**processor.size), resample=processor.resample, factor=side
+        pixels, size=SizeDict(**dict(processor.size)), resample=processor.resample, factor=side
     )
     picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     tokens = ImageTokens(None, [], picture.height // side, picture.width // side)
@@ -266,6 +271,7 @@ def vllm_rollout(
     lora = hand_over(engine, vlm)
     rows = []
     shown = []  # the pictures of each row, as vLLM gets them
+    seen = []  # the same as they are: resized twice, a small one may end smaller
     originals = []
     instructions = []
     row_seeds = []  # [P * N][T + 1]
@@ -274,6 +280,7 @@ def vllm_rollout(
         ids = prompt_ids(vlm, tokens, loop.prompt.format(text=text))
         rows += [Trajectory(list(ids), [tokens]) for _ in range(group_size)]
         shown += [[picture] for _ in range(group_size)]
+        seen += [[image] for _ in range(group_size)]
         originals += [image] * group_size
         instructions += [loop.continuation.format(text=text)] * group_size
         generator = torch.Generator().manual_seed(seeds[i] if seeds else 0)
@@ -282,11 +289,13 @@ def vllm_rollout(
     for t in range(steps + 1):
         last_boxes = [last_valid(row.boxes) for row in rows]
         if t > 0:
-            for row, own, box, *more in zip(rows, shown, last_boxes, originals, instructions):
-                picture, tokens = fitted(vlm, loop.feedback(more[0], box))
-                row.ids += continuation_ids(vlm, tokens, more[1], loop.turn)
+            pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
+            for i, (row, picture) in enumerate(zip(rows, pictures)):
+                seen[i].append(picture)
+                picture, tokens = fitted(vlm, picture)
+                row.ids += continuation_ids(vlm, tokens, instructions[i], loop.turn)
                 row.images.append(tokens)
-                own.append(picture)
+                shown[i].append(picture)
         if t == 0 and first_texts:
             for i, row in enumerate(rows):
                 row.texts.append(first_texts[i // group_size])
@@ -308,18 +317,18 @@ def vllm_rollout(
             box = parse_box(row.texts[-1])
             row.boxes.append(loop.to_image(box, last_box) if box else None)
     if encode:
-        put_in_image_tokens(vlm, rows, shown, group_size)
+        put_in_image_tokens(vlm, rows, seen, group_size)
     return rows
 
 
-def put_in_image_tokens(vlm, rows, shown, group_size):
+def put_in_image_tokens(vlm, rows, seen, group_size):
     """Gives each trajectory the trainer's encoding of its pictures, step after step in one batch;
     a group shares its first picture."""
-    first = encode_images(vlm, [own[0] for own in shown[::group_size]])
+    first = encode_images(vlm, [own[0] for own in seen[::group_size]])
     for i, row in enumerate(rows):
         row.images[0] = first[i // group_size]
-    for t in range(1, len(shown[0])):
-        for row, tokens in zip(rows, encode_images(vlm, [own[t] for own in shown])):
+    for t in range(1, len(seen[0])):
+        for row, tokens in zip(rows, encode_images(vlm, [own[t] for own in seen])):
             row.images[t] = tokens
 
 
