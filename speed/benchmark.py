@@ -22,13 +22,14 @@ import functools
 from contextlib import contextmanager
 
 import common
-from common import encode_images, feedback_pictures, grpo_loss, rollout, trajectory_logprobs
+from common import encode_images, feedback_pictures, grpo_loss, trajectory_logprobs
 from speed.floor import rollout_floor, size_of, training_floor
 from speed.measure import machine_rates, take_turns
 from speed.plain import plain_logprobs, plain_rollout, plain_sft, plain_update
 from speed.work import CONFIGS, random_work, work_of_run
 from support.errors import stop
 from support.flags import EMBEDDED
+from support.loops import play
 from support.models import quiet
 from support.processes import device
 
@@ -102,12 +103,12 @@ def check(work, tokens):
     """
     is_exact = work.vlm.base.dtype == torch.float32
     samples = work.images[:2], work.texts[:2]
-    greedy = rollout(work.vlm, *samples, 2, max_tokens=tokens)
+    greedy = play(work.vlm, *samples, 2, max_tokens=tokens)
     plain = plain_rollout(work.vlm, *samples, 2, max_tokens=tokens)
     same = sum(a.target == b.target and a.boxes == b.boxes for a, b in zip(greedy, plain))
 
     vlm = work.trainee
-    rows = rollout(vlm, *samples, 2, max_tokens=tokens)
+    rows = play(vlm, *samples, 2, max_tokens=tokens)
     images = [feedback_pictures(image, row.boxes) for image, row in zip(work.images, rows)]
     errors = []
     with torch.no_grad():
@@ -184,7 +185,7 @@ def decoders(work, count, *, first=0, steps=2, **more):
     more["max_tokens"] = work.tokens
     plain = functools.partial(plain_rollout, work.vlm, images, texts, steps, **more)
     seeds = list(range(count))
-    return plain, functools.partial(rollout, work.vlm, images, texts, steps, seeds=seeds, **more)
+    return plain, functools.partial(play, work.vlm, images, texts, steps, seeds=seeds, **more)
 
 
 def group_rollout(work):
@@ -228,7 +229,7 @@ def group_for_training(work):
     """Six sampled trajectories of one prompt, their pictures, and some advantages."""
     vlm = work.trainee
     more = dict(GROUP, max_tokens=work.tokens, seeds=[0])
-    rows = rollout(vlm, work.images[:1], work.texts[:1], 2, **more)
+    rows = play(vlm, work.images[:1], work.texts[:1], 2, **more)
     images = [feedback_pictures(work.images[0], row.boxes) for row in rows]
     return rows, images, [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]
 

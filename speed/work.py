@@ -9,6 +9,7 @@ from support.checkpoints import best_adapter
 from support.errors import stop
 from support.flags import EMBEDDED, ROOT, check_path
 from support.models import add_adapter, load_vlm, new_adapter
+from support.presets import PRESETS
 from support.processes import device
 from support.samples import load_image, read_samples
 from toy.model import make_image_processor, make_tokenizer
@@ -161,9 +162,11 @@ def work_of_run(args, count):
         stop(f"--run {run}: no adapter in it; first run: python sft.py --out {run}")
     data = run / "data"
     samples = read_samples(data / "test.jsonl", f"python make_data.py --out {run}")[:count]
+    preset = "paper"
     if args.model == EMBEDDED:
         args.model = str(ROOT / EMBEDDED)
-    args.max_pixels = 2**20
+        preset = "toy"
+    args.max_pixels = getattr(PRESETS["all"]["max_pixels"], preset)
     vlm = load_vlm(args)
     for name in ("reference", "policy"):
         add_adapter(vlm, adapter, name)

@@ -4,6 +4,7 @@ them."""
 from dataclasses import replace
 
 from common import IVT, SINGLE_PROMPT, enlarge, iou, rollout, view_of, zoom
+from support.models import merged
 
 # The guard's g and s. A box that differs more from the last one is taken for a slip, not for a
 # correction: refining a box that is roughly right does not need more.
@@ -65,15 +66,21 @@ def asked_again(surroundings):
     return replace(zoom(surroundings), feedback=feedback, **words)
 
 
+def play(vlm, *args, **options):
+    """`rollout`, with LoRA as a part of the weights where they can take it."""
+    with merged(vlm):
+        return rollout(vlm, *args, **options)
+
+
 def rollouts(args, trainee=None):
-    """What plays the loops: `rollout`, or with --engine vllm a function that takes and returns the
+    """What plays the loops: `play`, or with --engine vllm a function that takes and returns the
     same.
 
     trainee: the model that is trained on what is played: its trajectories need their ImageTokens,
     and the engine starts at once, beside the largest batch. Exits when there is no vLLM.
     """
     if args.engine == "plain":
-        return rollout
+        return play
     from speed.vllm_rollout import player
 
     return player(args, trainee)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 SPECIAL_TOKENS = ("<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 AGAIN = "a download may have been cut short: get it again"
+MERGED_BYTES = 2**30  # of the weights that are copied while LoRA is part of them
 
 
 def quiet():
@@ -364,16 +365,35 @@ def using(vlm, adapter):
         vlm.model.set_adapter(before)
 
 
-def load_with_adapter(args, folder=None):
-    """The base model with the adapter in `folder`, or as it is (None), for evaluation.
+@contextmanager
+def merged(vlm):
+    """Inside, the active LoRA is part of the weights: one product for each projection, not three.
 
-    In float32 LoRA becomes part of the weights: one product for each projection and not three, and
-    the same policy up to rounding. bfloat16 would round much of it away, and 4-bit weights cannot
-    take it, so there it stays beside them; and so it does where another engine is to be given it.
+    The same policy up to rounding. Of float32 weights up to MERGED_BYTES alone: bfloat16 would
+    round much of LoRA away, and 4-bit weights cannot take it. Afterwards the weights are what they
+    were to the bit, from a copy: PEFT takes LoRA off by subtraction, which drifts.
     """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in vlm.model.modules() if isinstance(module, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers if not layer.disable_adapters]
+    is_float32 = all(weight.dtype == torch.float32 for weight in weights)
+    if not weights or not is_float32 or sum(weight.nbytes for weight in weights) > MERGED_BYTES:
+        yield
+        return
+    before = [weight.detach().clone() for weight in weights]
+    vlm.model.merge_adapter()
+    try:
+        yield
+    finally:
+        vlm.model.unmerge_adapter()
+        for weight, old in zip(weights, before):
+            weight.data.copy_(old)
+
+
+def load_with_adapter(args, folder=None):
+    """The base model with the adapter in `folder`, or as it is (None), for evaluation."""
     vlm = load_vlm(args)
     if folder:
         add_adapter(vlm, folder, "policy")
-        if args.quantize == "none" and args.dtype == "float32" and args.engine == "plain":
-            vlm.model = vlm.model.merge_and_unload()
     return vlm

@@ -88,7 +88,7 @@ PRESETS = {  # phase -> name -> Setting
             "vlm", "template", "who writes the traces: a VLM, or geometry", ("vlm", "template")
         ),
         "max_tokens": Setting(160, 80, "per step"),
-        "batch_size": Setting(8, 64, "samples decoded at once; ours"),
+        "batch_size": Setting(8, 128, "samples decoded at once; ours"),
     },
     "sft": {
         "lr": Setting(2e-5, 2e-3, "peak learning rate", low=1e-9, high=1),
@@ -115,7 +115,7 @@ PRESETS = {  # phase -> name -> Setting
         "grad_accum": Setting(8, 8, "prompts per update: our reading of 8 accumulation steps"),
         "updates": Setting(300, 30, "300 x 8 is one pass over 2,400 prompts; ours"),
         "batch_size": Setting(6, 6, "trajectories per forward pass; ours"),
-        "prompts_at_once": Setting(2, 16, "prompts decoded together; ours"),
+        "prompts_at_once": Setting(2, 32, "prompts decoded together; ours"),
         "val_every": Setting(25, 15, "updates between validations; ours"),
         "val_prompts": Setting(64, 128, "validation prompts; ours"),
         "save_every": Setting(5, 5, "updates between checkpoints; ours"),
@@ -123,7 +123,7 @@ PRESETS = {  # phase -> name -> Setting
     "evaluate": {
         **ENGINE,
         "max_tokens": Setting(160, 80, "per step"),
-        "batch_size": Setting(6, 64, "samples decoded at once; ours"),
+        "batch_size": Setting(6, 128, "samples decoded at once; ours"),
         "guard": GUARD,
         "longest": Setting(6, 4, "steps that an IVT row is played to; ours"),
         "control_temperature": Setting(
@@ -190,7 +190,7 @@ PRESETS = {  # phase -> name -> Setting
         **VISRL,
         **ENGINE,
         "max_tokens": Setting(128, 30, "per step; ours"),
-        "batch_size": Setting(6, 64, "samples decoded at once; ours"),
+        "batch_size": Setting(6, 128, "samples decoded at once; ours"),
         "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
         "page_samples": Setting(1000, 1000, "test samples on report.html, at most; ours"),
     },

@@ -639,6 +639,42 @@ def test_another_adapter_is_used_for_a_while(vlm, tmp_path):
     assert before and all("policy" in name for name in before)
 
 
+def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):
+    folder = save_parts(vlm, tmp_path)
+    one = models.load_vlm(model_args(folder))
+    for name in ("reference", "policy"):
+        models.new_adapter(one, 4, 8, name)
+    for name, p in one.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+
+    def weights():
+        return {k: p.detach().clone() for k, p in one.model.named_parameters() if "base_layer" in k}
+
+    asked = [picture(32, 32)], ["x"], 1
+    before = weights()
+    for adapter in ("policy", "reference"):
+        one.model.set_adapter(adapter)
+        beside = rollout(one, *asked, max_tokens=9)[0]
+        with pytest.raises(ZeroDivisionError), models.merged(one):
+            changed = [not torch.equal(before[key], weight) for key, weight in weights().items()]
+            assert all(changed) and len(changed) == 2 * 7
+            within = rollout(one, *asked, max_tokens=9)[0]
+            raise ZeroDivisionError
+        assert within.target == beside.target
+        assert within.logprob == pytest.approx(beside.logprob, abs=1e-4)
+        after = weights()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        again = rollout(one, *asked, max_tokens=9)[0]
+        assert again.logprob == beside.logprob  # LoRA is beside the weights again
+    with one.model.disable_adapter(), models.merged(one):  # the model before SFT, as a critic
+        assert all(torch.equal(before[key], weight) for key, weight in weights().items())
+    one.model.to(torch.bfloat16)
+    before = weights()
+    with models.merged(one):
+        assert all(torch.equal(before[key], weight) for key, weight in weights().items())
+
+
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
     """NF4 with gradient checkpointing, as the paper preset loads it, after decoding, against the
     same weights in float32."""

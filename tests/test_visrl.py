@@ -33,6 +33,7 @@ from visrl.loop import (
     PROMPT,
     VISRL,
     answer_trajectory,
+    chosen_nll,
     crop,
     dpo_loss,
     is_right,
@@ -226,6 +227,19 @@ def test_the_loss_raises_the_chosen_and_lowers_the_rejected():
     # At a margin of 0, d loss / d margin = -1/2; times beta, and one half for each step
     assert torch.allclose(policy.grad[:, 0], torch.full((2, 2), -0.1 / 4))
     assert torch.allclose(policy.grad[:, 1], torch.full((2, 2), 0.1 / 4))
+
+
+def test_the_chosen_paths_own_loss_by_hand():
+    """--nll: each token of a chosen path weighs the same, and no other has a gradient."""
+    rows = torch.tensor([0, 0, 1, 2, 3, 3])  # two pairs of two trajectories
+    logprob = torch.tensor([-1.0, -2.0, -4.0, -9.0, -5.0, -7.0], requires_grad=True)
+    scores = TokenScores(logprob, torch.zeros(6), rows, torch.zeros(6))
+    chosen_nll(scores, 2).backward()
+    assert chosen_nll(scores, 2).item() == pytest.approx((1 + 2 + 9) / 3)
+    assert logprob.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0, -1 / 3, 0, 0])
+    # A pair of three trajectories (--condition chosen): the chosen one is still the first
+    three = token_scores((0, 0, -1.0), (0, 1, -3.0), (1, 0, -8.0), (2, 0, -8.0), (2, 1, -8.0))
+    assert chosen_nll(three, 1).item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("answers", [(None, None), ("a dot", "not a dot, but a ring")])

@@ -28,6 +28,7 @@ from support.flags import Flag, flags
 from visrl.loop import (
     LOOPS,
     answer_trajectory,
+    chosen_nll,
     dpo_loss,
     learning_rate,
     named,
@@ -169,8 +170,7 @@ for update in range(first_update, updates):
         losses = losses.mean(1)  # [N]: Eq. 8, both steps weigh one half
         # Both log pi may fall, the rejected one's faster, until no box is written at all; this term
         # holds the chosen one's up (as in arXiv:2404.19733, Section 2.2)
-        chosen = policy.row % (len(batch) // len(part)) == 0  # [M]: of each pair's first trajectory
-        nll = -policy.logprob[chosen].mean()  # []
+        nll = chosen_nll(policy, len(part))  # []
         ((losses.sum() + args.nll * len(part) * nll) / len(whole)).backward()
         # As GRPO's: mean |log pi - log ref| over the tokens of the pairs
         kl = (policy.logprob - reference.logprob).abs().mean()

@@ -157,6 +157,15 @@ def dpo_loss(policy, reference, beta):
     return -F.logsigmoid(margin), margin
 
 
+def chosen_nll(scores, count):
+    """TokenScores of N = `count` pairs -> []: mean -log pi of the tokens of their chosen paths.
+
+    A pair's first trajectory is the chosen one, whether it has two or three of them.
+    """
+    per_pair = (int(scores.row.max()) + 1) // count
+    return -scores.logprob[scores.row % per_pair == 0].mean()
+
+
 # --------------------------------------------------------------------------------------------------
 # Names and rates
 # --------------------------------------------------------------------------------------------------
