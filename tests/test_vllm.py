@@ -23,7 +23,7 @@ from common import (
 )
 from speed import vllm_rollout as on_vllm
 from support import training
-from support.loops import play, rollouts
+from support.loops import asked_again, guarded, play, rollouts
 from support.models import add_adapter, new_adapter, quiet
 from support.samples import load_image
 from tests.small import picture, vlm
