@@ -26,7 +26,7 @@ from typing import NamedTuple
 # that never spin slow decoding. These spin for a moment. OpenMP (GNU's) reads it when torch is
 # loaded, so it stands before that import.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from PIL import Image, ImageDraw

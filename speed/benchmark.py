@@ -4,11 +4,13 @@
     python -m speed.benchmark --rows 1 7                     of these rows alone
     python -m speed.benchmark --config 4b --dtype bfloat16   the real model's dimensions, for a GPU
     python -m speed.benchmark --run runs/toy                 a trained run's model and test samples
+    python -m speed.benchmark --rows 8                       one update of GRPO against TRL
 
 The plain way (plain.py) is `generate()` over the whole context, encoded anew at every step, and one
 forward pass per trajectory with all of its logits; the update is also compared with the same pass
 when it is asked for the logits of the targets alone (`logits_to_keep`). Row 7 compares this code
-with itself, on transformers' own cache layers.
+with itself, on transformers' own cache layers; row 8 one update of GRPO with TRL's trainer
+(against_trl.py); row 9 says where the time of a decoding pass goes.
 
 Before anything is timed both ways have to agree: the same tokens under greedy decoding (in
 float32), the same log-probabilities, losses and gradients within a tolerance. Then they take turns,
@@ -19,14 +21,19 @@ neither does (`--checkpointing`; on, as in the paper preset). The floor is expla
 
 import argparse
 import functools
+import statistics
+import tempfile
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import common
 from common import encode_images, feedback_pictures, grpo_loss, trajectory_logprobs
+from speed.against_trl import PROMPTS, compare
 from speed.floor import rollout_floor, size_of, training_floor
-from speed.measure import machine_rates, take_turns
+from speed.measure import machine_rates, seconds, take_turns
 from speed.plain import plain_logprobs, plain_rollout, plain_sft, plain_update
-from speed.work import CONFIGS, random_work, work_of_run
+from speed.work import CONFIGS, random_work, toy_samples, toy_vlm, work_of_run
 from support.errors import stop
 from support.flags import EMBEDDED
 from support.loops import play
@@ -34,6 +41,7 @@ from support.models import quiet
 from support.processes import device
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import DynamicLayer
 
 GROUP = dict(group_size=6, temperatures=(1.0, 0.7))  # as the presets sample
@@ -321,6 +329,62 @@ def growing_cache(work):
         yield table_row(name, *measured.values(), least, "plain: transformers' cache layers")
 
 
+def against_trl(work):
+    """On the toy's base, whatever the other rows are measured on."""
+    try:
+        import trl
+    except ImportError:
+        yield "8. GRPO step against TRL: left out, it is not installed (pip install trl)"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        images, samples = toy_samples(folder, PROMPTS)
+    vlm = toy_vlm(adapters=("reference", "policy"))
+    theirs, ours, tokens = compare(vlm, toy_vlm(), images, samples, work.repeats, our_update)
+    ratios = sorted(a / b for a, b in zip(theirs, ours))
+    yield (
+        f"8. GRPO step on the toy, TRL {trl.__version__}: {statistics.median(theirs):.2f} s, ours "
+        f"{statistics.median(ours):.2f} s, {statistics.median(ratios):.2f} times faster "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}); tokens a completion {tokens[0]:.1f}, "
+        f"{tokens[1]:.1f}"
+    )
+
+
+def kind_of(operation):
+    """What an operation of PyTorch is in row 9."""
+    if "scaled_dot_product" in operation:
+        return "attention"
+    if operation in ("aten::mm", "aten::addmm", "aten::bmm"):
+        return "projections"
+    return "other operations"
+
+
+def cost_of_a_pass(work):
+    """The largest batch of row 2 single-shot, against the same with a step of one token.
+
+    What is left is passes of one token for each prompt. Operations by PyTorch's profiler; Python is
+    what remains of the time without it: calls of modules and operations, masks, bookkeeping.
+    """
+    count = max(work.sizes)
+    wall = []
+    spent = []
+    for tokens in (1, work.tokens):
+        work_of_row = replace(work, tokens=tokens)
+        _, ours = decoders(work_of_row, count, steps=0)
+        rows = ours()
+        wall.append(statistics.median(seconds(ours) for _ in range(work.repeats)))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            ours()
+        spent.append(Counter())
+        for event in profiler.key_averages():
+            spent[-1][kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    passes = max(len(row.target) for row in rows) - 1
+    whole = wall[1] - wall[0]
+    shares = {kind: (spent[1][kind] - spent[0][kind]) / whole for kind in sorted(spent[1])}
+    shares["Python"] = 1 - sum(shares.values())
+    parts = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
+    yield f"9. a decoding pass of {count} prompts: {whole / passes * 1000:.1f} ms; {parts}"
+
+
 ROWS = {
     1: group_rollout,
     2: batch_rollouts,
@@ -329,6 +393,8 @@ ROWS = {
     5: pass_of_sft,
     6: both_depths,
     7: growing_cache,
+    8: against_trl,
+    9: cost_of_a_pass,
 }
 
 

@@ -62,14 +62,17 @@ def most_bytes(work):
     return tally.most
 
 
+def now():
+    """The clock in seconds, once all work that was begun is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(work):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def take_turns(ways, repeats):

@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import VLM
 from speed.measure import Rates
 from support.checkpoints import best_adapter
 from support.errors import stop
 from support.flags import EMBEDDED, ROOT, check_path
-from support.models import add_adapter, load_vlm, new_adapter
+from support.models import add_adapter, load_vlm, lora_size, new_adapter
 from support.presets import PRESETS
 from support.processes import device
 from support.samples import load_image, read_samples
 from toy.model import make_image_processor, make_tokenizer
+from toy.world import make_samples
 
 import numpy as np
 import torch
@@ -173,3 +175,23 @@ def work_of_run(args, count):
     images = [load_image(sample, data) for sample in samples]
     texts = [sample["expression"] for sample in samples]
     return Work(vlm, vlm, images, texts, args.tokens, args.repeats, args.sizes, alone=count)
+
+
+def toy_vlm(adapters=()):
+    """The toy's base as its preset loads it, with new adapters of the preset's size."""
+    names = ("quantize", "dtype", "checkpointing", "max_pixels")
+    args = SimpleNamespace(model=str(ROOT / EMBEDDED))
+    for name in names:
+        setattr(args, name, PRESETS["all"][name].toy)
+    vlm = load_vlm(args)
+    for name in adapters:
+        new_adapter(vlm, *lora_size("toy"), name)
+    if adapters:
+        vlm.model.set_adapter(adapters[-1])
+    return vlm
+
+
+def toy_samples(folder, count):
+    """(images, samples) of new scenes of the toy's world; its files are left in a folder."""
+    samples = make_samples(Path(folder), -(-count // 3), 0)[:count]
+    return [load_image(sample, Path(folder)) for sample in samples], samples
