@@ -6,8 +6,8 @@ The work is what both can do: the toy's base, single-shot (T = 0, no feedback pi
 with 6 completions each of at most 80 tokens at temperature 1, LoRA of rank 32, a reference, one
 step of AdamW, from the same reward. Each goes its own way to it. TRL writes with `generate()` and
 hands image and text to the model anew in each pass; its reference is the model without LoRA, ours
-a second adapter. Its gradient is of all 48 completions at once, which is quicker there than in
-parts; ours of six at a time, as in the toy preset.
+a second adapter. Its gradient is of all 48 completions at once, ours of six at a time, as in
+the toy preset. TRL ends a completion at the end of the turn, ours at the box, a token earlier.
 """
 
 import tempfile
@@ -79,7 +79,7 @@ def compare(vlm, other, images, samples, repeats, update):
     turns: ours runs when TRL's step has ended. The first turn of both is not timed.
     """
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
@@ -133,6 +133,7 @@ def compare(vlm, other, images, samples, repeats, update):
             peft_config=lora_config(*lora_size("toy")),
             callbacks=[Turns()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     logged = [row["completions/mean_length"] for row in trainer.state.log_history[:-1]]
     tokens = (sum(logged[1:]) / repeats, sum(our_tokens[1:]) / repeats)
