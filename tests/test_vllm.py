@@ -22,8 +22,8 @@ from common import (
     trajectory_logprobs,
 )
 from speed import vllm_rollout as on_vllm
-from support import training
-from support.loops import asked_again, guarded, play, rollouts
+from support import loops, training
+from support.loops import asked_again, guarded, rollouts
 from support.models import add_adapter, new_adapter, quiet
 from support.samples import load_image
 from tests.small import picture, vlm
@@ -52,7 +52,7 @@ def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
     with pytest.raises(SystemExit) as error:
         rollouts(args)
     assert "pip install vllm" in error.value.code and "\n" not in error.value.code
-    assert rollouts(argparse.Namespace(engine="plain")) is play
+    assert rollouts(argparse.Namespace(engine="plain")) is loops.play
 
 
 def test_another_policy_than_the_trained_one_is_refused(monkeypatch):
