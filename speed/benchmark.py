@@ -10,7 +10,8 @@ The plain way (plain.py) is `generate()` over the whole context, encoded anew at
 forward pass per trajectory with all of its logits; the update is also compared with the same pass
 when it is asked for the logits of the targets alone (`logits_to_keep`). Row 7 compares this code
 with itself, on transformers' own cache layers; row 8 one update of GRPO with TRL's trainer
-(against_trl.py); row 9 says where the time of a decoding pass goes.
+(against_trl.py); row 9 says where the time of a decoding pass goes; row 10 is the rollout with LoRA
+beside the weights, and in them (`merged` in support/models.py).
 
 Before anything is timed both ways have to agree: the same tokens under greedy decoding (in
 float32), the same log-probabilities, losses and gradients within a tolerance. Then they take turns,
@@ -358,10 +359,20 @@ def kind_of(operation):
     return "other operations"
 
 
+def seconds_by_kind(piece):
+    """{kind of operation: its seconds} in one call of `piece`, by PyTorch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        piece()
+    spent = Counter()
+    for event in profiler.key_averages():
+        spent[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+    return spent
+
+
 def cost_of_a_pass(work):
     """The largest batch of row 2 single-shot, against the same with a step of one token.
 
-    What is left is passes of one token for each prompt. Operations by PyTorch's profiler; Python is
+    What is left is passes of one token for each prompt. Operations are the profiler's; Python is
     what remains of the time without it: calls of modules and operations, masks, bookkeeping.
     """
     count = max(work.sizes)
@@ -372,17 +383,28 @@ def cost_of_a_pass(work):
         _, ours = decoders(work_of_row, count, steps=0)
         rows = ours()
         wall.append(statistics.median(seconds(ours) for _ in range(work.repeats)))
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            ours()
-        spent.append(Counter())
-        for event in profiler.key_averages():
-            spent[-1][kind_of(event.key)] += event.self_cpu_time_total / 1e6
+        spent.append(seconds_by_kind(ours))
     passes = max(len(row.target) for row in rows) - 1
     whole = wall[1] - wall[0]
     shares = {kind: (spent[1][kind] - spent[0][kind]) / whole for kind in sorted(spent[1])}
     shares["Python"] = 1 - sum(shares.values())
     parts = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
     yield f"9. a decoding pass of {count} prompts: {whole / passes * 1000:.1f} ms; {parts}"
+
+
+def lora_in_the_weights(work):
+    """The largest batch of row 2 with `rollout` as it is, and as `play` calls it."""
+    count = max(work.sizes)
+    _, ours = decoders(work, count)
+    plain = functools.partial(common.rollout, *ours.args, **ours.keywords)
+    measured = take_turns({"plain": plain, "ours": ours}, work.repeats)
+    least = rollout_floor(work.vlm, work.rates, ours())
+    yield table_row(
+        f"10. LoRA in the weights, {count} prompts",
+        *measured.values(),
+        least,
+        "plain: beside them",
+    )
 
 
 ROWS = {
@@ -395,6 +417,7 @@ ROWS = {
     7: growing_cache,
     8: against_trl,
     9: cost_of_a_pass,
+    10: lora_in_the_weights,
 }
 
 

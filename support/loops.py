@@ -3,8 +3,15 @@ them."""
 
 from dataclasses import replace
 
-from common import IVT, SINGLE_PROMPT, enlarge, iou, rollout, view_of, zoom
+from common import CORRECTION, IVT, SINGLE_PROMPT, denormalize_box, draw_overlay, iou, rollout
 from support.models import merged
+
+from PIL import Image
+
+CLOSER = "The view shows the surroundings of your last prediction, enlarged. "
+CLOSER += CORRECTION.replace("coordinates", "coordinates in this view")
+
+SMALLEST_VIEW = 100  # a tenth of the image: a box that is wrongly tiny would show nothing else
 
 # The guard's g and s. A box that differs more from the last one is taken for a slip, not for a
 # correction: refining a box that is roughly right does not need more.
@@ -28,6 +35,58 @@ def loop_of(args):
     if getattr(args, "guard", "off") == "on":
         loop = guarded(loop)
     return loop
+
+
+def view_of(box, surroundings):
+    """The part of the image around a box, a box of the image's proportions; all in 0..1000.
+
+    Its sides are `surroundings` times the longer side of `box`; it is moved into the image. Without
+    a box (None) it is the whole image.
+    """
+    if box is None:
+        return [0, 0, 1000, 1000]
+    x1, y1, x2, y2 = box
+    side = min(1000, max(SMALLEST_VIEW, round(surroundings * max(x2 - x1, y2 - y1))))
+    x, y = (min(1000 - side, max(0, (a + b - side) // 2)) for a, b in ((x1, x2), (y1, y2)))
+    return [x, y, x + side, y + side]
+
+
+def box_in_view(box, view):
+    """The image's 0..1000 -> the view's; beyond 0..1000 where the box reaches out of the view."""
+    return [round((v - low) * 1000 / (view[2] - view[0])) for v, low in zip(box, view[:2] * 2)]
+
+
+def box_in_image(box, view):
+    """The view's 0..1000 -> the image's; inverts `box_in_view`. None where no area is left."""
+    out = [round(low + v * (view[2] - view[0]) / 1000) for v, low in zip(box, view[:2] * 2)]
+    return out if out[0] < out[2] and out[1] < out[3] else None
+
+
+def enlarge(image, view):
+    """What a view (0..1000) shows of an image, as large as the image; PIL."""
+    bbox = denormalize_box(view, *image.size)
+    return image.resize(image.size, Image.BICUBIC, box=bbox)
+
+
+def zoom(surroundings):
+    """The Loop that looks closer (ours): the surroundings of the last box, enlarged.
+
+    A large photo reaches the model reduced, so this view holds pixels that it has not seen; it
+    answers in the coordinates of the view.
+    """
+
+    def feedback(image, box):
+        view = view_of(box, surroundings)
+        return draw_overlay(enlarge(image, view), box and box_in_view(box, view))
+
+    def to_image(box, last_box):
+        return box_in_image(box, view_of(last_box, surroundings))
+
+    def to_picture(box, last_box):
+        return box_in_view(box, view_of(last_box, surroundings))
+
+    places = dict(to_image=to_image, to_picture=to_picture)
+    return replace(IVT, feedback=feedback, continuation=CLOSER, **places)
 
 
 def plausible(box, last_box):

@@ -27,8 +27,9 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from common import box_iou, last_valid, normalize_box, view_of
+from common import box_iou, last_valid, normalize_box
 from support.files import write_jsonl, write_text
+from support.loops import view_of
 from support.processes import RANK, gather
 from support.samples import load_image
 from support.statistics import AGAIN, AGAIN_GUARDED, CONTROL, all_ious, log_line, strata

@@ -6,14 +6,34 @@ import json
 
 import common
 import make_data
-from common import IVT, SINGLE_PROMPT, encode_images, format_box, rollout, trajectory_logprobs, zoom
+from common import (
+    IVT,
+    SINGLE_PROMPT,
+    encode_images,
+    format_box,
+    rollout,
+    trajectory_logprobs,
+    written_boxes,
+)
 from support import files
-from support.loops import asked_again, guarded, loop_of, plausible
+from support.loops import (
+    asked_again,
+    box_in_image,
+    box_in_view,
+    guarded,
+    loop_of,
+    plausible,
+    view_of,
+    zoom,
+)
 from support.overlays import elsewhere
 from tests.small import picture, vlm
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 BOX = [400, 400, 600, 500]  # its view, twice the longer side, is [300, 250, 700, 650]
 
@@ -29,6 +49,90 @@ def test_the_flags_name_the_loop():
     assert loop_of(args).to_image([0, 0, 500, 500], BOX) == [400, 350, 500, 450]
     args.guard = "on"
     assert loop_of(args).to_image([0, 0, 500, 500], BOX) == BOX
+
+
+# --------------------------------------------------------------------------------------------------
+# Views: the surroundings of a box, and coordinates there and back
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "box, view, inside",
+    [
+        ([400, 400, 600, 500], [300, 250, 700, 650], [250, 375, 750, 625]),
+        ([0, 0, 100, 200], [0, 0, 400, 400], [0, 0, 250, 500]),  # moved into the image
+        ([900, 950, 1000, 1000], [800, 800, 1000, 1000], [500, 750, 1000, 1000]),
+        ([100, 0, 700, 90], [0, 0, 1000, 1000], [100, 0, 700, 90]),  # twice its side is too much
+        ([500, 500, 502, 501], [451, 450, 551, 550], [490, 500, 510, 510]),  # the smallest view
+    ],
+)
+def test_a_view_by_hand(box, view, inside):
+    assert view_of(box, 2.0) == view
+    assert box_in_view(box, view) == inside
+    assert box_in_image(inside, view) == box
+
+
+corner = st.integers(0, 1000)
+a_box = st.tuples(corner, corner, corner, corner).map(
+    lambda v: [min(v[0], v[2]), min(v[1], v[3]), max(v[0], v[2]), max(v[1], v[3])]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(a_box, a_box, st.floats(1, 5))
+def test_coordinates_go_there_and_back(box, other, surroundings):
+    if box[0] == box[2] or box[1] == box[3]:
+        return
+    view = view_of(box, surroundings)
+    assert view[2] - view[0] == view[3] - view[1] <= 1000 and 0 <= min(view) <= max(view) <= 1000
+    assert all(0 <= v <= 1000 for v in box_in_view(box, view))
+    assert box_in_image(box_in_view(box, view), view) == box
+    # Whatever is written in the view is a box within it, or none at all
+    found = box_in_image(other, view)
+    if found:
+        assert (
+            view[0] <= found[0] < found[2] <= view[2] and view[1] <= found[1] < found[3] <= view[3]
+        )
+
+
+def test_the_zoomed_loop_shows_the_surroundings_of_the_box():
+    """The box lies in the blue quarter of a photo: the view of it shows nothing else."""
+    image = Image.new("RGB", (400, 200), "white")
+    image.paste("blue", (200, 100, 400, 200))
+    loop = zoom(2.0)
+    box = [750, 750, 875, 875]  # 50 x 25 pixels
+    shown = loop.feedback(image, box)
+    assert shown.size == image.size
+    assert shown.getpixel((1, 1)) == shown.getpixel((398, 198)) == (0, 0, 255)
+    assert shown.getpixel((200, 100)) != (0, 0, 255)  # under the box, which is in the middle
+    assert loop.to_picture(box, box) == [252, 252, 752, 752]
+    assert shown.getpixel((101, 100)) == (255, 0, 0)  # its outline, at 0.252 of 400
+    # Before there is a box: the whole image, in its own coordinates
+    assert loop.feedback(image, None).tobytes() == image.tobytes()
+    assert loop.to_image(box, None) == loop.to_picture(box, None) == box
+    assert loop.to_image([0, 0, 1, 1], [0, 0, 10, 10]) is None  # no area in the image
+
+
+def test_the_zoomed_loop_is_one_rollout(vlm, monkeypatch):
+    """Rows with boxes, at the border and without one: cache and positions, and what SFT builds."""
+    written = [[600, 100, 1000, 300], None, [0, 0, 90, 80]] * 2
+    written += [[250, 0, 500, 900], [0, 500, 1000, 1000], None] * 2
+    answers = iter(written + [[1, 2, 3, 4]] * 6)
+    monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
+    images = [picture(96, 80), picture(48, 144, 1), picture(64, 64, 2)]
+    options = dict(max_tokens=12, seeds=[3, 1, 2], loop=zoom(2.0))
+    options |= dict(group_size=2, temperatures=(1.0, 0.7))
+    rows = rollout(vlm, images, ["a", "a dog", "x"], 2, **options)
+    scores = trajectory_logprobs(vlm, rows)
+    sampled = [logprob for row in rows for logprob in row.logprob]
+    assert (scores.logprob - torch.tensor(sampled)).abs().max() < 1e-4
+    assert rows[0].boxes[:2] == [[600, 100, 1000, 300], [400, 0, 600, 720]]
+    assert rows[1].boxes[:2] == [None, [0, 500, 1000, 1000]]
+    assert rows[2].boxes[:2] == [[0, 0, 90, 80], None]
+    for n, row in enumerate(rows[:2]):
+        shown = common.feedback_pictures(images[0], row.boxes, zoom(2.0))
+        for a, b in zip(row.images, encode_images(vlm, shown)):
+            assert torch.allclose(a.embeds, b.embeds, atol=1e-5)
+        assert "enlarged. The red box is" in vlm.tokenizer.decode(row.ids)
+    assert written_boxes(rows[0].boxes[:2], zoom(2.0)) == [written[0], [250, 0, 500, 900]]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -21,6 +22,7 @@ from toy.world import make_samples
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,6 +136,46 @@ def test_rows_can_be_chosen(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--run", str(run), *flags])
     benchmark.main()
     assert row_numbers(capsys.readouterr().out) == ["2", "3", "7"]
+
+
+def test_a_pass_is_split_by_what_it_does(work):
+    _, ours = benchmark.decoders(work, 2, steps=0)
+    spent = benchmark.seconds_by_kind(ours)
+    assert set(spent) == {"attention", "projections", "other operations"}
+    assert min(spent.values()) > 0
+    (said,) = benchmark.cost_of_a_pass(work)
+    assert re.match(r"9\. a decoding pass of 2 prompts: .*attention.*Python -?\d+%$", said), said
+
+
+def test_lora_in_the_weights_is_the_only_difference(work, monkeypatch):
+    """Row 10: the same tokens; and LoRA is a part of the weights on one side alone."""
+    ways = {}
+    monkeypatch.setattr(
+        benchmark, "take_turns", lambda both, _: ways.update(both) or dict.fromkeys(both, (1, 1))
+    )
+    timed = replace(work, rates=Rates(1e9, 1e9))
+    assert list(benchmark.lora_in_the_weights(timed))[0].startswith("10. LoRA in the weights")
+    layers = [m for m in work.vlm.model.modules() if isinstance(m, LoraLayer)]
+    seen = []
+    language = work.vlm.base.model.language_model
+    hook = language.register_forward_hook(lambda *_: seen.append(all(m.merged for m in layers)))
+    plain = [row.target for row in ways["plain"]()]
+    beside = seen.copy()
+    ours = [row.target for row in ways["ours"]()]
+    hook.remove()
+    assert plain == ours
+    assert beside and not any(beside) and all(seen[len(beside) :])
+
+
+def test_against_trl():
+    """Row 8: both learn from the same prompts and reward, for as many updates as are asked for."""
+    pytest.importorskip("trl")
+    work = Work(None, None, [], [], tokens=60, repeats=1, sizes=[], alone=0)
+    (said,) = benchmark.against_trl(work)
+    number = r"\d+\.\d"
+    tokens = re.search(rf"times faster .* completion ({number}), ({number})$", said).groups()
+    theirs, ours = map(float, tokens)
+    assert abs(theirs - ours) < 4, said  # the base's answers are boxes on both sides
 
 
 def test_a_wrong_flag_is_one_line(tmp_path, monkeypatch, capsys):

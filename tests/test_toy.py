@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import CORRECTION, IVT_PROMPT, SINGLE_PROMPT, encode_images, parse_box
+from support.loops import CLOSER
 from support.traces import template_trace
 from tests.small import TEXTS, vlm
 from toy import lessons, skills, train
@@ -143,7 +144,7 @@ def test_a_conversation_is_a_chat_whose_boxes_are_right(tokenizer):
 def test_the_base_learns_from_no_prompt_and_no_sentence_of_the_methods(tokenizer):
     """Its text, as the recipe makes it: no four words in a row of a sentence of theirs. The words
     that a trace begins with are the skill's own: how a frame lies."""
-    sentences = [IVT_PROMPT, CORRECTION, *TEXTS]
+    sentences = [IVT_PROMPT, CORRECTION, CLOSER, *TEXTS]
     boxes = [[[300, 300, 500, 500], [100, 100, 350, 250], [700, 500, 990, 990]]] * 3
     sentences += [template_trace(row, [310, 320, 480, 510], t) for row in boxes for t in (0, 1, 2)]
     runs = set()
