@@ -22,6 +22,7 @@ neither does (`--checkpointing`; on, as in the paper preset). The floor is expla
 
 import argparse
 import functools
+import os
 import statistics
 import tempfile
 from collections import Counter
@@ -361,6 +362,7 @@ def kind_of(operation):
 
 def seconds_by_kind(piece):
     """{kind of operation: its seconds} in one call of `piece`, by PyTorch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print when it starts and stops
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         piece()
     spent = Counter()
