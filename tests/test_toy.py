@@ -1,5 +1,6 @@
 """The toy: its world, its tokenizer, what its base learns from, the recipe, its skills."""
 
+import functools
 import json
 import random
 import re
@@ -191,6 +192,24 @@ def test_the_recipe_sees_as_the_model_does(vlm):
         [features, *deepstack], [torch.cat([image.embeds for image in images]), *levels]
     ):
         assert (ours - theirs).norm() <= 0.03 * theirs.norm()  # the recipe's are in bfloat16
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96)])
+def test_the_recipes_muon_is_torchs(shape):
+    """Up to the bfloat16 of torch's products: a hundredth of a step."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    gradients = torch.randn(4, *shape, generator=generator)
+    ends = []
+    for muon in (train.Muon, functools.partial(torch.optim.Muon, weight_decay=0.0)):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = muon([weight], lr=0.02)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach() - start)
+    ours, theirs = ends
+    assert (ours - theirs).norm() < 0.08 * theirs.norm()
 
 
 def run_recipe(folder, work, *steps):
