@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import SINGLE_SHOT, Loop
+from common import IVT, SINGLE_SHOT, Loop
 from support import (
     files,
     models,
@@ -101,7 +101,7 @@ ROWS = [
     # Do new pixels help without any training? The question again, on the enlarged surroundings
     Row(statistics.AGAIN, "base_closer", loop=closer, **untrained),
     Row(statistics.AGAIN_GUARDED, "base_closer_guarded", loop=guarded(closer), **untrained),
-    Row("Base + IVT (no training)", "base_ivt", steps=args.steps),
+    Row(statistics.UNTRAINED, "base_ivt", steps=args.steps),
     Row("SFT + IVT", "sft", adapter="sft", command="python sft.py"),
     # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
     Row(
@@ -112,8 +112,10 @@ ROWS = [
         command="python grpo.py --steps 0",
     ),
     Row("SFT + GRPO + IVT", "grpo", adapter="grpo", command="python grpo.py"),
-    Row("GRPO without SFT + IVT", "base_grpo", adapter="base_grpo"),
+    Row(statistics.WITHOUT_SFT, "base_grpo", adapter="base_grpo"),
 ]
+if args.feedback == "again":  # the untrained loop is the control itself
+    ROWS = [row for row in ROWS if row.name != statistics.UNTRAINED]
 
 # --------------------------------------------------------------------------------------------------
 # One row on all test samples
@@ -207,9 +209,14 @@ if args.ablations:
 # Report
 # --------------------------------------------------------------------------------------------------
 results = {"n": len(test), "seed": args.seed, "steps": args.steps, "model": Path(args.model).name}
-results["feedback"] = args.feedback
+results |= {"feedback": args.feedback, "guard": args.guard}
 results |= statistics.analyse(test, lines_of, args.steps, shown, statistics.CONTROL)
-results["second_look"] = second_look.analyse(test, lines_of, args.steps)
+if loop is not IVT:  # what the paper found is about its own loop
+    results["findings"] = []
+guarded_rows = {statistics.AGAIN_GUARDED}
+if args.guard == "on":
+    guarded_rows |= {row.name for row in ROWS if row.loop is loop}
+results["second_look"] = second_look.analyse(test, lines_of, args.steps, guarded_rows)
 logs = {row.name: row.log for row in ROWS}
 results["ablations"] = statistics.ablations(test, args, lines_of, others, logs)
 tables.write_results(results, args.out)

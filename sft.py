@@ -68,14 +68,6 @@ count = sum(p.numel() for p in parameters)
 print(f"{len(rows)} trajectories, {updates} updates of {per_update}, {count:,} LoRA parameters")
 
 
-def learning_rate(update):
-    """Linear warm-up over the first share of the updates, then a cosine to zero (Section 4.1)."""
-    warm = max(1, round(args.warmup * updates))
-    if update < warm:
-        return args.lr * (update + 1) / warm
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
-
-
 def pictures(row):
     """What the model sees at each step: at step t the picture of box t - 1, as at inference."""
     image = samples.load_image(sample_of[row["id"]], data)
@@ -133,8 +125,9 @@ for update in range(first_update, updates):
     loss = sum(processes.gather([loss]))
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     training.stop_unless_finite(update, loss, norm, chosen)
+    rate = training.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(update)
+        group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
 
@@ -144,7 +137,7 @@ for update in range(first_update, updates):
         epoch=epoch + 1,
         loss=loss,
         grad_norm=norm,
-        lr=learning_rate(update),
+        lr=rate,
         tokens=tokens,
     )
     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)

@@ -123,8 +123,9 @@ def adapter_file(folder, command):
 
 
 def best_adapter(run):
-    """The folder of the run's GRPO adapter, else of its SFT adapter, else None."""
-    for name in ("grpo", "sft"):
+    """The folder of the run's GRPO adapter, else of its SFT adapter, else of GRPO without SFT, else
+    None."""
+    for name in ("grpo", "sft", "base_grpo"):
         if (Path(run) / name / "adapter_model.safetensors").exists():
             return Path(run) / name
     return None

@@ -10,11 +10,6 @@ from pathlib import Path
 from support.errors import explain_out_of_memory, stop, working_on
 from support.processes import RANK, barrier, catch_interrupts, gather, leave_if_interrupted, share
 
-# Flags of earlier versions, with the value at which they did nothing: a run with it can go on
-FORMER_FLAGS = {"first_step": "all", "reward": "simple", "agree": 1.0}
-# Flags that came later, with the value at which they do what the code did before
-LATER_FLAGS = {"feedback": "overlay", "surroundings": 2.0, "guard": "off", "engine": "plain"}
-FORMER_NAMES = {"toy_base": "base"}  # folders of base models that have moved
 LARGE_FILE = 2**26  # bytes
 
 
@@ -206,7 +201,7 @@ def agrees(args, name, *flags):
     """Stops when `name` in --out was made with other values of these flags than args has."""
     before = read_config(args.out / f"log/{name}.config.json")
     for flag in flags:
-        then = before.get(flag, LATER_FLAGS.get(flag))
+        then = before.get(flag)
         if before and then != getattr(args, flag):
             words = flag.replace("_", "-")
             stop(
@@ -229,29 +224,12 @@ def read_config(path):
 
 
 def differences(before, config):
-    """A line for each value in which two configurations differ; `before` may be of old code."""
+    """A line for each value in which two configurations differ."""
     lines = []
     for key in sorted({*before, *config}):
-        then, now = before.get(key), config.get(key)
-        if key == "model":
-            then, now = present_name(then), present_name(now)
-        if then == now or (key not in before and LATER_FLAGS.get(key) == now):
-            continue
-        if key in FORMER_FLAGS and key not in config:
-            if then != FORMER_FLAGS[key]:
-                flag = "--" + key.replace("_", "-")
-                lines.append(f"  {key}: {then} then; there is no {flag} any more")
-            continue
-        lines.append(f"  {key}: {then} then, {now} now")
+        if before.get(key) != config.get(key):
+            lines.append(f"  {key}: {before.get(key)} then, {config.get(key)} now")
     return lines
-
-
-def present_name(model):
-    """What `begin` writes of a base model, "<folder> <hash>", with the folder's name of today."""
-    folder, _, digest = str(model).rpartition(" ")
-    if folder in FORMER_NAMES:
-        return f"{FORMER_NAMES[folder]} {digest}"
-    return model
 
 
 def file_hash(file):

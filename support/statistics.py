@@ -26,6 +26,7 @@ AGAIN_GUARDED = "Base, asked again, zoomed and guarded"
 UNTRAINED = "Base + IVT (no training)"
 SFT = "SFT + IVT"
 GRPO = "SFT + GRPO + IVT"
+WITHOUT_SFT = "GRPO without SFT + IVT"
 
 # How far untrained IVT has to fall in Acc@0.5 to count as the paper's finding, in which it falls by
 # 0.31. The paper names no threshold; this one is ours.
@@ -276,7 +277,7 @@ def analyse(samples, trajectories_of, steps, shown, control=None):
 def main_row(names):
     """The row that strata, adaptive refinement and pictures are of: the paper's last that is there,
     or, of other systems, the last."""
-    for name in (GRPO, SFT, UNTRAINED):
+    for name in (GRPO, SFT, WITHOUT_SFT, UNTRAINED):
         if name in names:
             return name
     return list(names)[-1]

@@ -30,7 +30,8 @@ def summary(results):
     width = max(map(len, results["table1"])) + 2
     lines = [*summary_of_table1(results, width), "", *summary_of_table2(results, width), ""]
     lines += summary_of_second_look(results, width)
-    lines.append("The paper's findings here (of the first, the 10 points are our threshold)")
+    if results["findings"]:
+        lines.append("The paper's findings here (of the first, the 10 points are our threshold)")
     lines += [
         f"{verdict}: {sentence}: {numbers}" for sentence, numbers, verdict in results["findings"]
     ]
@@ -154,6 +155,8 @@ def report(results):
         made = f", greedy, seed {results['seed']}, model `{results['model']}`"
         if results["feedback"] != "overlay":
             made += f", feedback {results['feedback']}"
+        if results["guard"] == "on":
+            made += ", guarded"
     lines = [
         f"{results['n']} test samples, T = {results['steps']}{made}. "
         "[low, high]: 95 percent bootstrap interval over the samples; "
@@ -241,7 +244,9 @@ def table2_lines(results):
 
 
 def finding_lines(results):
-    """The verdicts as a list."""
+    """The verdicts as a list; nothing where there are none."""
+    if not results["findings"]:
+        return []
     lines = [f"**The paper's findings here.** {VERDICTS}", ""]
     for sentence, numbers, verdict in results["findings"]:
         lines.append(f"- {verdict}: {sentence}: {numbers}")

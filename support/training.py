@@ -156,6 +156,15 @@ def progress(name, updates, first_update):
     return tqdm(total=updates, initial=first_update, desc=name, unit="update", disable=RANK > 0)
 
 
+def learning_rate(args, update, updates):
+    """Linear warm-up over the first share --warmup of the updates, then a cosine to zero, as both
+    papers have it (IVT, Section 4.1)."""
+    warm = max(1, round(args.warmup * updates))
+    if update < warm:
+        return args.lr * (update + 1) / warm
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+
+
 def shuffled(rows, seed, epoch):
     """The rows in the order of an epoch.
 

@@ -12,7 +12,6 @@ import shlex
 from pathlib import Path
 
 from support import sources
-from support.files import FORMER_FLAGS
 from support.flags import ROOT, Flag, check_range, make_parser
 from support.presets import PRESETS, settings_of
 from support.training import FEWEST_UPDATES, HEALTHY, LAST_UPDATES
@@ -138,8 +137,7 @@ def file_problems(name, text):
         known = f'"{code}"' in CODE or re.search(
             rf"\W{re.escape(code)}\W", TEXT["support/datasets.py"]
         )
-        moved = code == "toy_base/"  # of runs of the former layout
-        if not (any(path.exists() for path in here) or of_run or of_reader or known or moved):
+        if not (any(path.exists() for path in here) or of_run or of_reader or known):
             problems.append(f"{name}: {code} is not there")
     return problems
 
@@ -235,7 +233,6 @@ def flags_of(parser):
 
 
 ALL_FLAGS = {flag for parser in PARSERS.values() for flag in flags_of(parser)}
-ALL_FLAGS |= {"--" + name.replace("_", "-") for name in FORMER_FLAGS}
 
 
 def commands(text):

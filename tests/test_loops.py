@@ -245,7 +245,10 @@ def test_phases_of_another_feedback_are_refused(tmp_path):
     path = tmp_path / "log/make_data.config.json"
     path.parent.mkdir()
     for before, words in (
-        ({"steps": 2}, "make_data in .* was made with --feedback overlay, and now it is zoom"),
+        (
+            {"feedback": "overlay"},
+            "make_data in .* was made with --feedback overlay, and now it is zoom",
+        ),
         ({"feedback": "zoom", "surroundings": 3.0}, "--surroundings 3.0, and now it is 2.0"),
         ({"feedback": "zoom", "surroundings": 2.0}, None),
     ):
@@ -255,13 +258,3 @@ def test_phases_of_another_feedback_are_refused(tmp_path):
             continue
         with pytest.raises(SystemExit, match=words):
             files.agrees(args, "make_data", "feedback", "surroundings")
-
-
-def test_a_run_from_before_these_flags_goes_on(tmp_path):
-    args = argparse.Namespace(out=tmp_path, restart=False, model="m", lr=0.1)
-    files.begin(args, "grpo")
-    later = {**vars(args), "feedback": "overlay", "surroundings": 2.0, "guard": "off"}
-    later |= {"engine": "plain", "vllm": ""}
-    assert files.begin(argparse.Namespace(**later), "grpo")
-    with pytest.raises(SystemExit, match="feedback: overlay then, zoom now"):
-        files.begin(argparse.Namespace(**{**later, "feedback": "zoom"}), "grpo")

@@ -50,7 +50,7 @@ def a_run(folder, count=6, words=""):
             line["texts"] = [text + words for text in line["texts"]]
     shown = f"refined{words}"
     results = {"n": count, "seed": 0, "steps": 2, "model": "m" + words, "ablations": {}}
-    results |= {"feedback": "overlay", "second_look": {}}
+    results |= {"feedback": "overlay", "guard": "off", "second_look": {}}
     results |= analyse(samples, lines_of, 2, shown, CONTROL)
     flags = dict(out=folder, steps=2, page_samples=1000, feedback="overlay", surroundings=2.0)
     return SimpleNamespace(**flags), results, samples, lines_of

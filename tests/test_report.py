@@ -14,6 +14,7 @@ from support.statistics import (
     GRPO,
     SFT,
     UNTRAINED,
+    WITHOUT_SFT,
     ablation,
     adaptive,
     analyse,
@@ -42,7 +43,7 @@ FAR = [600, 600, 900, 900]
 def results_of(samples, rows_of, steps, shown, control=None):
     """As an evaluation puts them together."""
     head = {"n": len(samples), "seed": 0, "steps": steps, "model": "m", "ablations": {}}
-    head["feedback"] = "overlay"
+    head |= {"feedback": "overlay", "guard": "off"}
     head["second_look"] = {}
     return {**head, **analyse(samples, rows_of, steps, shown, control)}
 
@@ -238,6 +239,7 @@ def test_a_file_of_predictions_is_scored(tmp_path):
     write_jsonl(path, PREDICTIONS)
     rows_of = read_predictions(path, SAMPLES)
     assert main_row(rows_of) == "two" and main_row([GRPO, SFT, "two"]) == GRPO
+    assert main_row(["Base + IVT (no training)", WITHOUT_SFT]) == WITHOUT_SFT
     results = analyse(SAMPLES, rows_of, 1, "two")
     assert results["table1"]["one"]["its only box"]["mean IoU"][0] == 0.75
     assert [value[0] for value in results["table2"]["two"]["iou"]] == [0.25, 1]

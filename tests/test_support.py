@@ -337,39 +337,6 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
     assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
 
 
-def test_a_run_of_earlier_code_goes_on_or_is_refused(tmp_path):
-    """Its base model lay in toy_base/, and it had flags that are gone."""
-    base = tmp_path / "toy/base"
-    base.mkdir(parents=True)
-    (base / "config.json").write_text("{}")
-    path = tmp_path / "log/grpo.config.json"
-    path.parent.mkdir()
-    before = {
-        "model": f"toy_base {files.folder_hash(base)}",
-        "steps": 2,
-        "lr": 0.1,
-        "reward": "simple",
-        "first_step": "all",
-        "agree": 1.0,
-    }
-    args = argparse.Namespace(out=tmp_path, restart=False, model=str(base), steps=2, lr=0.1)
-    for changes, words in (
-        ({}, None),
-        ({"reward": "six"}, "reward: six then; there is no --reward any more"),
-        ({"first_step": "right"}, "first_step: right then; there is no --first-step any more"),
-        ({"steps": 0}, "steps: 0 then, 2 now"),
-        ({"model": "toy_base 0123"}, "model: base 0123 then, base"),
-        ({"model": before["model"].replace("toy_base", "other")}, "model: other"),
-    ):
-        path.write_text(json.dumps({**before, **changes}))
-        if words is None:
-            assert files.begin(args, "grpo")
-            assert json.loads(path.read_text())["model"].startswith("base ")
-            continue
-        with pytest.raises(SystemExit, match=f"{words}(.|\n)*another --out, or --restart"):
-            files.begin(args, "grpo")
-
-
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 # --------------------------------------------------------------------------------------------------

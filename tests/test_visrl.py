@@ -230,16 +230,17 @@ def test_the_loss_raises_the_chosen_and_lowers_the_rejected():
 
 
 def test_the_chosen_paths_own_loss_by_hand():
-    """--nll: each token of a chosen path weighs the same, and no other has a gradient."""
+    """--nll: each pair weighs the same, whatever its length or batch; no rejected token has a
+    gradient."""
     rows = torch.tensor([0, 0, 1, 2, 3, 3])  # two pairs of two trajectories
     logprob = torch.tensor([-1.0, -2.0, -4.0, -9.0, -5.0, -7.0], requires_grad=True)
     scores = TokenScores(logprob, torch.zeros(6), rows, torch.zeros(6))
-    chosen_nll(scores, 2).backward()
-    assert chosen_nll(scores, 2).item() == pytest.approx((1 + 2 + 9) / 3)
-    assert logprob.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0, -1 / 3, 0, 0])
+    chosen_nll(scores, 2).sum().backward()
+    assert chosen_nll(scores, 2).tolist() == [1.5, 9.0]
+    assert logprob.grad.tolist() == [-0.5, -0.5, 0, -1, 0, 0]
     # A pair of three trajectories (--condition chosen): the chosen one is still the first
     three = token_scores((0, 0, -1.0), (0, 1, -3.0), (1, 0, -8.0), (2, 0, -8.0), (2, 1, -8.0))
-    assert chosen_nll(three, 1).item() == pytest.approx(2.0)
+    assert chosen_nll(three, 1).tolist() == [2.0]
 
 
 @pytest.mark.parametrize("answers", [(None, None), ("a dot", "not a dot, but a ring")])

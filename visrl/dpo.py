@@ -30,7 +30,6 @@ from visrl.loop import (
     answer_trajectory,
     chosen_nll,
     dpo_loss,
-    learning_rate,
     named,
     pair_logprobs,
     path_trajectory,
@@ -74,7 +73,9 @@ per_update = args.batch_size * args.grad_accum
 updates_per_epoch = math.ceil(len(pairs) / per_update)
 updates = updates_per_epoch * args.epochs
 inputs = [pairs_file]
+files.agrees(args, named("paths", args.iteration), "crop")
 if origin:
+    files.agrees(args, origin, "crop")
     command = "visrl.sft" if origin == "sft" else "visrl.dpo, the stage before"
     inputs.append(checkpoints.adapter_file(args.out / origin, f"python -m {command}"))
 files.begin(args, name, *inputs)
@@ -170,18 +171,18 @@ for update in range(first_update, updates):
         losses = losses.mean(1)  # [N]: Eq. 8, both steps weigh one half
         # Both log pi may fall, the rejected one's faster, until no box is written at all; this term
         # holds the chosen one's up (as in arXiv:2404.19733, Section 2.2)
-        nll = chosen_nll(policy, len(part))  # []
-        ((losses.sum() + args.nll * len(part) * nll) / len(whole)).backward()
+        nll = chosen_nll(policy, len(part))  # [N]
+        ((losses + args.nll * nll).sum() / len(whole)).backward()
         # As GRPO's: mean |log pi - log ref| over the tokens of the pairs
         kl = (policy.logprob - reference.logprob).abs().mean()
-        for loss, margin in zip(losses.tolist(), margins.tolist()):
-            facts.append([loss, float(sum(margin) > 0), *margin, kl.item(), nll.item()])
+        for loss, margin, own in zip(losses.tolist(), margins.tolist(), nll.tolist()):
+            facts.append([loss, float(sum(margin) > 0), *margin, kl.item(), own])
     processes.sum_gradients(parameters)
     facts = torch.tensor(processes.gather(facts))  # [pairs of the update, 4 + K]
     loss, accuracy, *margin, kl, nll = facts.mean(0).tolist()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     training.stop_unless_finite(update, loss, norm, whole)
-    rate = learning_rate(args, update, updates)
+    rate = training.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

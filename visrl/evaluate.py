@@ -65,6 +65,8 @@ def model_with(adapter):
     """The base model with this adapter (None: as it is), loaded when a row needs it."""
     if adapter not in loaded:
         loaded.clear()  # free one model before another is loaded
+        if adapter:
+            files.agrees(args, adapter, "crop")
         loaded[adapter] = models.load_with_adapter(args, adapter and args.out / adapter)
     return loaded[adapter]
 

@@ -158,25 +158,20 @@ def dpo_loss(policy, reference, beta):
 
 
 def chosen_nll(scores, count):
-    """TokenScores of N = `count` pairs -> []: mean -log pi of the tokens of their chosen paths.
+    """TokenScores of N = `count` pairs -> [N]: mean -log pi of the tokens of the chosen path.
 
     A pair's first trajectory is the chosen one, whether it has two or three of them.
     """
     per_pair = (int(scores.row.max()) + 1) // count
-    return -scores.logprob[scores.row % per_pair == 0].mean()
+    means = []
+    for pair in range(count):
+        means.append(-scores.logprob[scores.row == pair * per_pair].mean())
+    return torch.stack(means)
 
 
 # --------------------------------------------------------------------------------------------------
-# Names and rates
+# Names
 # --------------------------------------------------------------------------------------------------
 def named(name, iteration):
     """The name of a file or an adapter in an iteration; the first one's has no number."""
     return name if iteration == 1 else f"{name}_{iteration}"
-
-
-def learning_rate(args, update, updates):
-    """Linear warm-up over the first share of the updates, then a cosine to zero."""
-    warm = max(1, round(args.warmup * updates))
-    if update < warm:
-        return args.lr * (update + 1) / warm
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))

@@ -144,6 +144,7 @@ if __name__ == "__main__":
     inputs = [data / "train.jsonl", checkpoints.adapter_file(args.out / actor, command)]
     depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
     depends_on.append("iteration")
+    files.agrees(args, actor, "crop")
 
     @functools.cache
     def load_model():

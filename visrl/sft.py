@@ -19,7 +19,7 @@ import time
 from common import feedback_pictures, normalize_box, trajectory_logprobs
 from support import checkpoints, errors, files, models, processes, samples, training
 from support.flags import flags
-from visrl.loop import LOOPS, learning_rate, path_trajectory
+from visrl.loop import LOOPS, path_trajectory
 from visrl.sources import BOXED
 
 import torch
@@ -110,7 +110,7 @@ for update in range(first_update, updates):
     loss = sum(processes.gather([loss]))
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     training.stop_unless_finite(update, loss, norm, chosen)
-    rate = learning_rate(args, update, updates)
+    rate = training.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
