@@ -39,7 +39,7 @@ def look_at(rows, name="x", steps=2):
 
 
 def test_a_guarded_row_says_nothing_of_confidence():
-    """Where a box was refused, the one before it stands, and the confidence is the refused one's."""
+    """Where a box was refused the one before it stands, and the confidence is not its own."""
     rows = [
         row_of([FAR, HALF], confidence=[-1.0, -2.0]),
         row_of([RIGHT, RIGHT], confidence=[-2, -1]),
