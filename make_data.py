@@ -9,11 +9,11 @@ Section 3.2, in five steps:
 
 1. Samples: a 1:1:1 mixture of the sources, split by image into train, val and test.
 2. Student: the base model's greedy single-shot box for every training sample, a realistic error.
-3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve (`--keep all`:
-   they stay, and hold still). A prediction without a valid box is no start, and dropped too.
+3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve. A prediction
+   without a valid box is no start, and dropped too.
 4. Trajectory: T + 1 boxes on a straight line from the student's box (`--start perturbed`: from a
-   box at random) to the truth (`--path direct`: at the truth from step 1 on). With `--feedback
-   zoom` a box can only be written while it lies in the view of the one before; the rest is dropped.
+   box at random) to the truth. With `--feedback zoom` a box can only be written while it lies in
+   the view of the one before; the rest is dropped.
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
    step 0, the overlay of box t - 1 (or the view of it) at step t.
 
@@ -53,13 +53,8 @@ from toy import world
 # --------------------------------------------------------------------------------------------------
 # Trajectories of boxes
 # --------------------------------------------------------------------------------------------------
-def interpolate(first, last, steps, path="linear"):
-    """T + 1 boxes (0..1000) on the straight line from `first` to `last` (Section 3.2).
-
-    path "direct": at `last` from step 1 on.
-    """
-    if path == "direct":
-        return [first] + [last] * steps
+def interpolate(first, last, steps):
+    """T + 1 boxes (0..1000) on the straight line from `first` to `last` (Section 3.2)."""
     boxes = []
     for t in range(steps + 1):
         boxes.append([round(a + (b - a) * t / steps) for a, b in zip(first, last)])
@@ -109,7 +104,7 @@ TEACHER_STEP = (
     "large, too small, on the wrong object) and which spatial correction is needed. Do not write "
     "any number or coordinate, and no box."
 )
-TEACHER_HOLD = (  # for trajectories that hold still, with --keep all or --path direct
+TEACHER_HOLD = (  # where the next box is the same one: near the truth, with --iou-max 1
     'The red box in this image is your last prediction for "{expression}", and it is right. In two '
     "sentences, in the first person, examine the red box: say why it fits and that you keep it. Do "
     "not write any number or coordinate, and no box."
@@ -218,7 +213,6 @@ if __name__ == "__main__":
     dropped = Counter()
     for sample, row in zip(train, student):
         truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
-        good = row["iou"] > args.iou_max
         if row["box"] is None:
             dropped["no valid box"] += 1
             continue
@@ -227,22 +221,19 @@ if __name__ == "__main__":
             dropped["true box below a thousandth of the image"] += 1
             continue
         # The paper keeps 934 of 2,400: a nearly perfect start has nothing to correct
-        if good and args.keep == "errors":
+        if row["iou"] > args.iou_max:
             dropped[f"IoU above {args.iou_max}"] += 1
             continue
         first = row["box"]
-        last = truth
         if args.start == "perturbed":
             rng = random.Random(f"{args.seed} {sample['id']}")
             first = perturb(rng, truth, args.iou_max)
-        elif good:
-            last = first  # a good prediction holds still
-        boxes = interpolate(first, last, args.steps, args.path)
+        boxes = interpolate(first, truth, args.steps)
         if not in_view(boxes, loop):
             dropped["next box outside the view"] += 1
             continue
         kept = {"id": sample["id"], "expression": sample["expression"]}
-        rows.append({**kept, "iou": box_iou(first, sample), "truth": last, "boxes": boxes})
+        rows.append({**kept, "iou": box_iou(first, sample), "truth": truth, "boxes": boxes})
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
     print(f"filter: {len(rows)} of {len(train)} kept; dropped: {reasons}")
 

@@ -75,15 +75,6 @@ PRESETS = {  # phase -> name -> Setting
             "step 0: the student's boxes, or the truth perturbed (what the paper first tried)",
             ("student", "perturbed"),
         ),
-        "keep": Setting(
-            "errors",
-            "errors",
-            "all: what the filter discards stays and holds still (--start student); ours",
-            ("errors", "all"),
-        ),
-        "path": Setting(
-            "linear", "linear", "direct: at the truth from step 1 on; ours", ("linear", "direct")
-        ),
         "teacher": Setting(
             "vlm", "template", "who writes the traces: a VLM, or geometry", ("vlm", "template")
         ),

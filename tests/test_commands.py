@@ -209,22 +209,6 @@ def test_scripts_around_a_run(whole, tmp_path):
     assert status == 0 and load_file(merged / "model.safetensors"), printed
 
 
-def test_a_trajectory_may_hold_still_or_go_straight_to_the_truth(tmp_path):
-    out = tmp_path / "run"
-    status, printed = command("make_data", out, "--keep", "all", "--path", "direct")
-    assert status == 0, printed
-    student = {row["id"]: row for row in lines(out / "data/student.jsonl")}
-    held = 0
-    for row in lines(out / "data/sft.jsonl"):
-        prediction = student[row["id"]]
-        later = row["truth"]
-        if prediction["iou"] > 0.85:
-            later = prediction["box"]
-            held += 1
-        assert row["boxes"] == [prediction["box"], later, later]
-    assert 0 < held < len(lines(out / "data/sft.jsonl"))
-
-
 def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
     out = tmp_path / "run"
     zoomed = ("--feedback", "zoom", "--surroundings", "3")

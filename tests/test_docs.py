@@ -499,8 +499,6 @@ def test_presets_hold_the_papers_values():
             test_samples=505,
             iou_max=0.85,
             start="student",
-            keep="errors",
-            path="linear",
             teacher="vlm",
             max_tokens=160,
         ),

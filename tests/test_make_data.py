@@ -14,7 +14,6 @@ def test_interpolation():
     first = [0, 0, 100, 100]
     last = [100, 50, 300, 101]
     assert make_data.interpolate(first, last, 2) == [first, [50, 25, 200, 100], last]
-    assert make_data.interpolate(first, last, 2, "direct") == [first, last, last]
 
 
 def test_perturbed_boxes_keep_to_the_filter():
