@@ -39,7 +39,7 @@ from speed.work import CONFIGS, random_work, toy_samples, toy_vlm, work_of_run
 from support.errors import stop
 from support.flags import EMBEDDED
 from support.loops import play
-from support.models import quiet
+from support.models import merged, quiet
 from support.processes import device
 
 import torch
@@ -377,6 +377,9 @@ def cost_of_a_pass(work):
     What is left is passes of one token for each prompt. Operations are the profiler's; Python is
     what remains of the time without it: calls of modules and operations, masks, bookkeeping.
     """
+    if torch.cuda.is_available():
+        yield "9. a decoding pass: left out, its parts are a CPU's"
+        return
     count = max(work.sizes)
     wall = []
     spent = []
@@ -396,6 +399,11 @@ def cost_of_a_pass(work):
 
 def lora_in_the_weights(work):
     """The largest batch of row 2 with `rollout` as it is, and as `play` calls it."""
+    with merged(work.vlm):
+        is_merged = any(getattr(module, "merged", False) for module in work.vlm.model.modules())
+    if not is_merged:
+        yield "10. LoRA in the weights: left out, for small float32 weights alone"
+        return
     count = max(work.sizes)
     _, ours = decoders(work, count)
     plain = functools.partial(common.rollout, *ours.args, **ours.keywords)

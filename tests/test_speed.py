@@ -9,7 +9,7 @@ from pathlib import Path
 
 import common
 from common import VLM, rollout
-from speed import benchmark
+from speed import against_trl, benchmark
 from speed.floor import lengths, rollout_floor
 from speed.measure import Rates, Tally, take_turns
 from speed.work import Work, random_vlm
@@ -167,15 +167,31 @@ def test_lora_in_the_weights_is_the_only_difference(work, monkeypatch):
     assert beside and not any(beside) and all(seen[len(beside) :])
 
 
-def test_against_trl():
+def test_against_trl(monkeypatch):
     """Row 8: both learn from the same prompts and reward, for as many updates as are asked for."""
     pytest.importorskip("trl")
-    work = Work(None, None, [], [], tokens=60, repeats=1, sizes=[], alone=0)
+    work = Work(None, None, [], [], tokens=60, repeats=2, sizes=[], alone=0)
+    turns = []
+    compare = benchmark.compare
+    monkeypatch.setattr(
+        benchmark, "compare", lambda *args: turns.append(compare(*args)) or turns[0]
+    )
     (said,) = benchmark.against_trl(work)
-    number = r"\d+\.\d"
-    tokens = re.search(rf"times faster .* completion ({number}), ({number})$", said).groups()
-    theirs, ours = map(float, tokens)
-    assert abs(theirs - ours) < 4, said  # the base's answers are boxes on both sides
+    assert re.match(r"8\. GRPO step on the toy, TRL .* times faster", said), said
+    [(theirs, ours, tokens)] = turns
+    assert len(theirs) == len(ours) == 2
+    assert abs(tokens[0] - tokens[1]) < 4, said  # the base's answers are boxes on both sides
+
+
+def test_trl_is_given_our_reward():
+    truth = dict(bbox=[[0, 0, 50, 100]], width=[100], height=[100])
+    for text, value in (
+        ('{"bbox_2d": [0, 0, 1000, 1000]}', 0.5 + 0.1),
+        ('{"bbox_2d": [0, 0, 500, 1000]}', 1 + 0.1),
+        ("no box", 0.0),
+    ):
+        [given] = against_trl.trl_reward([[{"content": text}]], **truth)
+        assert given == pytest.approx(value)
 
 
 def test_a_wrong_flag_is_one_line(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The toy: its world, its tokenizer, what its base learns from, the recipe, its skills."""
 
+import argparse
 import functools
 import json
 import random
@@ -210,6 +211,16 @@ def test_the_recipes_muon_is_torchs(shape):
         ends.append(weight.detach() - start)
     ours, theirs = ends
     assert (ours - theirs).norm() < 0.08 * theirs.norm()
+
+
+def test_the_recipe_does_not_go_on_from_another_run(tmp_path):
+    args = argparse.Namespace(seed=0, dtype="float32", tower_steps=8, question_steps=4)
+    path = tmp_path / "checkpoint.pt"
+    train.save(path, 3, {}, [], args)
+    assert train.restore(path, {}, [], args) == 3
+    args.seed = 1
+    with pytest.raises(SystemExit, match="'seed': 0(.|\n)*'seed': 1(.|\n)*another --work"):
+        train.restore(path, {}, [], args)
 
 
 def run_recipe(folder, work, *steps):

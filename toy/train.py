@@ -1,4 +1,4 @@
-"""The recipe of the toy's base: from random weights to toy/base/, on general skills alone.
+"""The recipe of the toy's base: from random weights, on general skills alone.
 
     python -m toy.train      all of it; killed, the same command goes on
     torchrun --nproc-per-node 2 -m toy.train      the same in two processes: on two cores, quicker
@@ -21,10 +21,12 @@ docs/toy_base.md says what was tried, and what came out.
 import argparse
 import functools
 import json
+import shutil
 import time
 from pathlib import Path
 
 from support import processes
+from support.errors import stop
 from support.files import write_bytes, writing
 from support.flags import check_path
 from support.models import quiet
@@ -437,19 +439,31 @@ def all_optimizers(parts):
     return [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in made]
 
 
-def save(path, step, parts, steppers):
+def made_with(args):
+    """What a run cannot change on its way. --answer-steps it can: see `rate_of`."""
+    return {
+        name: getattr(args, name) for name in ("seed", "dtype", "tower_steps", "question_steps")
+    }
+
+
+def save(path, step, parts, steppers, args):
     """All that it takes to go on, written whole."""
     states = {name: module.state_dict() for name, module in parts.items()}
-    states["step"] = step
+    states |= {"step": step, "made": made_with(args)}
     states["optimizers"] = [optimizer.state_dict() for optimizer, _ in steppers]
     write_bytes(path, lambda file: torch.save(states, file))
 
 
-def restore(path, parts, steppers):
-    """The step to go on from: 0 where nothing was saved."""
+def restore(path, parts, steppers, args):
+    """The step to go on from: 0 where nothing was saved. Exits when it was made otherwise."""
     if not path.exists():
         return 0
     saved = torch.load(path, weights_only=True)
+    if saved.get("made") != made_with(args):
+        stop(
+            f"{path} was made with {saved.get('made')}, and now it is {made_with(args)}; give the "
+            "same, or another --work"
+        )
     for name, module in parts.items():
         module.load_state_dict(saved[name])
     for (optimizer, _), state in zip(steppers, saved["optimizers"]):
@@ -488,7 +502,12 @@ def update(step, parameters, steppers, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--folder", type=Path, default=BASE, help="the checkpoint (toy/base)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default="runs/toy_base/base",
+        help="the result (runs/toy_base/base; what toy/base holds was made so)",
+    )
     parser.add_argument(
         "--work",
         type=Path,
@@ -528,7 +547,7 @@ def main():
     steppers = all_optimizers(parts)
     parameters = [p for module in parts.values() for p in module.parameters()]
     checkpoint = args.work / "checkpoint.pt"
-    first = restore(checkpoint, parts, steppers)
+    first = restore(checkpoint, parts, steppers, args)
     total = args.tower_steps + args.question_steps + args.answer_steps
     halves = processes.share([0, 1])
     batches = torch.utils.data.DataLoader(
@@ -558,14 +577,17 @@ def main():
                 with open(args.work / "log.jsonl", "a") as log_file:
                     log_file.write(json.dumps(line) + "\n")
             sums = {}
-            save(checkpoint, step + 1, parts, steppers)
+            save(checkpoint, step + 1, parts, steppers, args)
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
     if RANK:
         return
+    temporary = args.folder.with_name(args.folder.name + ".tmp")
     with writing(args.folder):
-        model.half().save_pretrained(args.folder)  # safetensors
-        tokenizer.save_pretrained(args.folder)
-        make_image_processor().save_pretrained(args.folder)
+        model.half().save_pretrained(temporary)  # safetensors
+        tokenizer.save_pretrained(temporary)
+        make_image_processor().save_pretrained(temporary)
+        shutil.rmtree(args.folder, ignore_errors=True)
+        temporary.rename(args.folder)
     print(f"{args.folder}, {(time.time() - start) / 60:.1f} min")
 
 
