@@ -506,7 +506,7 @@ def main():
         "--folder",
         type=Path,
         default="runs/toy_base/base",
-        help="the result (runs/toy_base/base; what toy/base holds was made so)",
+        help="the result (runs/toy_base/base), for --model",
     )
     parser.add_argument(
         "--work",
@@ -525,7 +525,7 @@ def main():
         default=quick_dtype(),
         help="of the products (bfloat16 where the CPU has units for it, else float32)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     args = parser.parse_args()
     quiet()
     processes.start_processes()
