@@ -481,6 +481,16 @@ def main():
     for number in sorted(set(args.rows)):
         for text in ROWS[number](work):
             print(text, flush=True)
+    after = machine_rates(device(), getattr(torch, args.dtype)).arithmetic
+    print(doubt(work.rates.arithmetic, after), end="")
+
+
+def doubt(before, after):
+    """A sentence where the machine's rate has changed so much that the floors are wrong, or ""."""
+    if max(before / after, after / before) < 1.3:
+        return ""
+    rates = f"{before / 1e9:,.0f} GFLOP/s before, {after / 1e9:,.0f} after"
+    return f"other work ran beside this: {rates}; do not trust the floors\n"
 
 
 if __name__ == "__main__":

@@ -29,21 +29,15 @@ AGREEMENT = 0.9  # of the rule that stops when two boxes agree; one of the adapt
 LISTS = ("boxes", "texts", "confidence")  # of a trajectory, with an entry for each step
 
 
-def analyse(samples, trajectories_of, steps, guarded=()):
+def analyse(samples, trajectories_of, steps):
     """name -> what this file has to say, for each row that refines. steps: T; what lies beyond it
-    in a trajectory is left out.
-
-    guarded: rows in which a refused box leaves the one before it. Their confidence is that of the
-    box that was written, so it says nothing of the one that stands.
-    """
+    in a trajectory is left out."""
     looks = {}
     for name, rows in trajectories_of.items():
         rows = [{key: row[key][: steps + 1] for key in LISTS if key in row} for row in rows]
         if name == CONTROL or len(rows[0]["boxes"]) == 1:
             continue
         ious = all_ious(samples, rows)
-        if name in guarded:
-            rows = [{key: row[key] for key in row if key != "confidence"} for row in rows]
         look = {"turns": turns(ious), "rules": rules(ious, rows)}
         if has_confidence(rows):
             look["confidence"] = confidence(ious, rows)
@@ -56,7 +50,7 @@ def analyse(samples, trajectories_of, steps, guarded=()):
 
 
 def has_confidence(rows):
-    """Earlier runs did not log it, and other systems do not say."""
+    """Guarded rows have none, and other systems do not say."""
     return all("confidence" in row for row in rows)
 
 

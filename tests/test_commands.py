@@ -166,6 +166,9 @@ def test_scripts_around_a_run(whole, tmp_path):
     assert status == 0, printed
     before = json.loads((out / "results.json").read_text())
     assert len(before["ablations"]) == 5 + 4 + 2
+    look = before["second_look"]
+    assert "confidence" in look["SFT + IVT"]  # and where a box can be refused, it is not its own
+    assert "confidence" not in look["Base, asked again, zoomed and guarded"]
     own = before["ablations"]["SFT + GRPO + IVT"]
     other = before["ablations"][f"{whole[0]}: SFT + GRPO + IVT"]
     assert own["first"] == other["first"] and own["validation"] == other["validation"]

@@ -38,17 +38,6 @@ def look_at(rows, name="x", steps=2):
     return analyse([GOOD] * len(rows), {name: rows}, steps)[name]
 
 
-def test_a_guarded_row_says_nothing_of_confidence():
-    """Where a box was refused the one before it stands, and the confidence is not its own."""
-    rows = [
-        row_of([FAR, HALF], confidence=[-1.0, -2.0]),
-        row_of([RIGHT, RIGHT], confidence=[-2, -1]),
-    ]
-    assert "confidence" in look_at(rows) and "confidence" in look_at(rows)["rules"]
-    look = analyse([GOOD] * 2, {"x": rows}, 2, guarded={"x"})["x"]
-    assert "confidence" not in look and "confidence" not in look["rules"]
-
-
 # --------------------------------------------------------------------------------------------------
 # Estimates
 # --------------------------------------------------------------------------------------------------

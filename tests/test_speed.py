@@ -92,6 +92,11 @@ def test_the_floor_counts_a_groups_prompt_once(work):
     assert one < group < 6 * one
 
 
+def test_floors_are_not_trusted_when_the_rate_has_changed():
+    assert benchmark.doubt(160e9, 150e9) == ""
+    assert "87 GFLOP/s before, 160 after; do not trust" in benchmark.doubt(87e9, 160e9)
+
+
 def test_the_cache_of_row_7_is_the_only_difference(work):
     plain, ours = benchmark.decoders(work, 2)
     growing = common.GrowingLayer
