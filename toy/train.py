@@ -345,8 +345,8 @@ def last_loss(heads, final, about):
 # Optimisation
 # ----------------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """As torch.optim.Muon, whose products are in bfloat16 on every machine; here in float32, of a
-    CPU without units for bfloat16 (a step of torch's took 9 s there, this one 0.1 s).
+    """As torch.optim.Muon, whose products are in bfloat16 on every machine; here in float32, since
+    a CPU without units for bfloat16 spent most of a step on them.
     """
 
     def __init__(self, parameters, lr):
