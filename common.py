@@ -52,9 +52,7 @@ CORRECTION = (
 )
 
 
-# --------------------------------------------------------------------------------------------------
-# Boxes (Section 3.1, "Box representation")
-# --------------------------------------------------------------------------------------------------
+# Boxes (Section 3.1, "Box representation") --------------------------------------------------------
 def normalize_box(bbox, width, height):
     """Pixels -> integers in 0..1000: floor(x * 1000 / W), clamped to the image.
 
@@ -141,9 +139,7 @@ def box_complete(text):
     return "{" not in answer[: match.start()] or "}" in answer[match.end() :]
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop, and what varies in it
-# --------------------------------------------------------------------------------------------------
+# The loop, and what varies in it ------------------------------------------------------------------
 def draw_overlay(image, box, color=(255, 0, 0), alpha=0.25):
     """The image (PIL, RGB) with a translucent box (0..1000) and its outline; None gives a copy.
 
@@ -197,10 +193,9 @@ def feedback_pictures(image, boxes, loop=IVT):
     return [image] + later
 
 
-# --------------------------------------------------------------------------------------------------
-# Sequences. A trajectory is one token sequence in one assistant turn (Section 3.1, "prefix-
-# continuation"): [user: image, prompt] [assistant: step 0, picture + instruction, step 1, ...]
-# --------------------------------------------------------------------------------------------------
+# Sequences ----------------------------------------------------------------------------------------
+# A trajectory is one token sequence in one assistant turn (Section 3.1, "prefix continuation"):
+# [user: image, prompt] [assistant: step 0, picture + instruction, step 1, ...]
 @dataclass
 class VLM:
     """A Qwen3-VL checkpoint in its three parts. `model` may be wrapped by PEFT."""
@@ -274,20 +269,20 @@ def image_ids(vlm, image):
     return [vlm.token("<|vision_start|>"), *placeholders, vlm.token("<|vision_end|>")]
 
 
-def prompt_ids(vlm, image, prompt):
-    """The user turn with one image and a prompt, up to where the assistant begins to write."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = vlm.tokenizer.apply_chat_template(
+def prompt_ids(vlm, image, text, loop=IVT):
+    """The user turn with one image and the prompt, up to where the assistant begins to write."""
+    content = [{"type": "image"}, {"type": "text", "text": loop.prompt.format(text=text)}]
+    turn = vlm.tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    before, after = text.split("<|vision_start|><|image_pad|><|vision_end|>")
+    before, after = turn.split("<|vision_start|><|image_pad|><|vision_end|>")
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
-def continuation_ids(vlm, image, continuation, turn=IVT.turn):
+def continuation_ids(vlm, image, text, loop=IVT):
     """What is injected before step t >= 1: the feedback picture and the instruction."""
-    before, after = turn.split("{picture}")
-    after = after.format(continuation=continuation)
+    before, after = loop.turn.split("{picture}")
+    after = after.format(continuation=loop.continuation.format(text=text))
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
@@ -317,30 +312,29 @@ def mrope_positions(ids, images, image_token_id, start=0):
     return positions, start
 
 
-def build_trajectory(vlm, prompt, images, texts, continuation="", turn=IVT.turn):
-    """The training sequence of Section 3.2: T + 1 texts, images[t] (ImageTokens) before text t.
+def build_trajectory(vlm, images, text, written, loop=IVT):
+    """The training sequence of Section 3.2. images: T + 1 ImageTokens, the picture of each step.
+    text: what fills the loop's prompt. written: T + 1 texts, what the model is to write.
 
-    Targets are the tokens of the texts alone. Prompt, image tokens and instructions are context
+    Targets are the tokens of what is written. Prompt, image tokens and instructions are context
     (the paper's labels of -100), which is known here, while the sequence is put together.
     """
-    out = Trajectory(ids=prompt_ids(vlm, images[0], prompt), images=list(images))
-    for t, text in enumerate(texts):
+    out = Trajectory(ids=prompt_ids(vlm, images[0], text, loop), images=list(images))
+    for t, step in enumerate(written):
         if t > 0:
-            out.ids += continuation_ids(vlm, images[t], continuation, turn)
-        tokens = vlm.encode(text)
+            out.ids += continuation_ids(vlm, images[t], text, loop)
+        tokens = vlm.encode(step)
         first = len(out.ids) - 1  # a token is predicted at the position before its own
         out.predictor += range(first, first + len(tokens))
         out.target += tokens
         out.step += [t] * len(tokens)
         out.ids += tokens
-        out.texts.append(text)
-        out.boxes.append(parse_box(text))
+        out.texts.append(step)
+        out.boxes.append(parse_box(step))
     return out
 
 
-# --------------------------------------------------------------------------------------------------
-# The model, in its explicit form: embeddings, image tokens put in their places, language model
-# --------------------------------------------------------------------------------------------------
+# The model: embeddings, image tokens put in their places, language model --------------------------
 def recompute_activations(vlm):
     """On where gradients are wanted, off elsewhere: a checkpointed layer writes no cache."""
     for layer in vlm.base.model.language_model.layers:
@@ -398,24 +392,19 @@ def pad_pieces(vlm, pieces, images, offsets):
     base = vlm.base
     ids = pad_rows(pieces, 0, base.device)
     is_token = pad_rows([[True] * len(piece) for piece in pieces], False, base.device)
-    positions = []
-    ends = []
-    for piece, row_images, offset in zip(pieces, images, offsets):
-        own, end = mrope_positions(piece, row_images, base.config.image_token_id, offset)
-        positions.append(own)
-        ends.append(end)
+    placed = [
+        mrope_positions(piece, row_images, base.config.image_token_id, offset)
+        for piece, row_images, offset in zip(pieces, images, offsets)
+    ]
+    positions, ends = zip(*placed)
     positions = pad_rows(positions, (0, 0, 0), base.device).permute(2, 0, 1)
     return ids, positions, is_token, ends
 
 
-# --------------------------------------------------------------------------------------------------
-# The rollout: the loop of Section 3.1 over a key-value cache, for a batch of trajectories at once
-# --------------------------------------------------------------------------------------------------
+# The rollout: Section 3.1 over a key-value cache, for a batch at once -----------------------------
 class GrowingLayer(DynamicLayer):
-    """A layer of the key-value cache that keeps spare room at its end.
-
-    transformers' own copies all it holds for every token that comes; this one does so once in
-    SPARE tokens.
+    """A layer of the key-value cache that keeps spare room at its end: transformers' own copies all
+    that it holds for every token that comes, this one once in SPARE tokens.
     """
 
     SPARE = 128  # about two steps of the toy, less than one of the paper preset
@@ -424,18 +413,13 @@ class GrowingLayer(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         start = self.get_seq_length()
         end = start + keys.shape[2]
-        same_rows = self.storage is not None and len(self.storage[0]) == len(keys)
-        if not same_rows or end > self.storage[0].shape[2]:
-            shape = (*keys.shape[:2], end + self.SPARE, keys.shape[3])
-            storage = keys.new_empty(shape), values.new_empty(shape)
-            if start > 0:
-                storage[0][:, :, :start] = self.keys
-                storage[1][:, :, :start] = self.values
-            self.storage = storage
-        self.storage[0][:, :, start:end] = keys
-        self.storage[1][:, :, start:end] = values
-        self.keys = self.storage[0][:, :, :end]
-        self.values = self.storage[1][:, :, :end]
+        if not start or len(self.storage[0]) != len(keys) or end > self.storage[0].shape[2]:
+            held = (self.keys, self.values) if start else (keys[:, :, :0], values[:, :, :0])
+            room = (0, 0, 0, end - start + self.SPARE)
+            self.storage = [torch.nn.functional.pad(part, room) for part in held]
+        for part, new in zip(self.storage, (keys, values)):
+            part[:, :, start:end] = new
+        self.keys, self.values = (part[:, :, :end] for part in self.storage)
         self.is_initialized = True
         return self.keys, self.values
 
@@ -463,8 +447,8 @@ class Context:
         # Rows that end a step early are padded inside the cache; the mask hides the padding
         self.mask = torch.cat([self.mask, is_token], 1)
         self.cached = [len(row.ids) for row in rows]
-        flat = [image for row_images in images for image in row_images]
-        hidden = hidden_states(self.vlm, ids, positions, self.mask, flat, self.cache)  # [B, K, D]
+        shown = sum(images, [])
+        hidden = hidden_states(self.vlm, ids, positions, self.mask, shown, self.cache)  # [B, K, D]
         return hidden[torch.arange(len(rows)), is_token.sum(1) - 1]  # [B, D]
 
     def repeat(self, n):
@@ -569,20 +553,15 @@ def rollout(
 
     prompts = []
     for image, text in zip(encode_images(vlm, images), texts):
-        ids = prompt_ids(vlm, image, loop.prompt.format(text=text))
-        prompts.append(Trajectory(ids=ids, images=[image]))
+        prompts.append(Trajectory(ids=prompt_ids(vlm, image, text, loop), images=[image]))
     context = Context(vlm, len(prompts))
     hidden = context.catch_up(prompts, [prompt.images for prompt in prompts])  # [P, D]
 
     context.repeat(group_size)
     hidden = hidden.repeat_interleave(group_size, 0)  # [P * N, D]
-    rows = []
-    originals = []
-    instructions = []
-    for prompt, image, text in zip(prompts, images, texts):
-        rows += [Trajectory(list(prompt.ids), list(prompt.images)) for _ in range(group_size)]
-        originals += [image] * group_size
-        instructions += [loop.continuation.format(text=text)] * group_size
+    rows = [Trajectory(list(p.ids), list(p.images)) for p in prompts for _ in range(group_size)]
+    originals = [image for image in images for _ in range(group_size)]
+    texts = [text for text in texts for _ in range(group_size)]
 
     for t in range(steps + 1):
         last_boxes = [last_valid(row.boxes) for row in rows]
@@ -590,8 +569,8 @@ def rollout(
             # Render and inject: the picture and the instruction join the same assistant turn
             pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
             shown = encode_images(vlm, pictures)
-            for row, image, instruction in zip(rows, shown, instructions):
-                row.ids += continuation_ids(vlm, image, instruction, loop.turn)
+            for row, image, text in zip(rows, shown, texts):
+                row.ids += continuation_ids(vlm, image, text, loop)
                 row.images.append(image)
             hidden = context.catch_up(rows, [[image] for image in shown])  # [P * N, D]
         if t == 0 and first_texts:
@@ -607,9 +586,7 @@ def rollout(
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities of whole trajectories
-# --------------------------------------------------------------------------------------------------
+# Log-probabilities of whole trajectories ----------------------------------------------------------
 LOGITS_AT_ONCE = 2**23  # numbers: 55 targets of a vocabulary of 152k, 34 MB for each copy
 
 
@@ -638,8 +615,7 @@ def trajectory_logprobs(vlm, trajectories):
     sequences = [t.ids for t in trajectories]
     images = [t.images for t in trajectories]
     ids, positions, mask, _ = pad_pieces(vlm, sequences, images, [0] * len(trajectories))
-    images = [image for t in trajectories for image in t.images]
-    hidden = hidden_states(vlm, ids, positions, mask, images)  # [B, L, D]
+    hidden = hidden_states(vlm, ids, positions, mask, sum(images, []))  # [B, L, D]
 
     def flat(lists):  # B lists of integers -> [M]
         values = [value for one in lists for value in one]
@@ -648,22 +624,17 @@ def trajectory_logprobs(vlm, trajectories):
     row = flat([[i] * len(t.target) for i, t in enumerate(trajectories)])  # [M]
     at_targets = hidden[row, flat([t.predictor for t in trajectories])]  # [M, D]
     target = flat([t.target for t in trajectories])  # [M]
+    # Computed again in the backward pass: kept for the 2,880 targets of six trajectories of the
+    # paper preset, each copy of the logits would be 1.75 GB.
     part = LOGITS_AT_ONCE // vlm.base.lm_head.out_features
-    if len(target) <= part:
-        logprob, entropy = logprob_and_entropy(vlm, at_targets, target)  # [M], [M]
-    else:
-        # Computed again in the backward pass: kept for the 2,880 targets of six trajectories of
-        # the paper preset, each copy of the logits would be 1.75 GB.
-        parts = []
-        for h, y in zip(at_targets.split(part), target.split(part)):
-            parts.append(checkpoint(logprob_and_entropy, vlm, h, y, use_reentrant=False))
-        logprob, entropy = (torch.cat(values) for values in zip(*parts))  # [M], [M]
+    parts = []
+    for h, y in zip(at_targets.split(part), target.split(part)):
+        parts.append(checkpoint(logprob_and_entropy, vlm, h, y, use_reentrant=False))
+    logprob, entropy = (torch.cat(values) for values in zip(*parts))  # [M], [M]
     return TokenScores(logprob, entropy, row, flat([t.step for t in trajectories]))
 
 
-# --------------------------------------------------------------------------------------------------
-# Reward, advantage and loss of GRPO (Sections 3.3 and 3.4)
-# --------------------------------------------------------------------------------------------------
+# Reward, advantage and loss of GRPO (Sections 3.3 and 3.4) ----------------------------------------
 def reward(boxes, sample):
     """Eq. 3: IoU of the final box and the truth + 0.1 * the share of steps with a valid box."""
     valid = sum(box is not None for box in boxes) / len(boxes)

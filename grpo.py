@@ -43,9 +43,7 @@ name = "grpo" if args.steps > 0 else "grpo_single"
 if args.init == "base":
     name = f"base_{name}"
 
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------------------
 make_data = f"python make_data.py --preset {args.preset}"
 train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad)
 val = samples.read_samples(data / "val.jsonl", make_data, args.skip_bad)[: args.val_prompts]
@@ -58,10 +56,9 @@ if args.init == "sft":
 files.begin(args, name, *inputs, ignore=("batch_size", "prompts_at_once"))
 checkpoints.leave_if_finished(args, name, args.updates)
 
-# --------------------------------------------------------------------------------------------------
-# Model and optimizer: two adapters that begin as the same one, the policy (trained) and the
-# reference (frozen). Without SFT they are new ones, which change nothing until they are trained.
-# --------------------------------------------------------------------------------------------------
+# Model and optimizer ------------------------------------------------------------------------------
+# Two adapters begin as the same one, the policy (trained) and the reference (frozen); without SFT
+# they are new ones, which change nothing until they are trained.
 vlm = models.load_vlm(args)
 for adapter in ("policy", "reference"):
     if args.init == "sft":
@@ -99,17 +96,13 @@ def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0)
     return trajectories
 
 
-# --------------------------------------------------------------------------------------------------
-# Resume, and the largest batch of the run before any work
-# --------------------------------------------------------------------------------------------------
+# Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, best = checkpoints.resume(args, name, vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels, --batch-size, --prompts-at-once or --max-tokens")
 training.probe_grpo(vlm, train, args, data, loop)
 processes.catch_interrupts()
 
-# --------------------------------------------------------------------------------------------------
-# Training. Validation comes before updates 0, val_every, ... and after the last one.
-# --------------------------------------------------------------------------------------------------
+# Training. Validation comes before updates 0, val_every, ... and after the last one ---------------
 val_reward = best
 recent = []
 warned = set()

@@ -26,7 +26,6 @@ Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.j
 teacher, data/traces.jsonl) under --out.
 """
 
-import math
 import random
 import time
 from collections import Counter
@@ -50,9 +49,7 @@ from support.traces import template_trace, trace_fault
 from toy import world
 
 
-# --------------------------------------------------------------------------------------------------
-# Trajectories of boxes
-# --------------------------------------------------------------------------------------------------
+# Trajectories of boxes ----------------------------------------------------------------------------
 def interpolate(first, last, steps):
     """T + 1 boxes (0..1000) on the straight line from `first` to `last` (Section 3.2)."""
     boxes = []
@@ -67,28 +64,21 @@ def in_view(boxes, loop):
 
 
 def perturb(rng, box, iou_max):
-    """The box (0..1000) moved and stretched at random: an IoU of 0.1 to iou_max with the original.
+    """The box (0..1000), its sides moved at random: an IoU of 0.1 to iou_max with the original.
 
     What the paper tried first, and found to teach poor first answers. Stops when iou_max asks for
     what hardly exists.
     """
     x1, y1, x2, y2 = box
     for _ in range(10_000):
-        dx, dy, kx, ky = (rng.gauss(0, 0.3) for _ in range(4))
-        x = (x1 + x2) / 2 + dx * (x2 - x1)
-        y = (y1 + y2) / 2 + dy * (y2 - y1)
-        w = (x2 - x1) * math.exp(kx)
-        h = (y2 - y1) * math.exp(ky)
-        corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-        out = [min(1000, max(0, round(v))) for v in corners]
+        moved = [v + rng.gauss(0, 0.3) * side for v, side in zip(box, (x2 - x1, y2 - y1) * 2)]
+        out = [min(1000, max(0, round(v))) for v in moved]
         if 0.1 < iou(out, box) <= iou_max:
             return out
     errors.stop(f"no box with an IoU of 0.1 to {iou_max} with {box}; raise --iou-max")
 
 
-# --------------------------------------------------------------------------------------------------
-# The teacher, a VLM that is told the next box and may not say so
-# --------------------------------------------------------------------------------------------------
+# The teacher, a VLM that is told the next box and may not say so ----------------------------------
 # The paper does not print the teacher's prompts either. At step 0 it reasons forward, whether the
 # box is right or wrong: the student cannot know that when it writes its first box (Section 3.2).
 TEACHER_FIRST = (
@@ -111,6 +101,21 @@ TEACHER_HOLD = (  # where the next box is the same one: near the truth, with --i
 )
 
 
+def box_before(row, t):
+    """The box that step t of a row will see: none at step 0."""
+    return row["boxes"][t - 1] if t > 0 else None
+
+
+def teacher_prompt(row, t, loop):
+    """What the teacher is asked about step t, and told: the box that the step will write."""
+    box, last_box = row["boxes"][t], box_before(row, t)
+    words = TEACHER_STEP if t > 0 else TEACHER_FIRST
+    if box == last_box:
+        words = TEACHER_HOLD
+    told = format_box(loop.to_picture(box, last_box))
+    return words.format(expression=row["expression"], box=told)
+
+
 def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
     """The paper's teacher for a batch of rows: a VLM is asked for each step, up to three times.
 
@@ -123,23 +128,10 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
         for attempt in range(3):
             if not todo:
                 break
-            pictures = []
-            prompts = []
-            for i in todo:
-                box = rows[i]["boxes"][t]
-                last_box = rows[i]["boxes"][t - 1] if t > 0 else None
-                words = TEACHER_STEP
-                if t == 0:
-                    words = TEACHER_FIRST
-                elif box == last_box:
-                    words = TEACHER_HOLD
-                told = format_box(loop.to_picture(box, last_box))
-                prompts.append(words.format(expression=rows[i]["expression"], box=told))
-                pictures.append(loop.feedback(images[i], last_box))  # what the student will see
             trajectories = roll(
                 vlm,
-                pictures,
-                prompts,
+                [loop.feedback(images[i], box_before(rows[i], t)) for i in todo],
+                [teacher_prompt(rows[i], t, loop) for i in todo],
                 0,
                 max_tokens=max_tokens,
                 loop=replace(IVT, prompt="{text}"),
@@ -164,7 +156,7 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
 
 def geometric_trace(row, t, loop):
     """The other teacher: the trace of step t, from where the boxes lie in its picture."""
-    last_box = row["boxes"][t - 1] if t > 0 else None
+    last_box = box_before(row, t)
     boxes = [loop.to_picture(box, last_box) for box in row["boxes"]]
     return template_trace(boxes, loop.to_picture(row["truth"], last_box), t)
 

@@ -37,19 +37,8 @@ processes.seed_all(args.seed)
 start = time.time()
 data = args.out / "data"
 
-# --------------------------------------------------------------------------------------------------
-# Data: the trajectories of phase 0, and the sample of each
-# --------------------------------------------------------------------------------------------------
-make_data = f"python make_data.py --preset {args.preset}"
-train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad)
-sample_of = {sample["id"]: sample for sample in train}
-rows = files.read_jsonl(data / "sft.jsonl", make_data)
-rows = [row for row in rows if row["id"] in sample_of]  # --skip-bad leaves some samples out
-if not rows:
-    errors.stop(f"{data / 'sft.jsonl'} has no trajectory of a sample in train.jsonl; {make_data}")
-if len(rows[0]["boxes"]) != args.steps + 1:
-    found = f"{data / 'sft.jsonl'} holds {len(rows[0]['boxes'])} boxes a trajectory"
-    errors.stop(f"{found}; run make_data.py with --steps {args.steps}")
+# Data: the trajectories of phase 0, and the sample of each ----------------------------------------
+rows, sample_of = samples.read_trajectories(args, data)
 per_update = args.batch_size * args.grad_accum
 updates_per_epoch = math.ceil(len(rows) / per_update)
 updates = updates_per_epoch * args.epochs
@@ -57,9 +46,7 @@ files.agrees(args, "make_data", "feedback", "surroundings")
 files.begin(args, "sft", data / "train.jsonl", data / "sft.jsonl")
 checkpoints.leave_if_finished(args, "sft", updates)
 
-# --------------------------------------------------------------------------------------------------
-# Model and optimizer
-# --------------------------------------------------------------------------------------------------
+# Model and optimizer ------------------------------------------------------------------------------
 vlm = models.load_vlm(args)
 models.new_adapter(vlm, args.lora_rank, args.lora_alpha)
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
@@ -82,24 +69,18 @@ def examples(rows):
     trajectories = []
     for row, images in zip(rows, image_tokens(rows)):
         boxes = written_boxes(row["boxes"], loop)
-        texts = [step_text(trace, box) for trace, box in zip(row["traces"], boxes)]
-        words = (loop.prompt, loop.continuation)
-        prompt, instruction = (part.format(text=row["expression"]) for part in words)
-        trajectories.append(build_trajectory(vlm, prompt, images, texts, instruction, loop.turn))
+        written = [step_text(trace, box) for trace, box in zip(row["traces"], boxes)]
+        trajectories.append(build_trajectory(vlm, images, row["expression"], written, loop))
     return trajectories
 
 
-# --------------------------------------------------------------------------------------------------
-# Resume, and the largest batch of the run before any work
-# --------------------------------------------------------------------------------------------------
+# Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, _ = checkpoints.resume(args, "sft", vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
 training.probe_sft(vlm, rows, sample_of, examples, args.batch_size)
 processes.catch_interrupts()
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 bar = training.progress("sft", updates, first_update)
 for update in range(first_update, updates):
     # Batch ----------------------------------------------------------------------------------------
@@ -132,14 +113,8 @@ for update in range(first_update, updates):
     optimizer.zero_grad()
 
     # Log ------------------------------------------------------------------------------------------
-    log.write(
-        update=update + 1,
-        epoch=epoch + 1,
-        loss=loss,
-        grad_norm=norm,
-        lr=rate,
-        tokens=tokens,
-    )
+    row = dict(loss=loss, grad_norm=norm, lr=rate, tokens=tokens)
+    log.write(update=update + 1, epoch=epoch + 1, **row)
     bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
     bar.update()
     checkpoints.save_if_due(args, "sft", vlm, optimizer, log, update=update + 1, last=updates)

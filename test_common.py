@@ -38,9 +38,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 
-# --------------------------------------------------------------------------------------------------
-# Boxes
-# --------------------------------------------------------------------------------------------------
+# Boxes --------------------------------------------------------------------------------------------
 def test_boxes_are_normalized_by_floor_and_back():
     assert normalize_box([0, 10.9, 320, 480], 640, 480) == [0, 22, 500, 1000]
     assert normalize_box([-3, 0, 700, 481], 640, 480) == [0, 0, 1000, 1000]
@@ -140,12 +138,10 @@ def test_overlay_pixels():
     assert unmarked.tobytes() == image.tobytes()
 
 
-# --------------------------------------------------------------------------------------------------
-# Sequences
-# --------------------------------------------------------------------------------------------------
+# Sequences ----------------------------------------------------------------------------------------
 def test_positions_equal_the_models_own(vlm):
     images = encode_images(vlm, [picture(96, 80), picture(48, 144, 1)])
-    t = build_trajectory(vlm, "Find it.", images, TEXTS)
+    t = build_trajectory(vlm, images, "it", TEXTS)
     ids = torch.tensor([t.ids])
     grid = torch.tensor([[1, 2 * image.rows, 2 * image.columns] for image in images])
     token = vlm.base.config.image_token_id
@@ -155,15 +151,15 @@ def test_positions_equal_the_models_own(vlm):
     assert torch.equal(torch.tensor(whole).T, own[:, 0])
     assert end == own.max() + 1
     # A continuation computed from the running offset is the same as the whole
-    cut = len(common.prompt_ids(vlm, images[0], "Find it."))
+    cut = len(common.prompt_ids(vlm, images[0], "it"))
     head, offset = mrope_positions(t.ids[:cut], images[:1], token)
     tail, _ = mrope_positions(t.ids[cut:], images[1:], token, offset)
     assert head + tail == whole
 
 
 def test_loss_mask_token_by_token(vlm):
-    prompt = IVT_PROMPT.format(text="the cat")
-    t = build_trajectory(vlm, prompt, encode_images(vlm, [picture(32, 32)] * 2), TEXTS, "Look.")
+    images = encode_images(vlm, [picture(32, 32)] * 2)
+    t = build_trajectory(vlm, images, "the cat", TEXTS, replace(IVT, continuation="Look."))
     assert t.boxes == [[1, 2, 30, 40], [5, 6, 70, 800]]
     assert t.predictor == sorted(t.predictor)
     assert [t.ids[p + 1] for p in t.predictor] == t.target  # the token after its predictor
@@ -177,6 +173,7 @@ def test_loss_mask_token_by_token(vlm):
         return "".join(f"[{vlm.tokenizer.decode([token])}]" for token in vlm.encode(words))
 
     image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
+    prompt = IVT_PROMPT.format(text="the cat")
     user = f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
     instruction = f"\n{image}\nLook.\n"
     assert text == user + bracketed(TEXTS[0]) + instruction + bracketed(TEXTS[1])
@@ -184,9 +181,7 @@ def test_loss_mask_token_by_token(vlm):
     assert vlm.tokenizer.decode(second) == TEXTS[1]
 
 
-# --------------------------------------------------------------------------------------------------
-# Rollout
-# --------------------------------------------------------------------------------------------------
+# Rollout ------------------------------------------------------------------------------------------
 SAMPLED = dict(group_size=2, temperatures=(1.0, 0.7))
 
 
@@ -231,7 +226,7 @@ def test_greedy_rollout_equals_generate(vlm):
     image = picture(96, 80)
     images = [image, picture(32, 32)]
     row, _ = rollout(vlm, images, ["the cat", "a dog on a sofa"], 0, max_tokens=12)
-    ids = torch.tensor([common.prompt_ids(vlm, row.images[0], IVT_PROMPT.format(text="the cat"))])
+    ids = torch.tensor([common.prompt_ids(vlm, row.images[0], "the cat")])
     out = vlm.base.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -289,7 +284,7 @@ def test_a_trajectory_goes_on_from_a_given_box(vlm):
     assert (trajectory_logprobs(vlm, rows).logprob - sampled(rows)).abs().max() < 1e-4
     # The same sequence that SFT would build of these texts, up to where the answer begins
     pictures = common.feedback_pictures(images[0], [rows[0].boxes[0], None], crop)
-    built = build_trajectory(vlm, "a", encode_images(vlm, pictures), [texts[0], ""], "Answer.")
+    built = build_trajectory(vlm, encode_images(vlm, pictures), "a", [texts[0], ""], crop)
     assert rows[0].ids[: len(built.ids)] == built.ids
 
 
@@ -323,12 +318,10 @@ def test_the_growing_cache_holds_what_the_plain_one_holds():
         assert torch.equal(a, b)
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities
-# --------------------------------------------------------------------------------------------------
+# Log-probabilities --------------------------------------------------------------------------------
 def test_entropy_and_logprob_by_hand(vlm):
     image = picture(32, 32)
-    t = build_trajectory(vlm, "Find it.", encode_images(vlm, [image]), TEXTS[:1])
+    t = build_trajectory(vlm, encode_images(vlm, [image]), "it", TEXTS[:1])
     scores = trajectory_logprobs(vlm, [t])
     ids = torch.tensor([t.ids])
     logits = vlm.base(
@@ -365,7 +358,7 @@ def test_logits_a_part_at_a_time_give_the_same_gradient(vlm, monkeypatch):
 
 def test_accumulation_equals_one_large_batch(vlm):
     images = encode_images(vlm, [picture(32, 32), picture(48, 64, 1)])
-    batch = [build_trajectory(vlm, "Find it.", images[:n], TEXTS[:n]) for n in (1, 2, 2, 1)]
+    batch = [build_trajectory(vlm, images[:n], "it", TEXTS[:n]) for n in (1, 2, 2, 1)]
     weight = vlm.base.model.language_model.layers[0].mlp.down_proj.weight.requires_grad_(True)
     tokens = sum(len(t.target) for t in batch)
     gradients = []
@@ -379,9 +372,7 @@ def test_accumulation_equals_one_large_batch(vlm):
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reward, advantage and loss
-# --------------------------------------------------------------------------------------------------
+# Reward, advantage and loss -----------------------------------------------------------------------
 def test_reward_and_advantage_by_hand():
     sample = {"width": 100, "height": 100, "bbox": [0, 0, 50, 100]}
     boxes = [None, [0, 0, 1000, 1000], [0, 0, 500, 500]]

@@ -49,9 +49,7 @@ from transformers.cache_utils import DynamicLayer
 GROUP = dict(group_size=6, temperatures=(1.0, 0.7))  # as the presets sample
 
 
-# --------------------------------------------------------------------------------------------------
-# Training as the phases do it
-# --------------------------------------------------------------------------------------------------
+# Training as the phases do it ---------------------------------------------------------------------
 def our_update(vlm, trajectories, advantages, batch_size):
     """As grpo.py does it, on the image tokens of the rollout; returns the loss."""
     tokens = sum(len(t.target) for t in trajectories)
@@ -89,9 +87,7 @@ def our_sft(vlm, trajectories, images):
     return loss.item()
 
 
-# --------------------------------------------------------------------------------------------------
-# Whether the ways agree
-# --------------------------------------------------------------------------------------------------
+# Whether the ways agree ---------------------------------------------------------------------------
 def gradient(vlm):
     return torch.cat([p.grad.flatten() for p in vlm.model.parameters() if p.grad is not None])
 
@@ -148,9 +144,7 @@ def check(work, tokens):
         stop("the two ways do not agree; nothing is timed")
 
 
-# --------------------------------------------------------------------------------------------------
-# The rows
-# --------------------------------------------------------------------------------------------------
+# The rows -----------------------------------------------------------------------------------------
 HEAD = (
     "work",
     "plain, s",
@@ -432,9 +426,7 @@ ROWS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------
 def positive(text):
     value = int(text)
     if value < 1:

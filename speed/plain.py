@@ -73,18 +73,17 @@ def plain_rollout(
     end_of_turn = vlm.token("<|im_end|>")
     recompute_activations(vlm)
     rows = []
-    instructions = []
     for image, text in zip(images, texts):
-        ids = prompt_ids(vlm, size_in_tokens(vlm, image), loop.prompt.format(text=text))
+        ids = prompt_ids(vlm, size_in_tokens(vlm, image), text, loop)
         rows += [Trajectory(ids=list(ids), images=[image]) for _ in range(group_size)]
-        instructions += [loop.continuation.format(text=text)] * group_size
+    texts = [text for text in texts for _ in range(group_size)]
     for t in range(steps + 1):
         if t > 0:
-            for row, instruction in zip(rows, instructions):
+            for row, text in zip(rows, texts):
                 picture = loop.feedback(row.images[0], last_valid(row.boxes))
                 row.images.append(picture)
                 size = size_in_tokens(vlm, picture)
-                row.ids += continuation_ids(vlm, size, instruction, loop.turn)
+                row.ids += continuation_ids(vlm, size, text, loop)
         inputs = model_inputs(vlm, [row.ids for row in rows], [row.images for row in rows])
         start = inputs["input_ids"].shape[1]
 

@@ -72,9 +72,7 @@ class Engine:
     requests: int = 0
 
 
-# --------------------------------------------------------------------------------------------------
-# The engine
-# --------------------------------------------------------------------------------------------------
+# The engine ---------------------------------------------------------------------------------------
 def player(args, trainee=None):
     """A function that plays loops as `rollout` does, on a vLLM that starts when it is needed.
 
@@ -189,9 +187,7 @@ def largest_rank(run, vlm):
     return max(ranks, default=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# LoRA
-# --------------------------------------------------------------------------------------------------
+# LoRA ---------------------------------------------------------------------------------------------
 def hand_over(engine, vlm):
     """The LoRARequest of the adapter that is active in vlm, None where there is none.
 
@@ -227,9 +223,7 @@ def active_adapter(vlm):
     return vlm.model.active_adapter
 
 
-# --------------------------------------------------------------------------------------------------
-# The rollout
-# --------------------------------------------------------------------------------------------------
+# The rollout --------------------------------------------------------------------------------------
 def fitted(vlm, picture):
     """A picture (PIL) in the size in which the image processor would show it, and its ImageTokens
     without their values: how many rows and columns."""
@@ -273,16 +267,14 @@ def vllm_rollout(
     shown = []  # the pictures of each row, as vLLM gets them
     seen = []  # the same as they are: resized twice, a small one may end smaller
     originals = []
-    instructions = []
     row_seeds = []  # [P * N][T + 1]
     for i, (image, text) in enumerate(zip(images, texts)):
         picture, tokens = fitted(vlm, image)
-        ids = prompt_ids(vlm, tokens, loop.prompt.format(text=text))
+        ids = prompt_ids(vlm, tokens, text, loop)
         rows += [Trajectory(list(ids), [tokens]) for _ in range(group_size)]
         shown += [[picture] for _ in range(group_size)]
         seen += [[image] for _ in range(group_size)]
         originals += [image] * group_size
-        instructions += [loop.continuation.format(text=text)] * group_size
         generator = torch.Generator().manual_seed(seeds[i] if seeds else 0)
         row_seeds += torch.randint(2**31, (group_size, steps + 1), generator=generator).tolist()
 
@@ -293,7 +285,7 @@ def vllm_rollout(
             for i, (row, picture) in enumerate(zip(rows, pictures)):
                 seen[i].append(picture)
                 picture, tokens = fitted(vlm, picture)
-                row.ids += continuation_ids(vlm, tokens, instructions[i], loop.turn)
+                row.ids += continuation_ids(vlm, tokens, texts[i // group_size], loop)
                 row.images.append(tokens)
                 shown[i].append(picture)
         if t == 0 and first_texts:

@@ -85,9 +85,7 @@ def absent(folder, patterns):
     return [pattern for pattern in patterns if next(folder.glob(pattern), None) is None]
 
 
-# --------------------------------------------------------------------------------------------------
-# The two kinds of files, read without running anything that is in them
-# --------------------------------------------------------------------------------------------------
+# The two kinds of files, read without running anything that is in them ----------------------------
 class PlainUnpickler(pickle.Unpickler):
     """Loads lists, dicts, strings and numbers only: whatever a pickle runs it looks up by name
     first, and here no name is found."""
@@ -134,9 +132,7 @@ def read_parquet(path, columns):
         stop(f"{path} cannot be read ({e}); get it again")
 
 
-# --------------------------------------------------------------------------------------------------
-# The readers
-# --------------------------------------------------------------------------------------------------
+# The readers --------------------------------------------------------------------------------------
 def xyxy(bbox):
     """[x, y, width, height] -> [x1, y1, x2, y2]."""
     x, y, width, height = bbox
@@ -241,9 +237,7 @@ def refl4(folder):
             }
 
 
-# --------------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------------
+# Samples ------------------------------------------------------------------------------------------
 def usable(source, rows):
     """The rows of a reader as samples, in the order of their ids: boxes are clipped to the image,
     and what cannot be used is dropped. Prints how many are dropped, and why."""
@@ -357,9 +351,7 @@ def tar_images(archive, wanted):
                 yield member.name, tar.extractfile(member).read()
 
 
-# --------------------------------------------------------------------------------------------------
-# Split
-# --------------------------------------------------------------------------------------------------
+# Split --------------------------------------------------------------------------------------------
 def split(samples, sizes, seed):
     """Samples -> {"train": [...], "val": [...], "test": [...]} of the given sizes, 1:1:1 over the
     sources, by image.

@@ -34,9 +34,7 @@ def quiet():
     transformers.logging.disable_progress_bar()
 
 
-# --------------------------------------------------------------------------------------------------
-# Base models
-# --------------------------------------------------------------------------------------------------
+# Base models --------------------------------------------------------------------------------------
 def load_vlm(args, name=None, quantize=None):
     """A base checkpoint as a VLM; no code of the checkpoint is run.
 
@@ -248,9 +246,7 @@ def fingerprint(vlm):
     return base.base_fingerprint
 
 
-# --------------------------------------------------------------------------------------------------
-# Adapters
-# --------------------------------------------------------------------------------------------------
+# Adapters -----------------------------------------------------------------------------------------
 def lora_config(rank, alpha):
     """LoRA on all attention and MLP projections of the language model (Section 4.1).
 

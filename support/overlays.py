@@ -5,7 +5,11 @@ Each takes (image, box or None) and returns a picture of the same size, as the f
 does; what is random in it depends on the box alone, so that a run can be repeated.
 """
 
+from dataclasses import replace
+
 from common import draw_overlay
+from support.loops import asked_again
+from support.statistics import AGAIN_GUARDED
 
 import numpy as np
 from PIL import ImageDraw, ImageFont
@@ -50,3 +54,23 @@ OVERLAYS = {
     "random text": random_text,
     "a box elsewhere": elsewhere(draw_overlay),
 }
+
+
+def ablation_rows(args, rows, shown):
+    """The row named `shown` and the guarded control of `rows` (rows.Row), each with the same model
+    shown something else: a list of (row, that row)."""
+    named = {row.name: row for row in rows}
+    main, again = named[shown], named[AGAIN_GUARDED]
+    instead = OVERLAYS
+    if args.feedback != "overlay":
+        instead = {"a view elsewhere": elsewhere(main.loop.feedback)}
+    if args.feedback == "zoom":
+        instead["no box drawn"] = asked_again(args.surroundings).feedback
+    shown_instead = [(main, word, feedback) for word, feedback in instead.items()]
+    shown_instead.append((again, "a view elsewhere", elsewhere(again.loop.feedback)))
+    pairs = []
+    for row, word, feedback in shown_instead:
+        log = f"{row.log}_{word.replace(' ', '_')}"
+        other = replace(row, name=word, log=log, loop=replace(row.loop, feedback=feedback))
+        pairs.append((row, other))
+    return pairs

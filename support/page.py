@@ -51,9 +51,7 @@ SAME = 0.01
 RIGHT = 0.5
 
 
-# --------------------------------------------------------------------------------------------------
-# The pages of a run
-# --------------------------------------------------------------------------------------------------
+# The pages of a run -------------------------------------------------------------------------------
 def write_evaluation(args, results, samples, lines_of):
     """report.html of an evaluation: tables, curves, all trajectories; returns its path.
 
@@ -163,9 +161,7 @@ def training_logs(folder):
             yield path.stem, readable(path)
 
 
-# --------------------------------------------------------------------------------------------------
-# The file
-# --------------------------------------------------------------------------------------------------
+# The file -----------------------------------------------------------------------------------------
 def write_page(path, *, title, groups, data, tables="", curves=(), load=load_image):
     """Writes a page whole, or not at all, and returns its path.
 
@@ -234,9 +230,7 @@ def finite(value):
     return value
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
-# --------------------------------------------------------------------------------------------------
+# Pictures -----------------------------------------------------------------------------------------
 def addresses(samples, data, folder, room, load):
     """An address for each image of {path: a sample that shows it}: its own content while there is
     room (bytes), then a path relative to `folder`."""
@@ -282,9 +276,7 @@ def relative_address(file, folder):
     return quote(Path(path).as_posix())
 
 
-# --------------------------------------------------------------------------------------------------
-# Trajectories
-# --------------------------------------------------------------------------------------------------
+# Trajectories -------------------------------------------------------------------------------------
 def group(name, samples, lines_of, steps, *, shown=None, limit=None):
     """A set of samples and what methods do with them, as the script takes it.
 
@@ -411,9 +403,7 @@ def outcome(first, final):
     return words
 
 
-# --------------------------------------------------------------------------------------------------
-# Curves, as page.js draws them
-# --------------------------------------------------------------------------------------------------
+# Curves, as page.js draws them --------------------------------------------------------------------
 TITLES = {  # a metric of the logs -> what stands over its chart
     "reward": "Mean reward, sampled, and greedy on the validation samples",
     "val_reward": "Mean reward of the validation samples",
@@ -520,9 +510,7 @@ def running_mean(points):
     return means
 
 
-# --------------------------------------------------------------------------------------------------
-# Markdown, as far as tables.py writes it: headings, paragraphs, lists, tables, ** and `
-# --------------------------------------------------------------------------------------------------
+# Markdown, as far as tables.py writes it: headings, paragraphs, lists, tables, ** and ` -----------
 def to_html(markdown):
     blocks = [block.split("\n") for block in re.split(r"\n\s*\n", markdown.strip()) if block]
     return "\n".join(block_html(lines) for lines in blocks)

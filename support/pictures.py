@@ -63,9 +63,7 @@ def write_chart(path, figure):
     write_bytes(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
-# --------------------------------------------------------------------------------------------------
-# Filmstrips
-# --------------------------------------------------------------------------------------------------
+# Filmstrips ---------------------------------------------------------------------------------------
 def filmstrip(items, title, width=320):
     """One picture: a row per item, under its expression; in it a panel per step, `width` wide, with
     IoU and trace below."""
@@ -158,9 +156,7 @@ def short_trace(text, width, lines):
     return "\n".join(textwrap.wrap(trace_of(text), width // 7)[:lines])
 
 
-# --------------------------------------------------------------------------------------------------
-# The picture of the README
-# --------------------------------------------------------------------------------------------------
+# The picture of the README ------------------------------------------------------------------------
 def lead_picture(gain, loss):
     """The item with the largest gain over the one with the largest loss, 1000 x 560 pixels at most,
     under the rule by which they were chosen."""
@@ -173,9 +169,7 @@ def lead_picture(gain, loss):
     return stack([top, *strips])
 
 
-# --------------------------------------------------------------------------------------------------
-# Charts
-# --------------------------------------------------------------------------------------------------
+# Charts -------------------------------------------------------------------------------------------
 def charts(results):
     """The paper's Figure 1 (bars), IoU per step, and IoU against cost, as {name: matplotlib
     figure}; {} without matplotlib."""

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from support.errors import stop
-from support.files import read_lines, write_text
+from support.files import read_jsonl, read_lines, write_text
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -64,6 +64,25 @@ def read_samples(path, command, skip_bad=False, fields=IVT_FIELDS):
     if not samples:
         stop(f"{path} holds no samples; make it again: {command}")
     return samples
+
+
+def read_trajectories(args, data):
+    """What SFT learns from: the trajectories of data/sft.jsonl (id, expression, T + 1 boxes and
+    traces), those of a sample that is there, and {id: sample}.
+
+    Exits when there are none, or not with --steps.
+    """
+    command = f"python make_data.py --preset {args.preset}"
+    train = read_samples(data / "train.jsonl", command, args.skip_bad)
+    sample_of = {sample["id"]: sample for sample in train}
+    path = data / "sft.jsonl"
+    rows = [row for row in read_jsonl(path, command) if row["id"] in sample_of]
+    if not rows:  # --skip-bad leaves some samples out
+        stop(f"{path} has no trajectory of a sample in train.jsonl; {command}")
+    count = len(rows[0]["boxes"])
+    if count != args.steps + 1:
+        stop(f"{path} holds {count} boxes a trajectory; run make_data.py with --steps {args.steps}")
+    return rows, sample_of
 
 
 def parse_sample(line, folder, fields):

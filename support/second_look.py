@@ -59,9 +59,7 @@ def has_traces(rows):
     return any(trace_of(text) for row in rows for text in row["texts"][1:])
 
 
-# --------------------------------------------------------------------------------------------------
-# What is corrected, and what is spoilt
-# --------------------------------------------------------------------------------------------------
+# What is corrected, and what is spoilt ------------------------------------------------------------
 def turns(ious):
     """First and last step, right and wrong: the four counts, and the error-correction rate
     ECR = P(last right | first wrong) and the error-introduction rate EIR = P(last wrong | first
@@ -89,9 +87,7 @@ def turns(ious):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# Rules that choose a step
-# --------------------------------------------------------------------------------------------------
+# Rules that choose a step -------------------------------------------------------------------------
 def rules(ious, rows):
     """Rules that choose a step without the truth, and the best of steps, which needs it: rule ->
     {"mean IoU", "gain": the differences from stopping at step 0, paired}."""
@@ -165,9 +161,7 @@ def correlation(x, y):
     return estimate_of(columns, r)
 
 
-# --------------------------------------------------------------------------------------------------
-# Do the traces tell the truth?
-# --------------------------------------------------------------------------------------------------
+# Do the traces tell the truth? --------------------------------------------------------------------
 def truth_of_traces(samples, rows, t):
     """What the traces of step t say of the box that was shown there, against where it lies.
 

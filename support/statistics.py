@@ -35,9 +35,7 @@ FALL = 0.1
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)  # of adaptive refinement; 1.0 never stops early
 
 
-# --------------------------------------------------------------------------------------------------
-# Estimates
-# --------------------------------------------------------------------------------------------------
+# Estimates ----------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=8)  # the whole test set and its strata
 def resamples(n, count=10_000):
     """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights
@@ -99,9 +97,7 @@ def all_ious(samples, trajectories):
     return np.array([[box_iou(box, sample) for box in row["boxes"]] for sample, row in rows])
 
 
-# --------------------------------------------------------------------------------------------------
-# What is estimated
-# --------------------------------------------------------------------------------------------------
+# What is estimated --------------------------------------------------------------------------------
 def changes(ious, threshold=0.01):
     """From the first to the last step: n, and estimates of both IoUs, their difference, and the
     shares of samples that improve, stagnate and degrade (by more than the threshold)."""
@@ -237,9 +233,7 @@ def adaptive(ious, trajectories, thresholds=THRESHOLDS):
     return settings
 
 
-# --------------------------------------------------------------------------------------------------
-# All tables
-# --------------------------------------------------------------------------------------------------
+# All tables ---------------------------------------------------------------------------------------
 def analyse(samples, trajectories_of, steps, shown, control=None):
     """All tables: name -> trajectories becomes estimates, as results.json holds them.
 
@@ -335,9 +329,7 @@ def by_change(samples, trajectories):
     return np.argsort(ious[:, 0] - ious[:, -1], kind="stable").tolist()
 
 
-# --------------------------------------------------------------------------------------------------
-# Verdicts. They are of intervals: a mean alone decides nothing.
-# --------------------------------------------------------------------------------------------------
+# Verdicts. They are of intervals: a mean alone decides nothing ------------------------------------
 def verdict(estimates, *, above=None, below=None):
     """Whether all values lie above (or below) a limit: "holds" when every interval does,
     "DOES NOT HOLD" when one lies wholly on the other side, else "NOT SETTLED"."""
@@ -393,14 +385,13 @@ def sampling(ious_of, shown, control):
     return {"row": shown, "control": control, "difference": estimate(difference)}
 
 
-# --------------------------------------------------------------------------------------------------
-# Logs of trajectories, and the table of ablations over them
-# --------------------------------------------------------------------------------------------------
-def log_line(sample, trajectories, tokenizer):
+# Logs of trajectories, and the table of ablations over them ---------------------------------------
+def log_line(sample, trajectories, tokenizer, refuses=False):
     """What a log keeps of a sample's trajectory, or of its T + 1 single-shot answers, as a dict.
 
     logprob: log pi of each step's text. confidence: the mean log pi of its box's tokens, None
-    without a valid box. read: tokens in the context when the step ends, its cost.
+    without a valid box; there is none where a guard `refuses` boxes, since the box of a step is
+    then not always that of its text. read: tokens in the context when the step ends, its cost.
     """
     lists = ("boxes", "iou", "texts", "logprob", "confidence", "read")
     line = {"id": sample["id"], **{name: [] for name in lists}}
@@ -417,6 +408,8 @@ def log_line(sample, trajectories, tokenizer):
                 confidence = round(sum(answer) / len(answer), 4)
             line["confidence"].append(confidence)
             line["read"].append(t.predictor[targets[-1]] + 1)
+    if refuses:
+        del line["confidence"]
     return line
 
 

@@ -1,7 +1,9 @@
 """The report of an evaluation: for the terminal, and in Markdown (results.md)."""
 
 import json
+from pathlib import Path
 
+from support import second_look, statistics
 from support.files import write_text
 from support.second_look import AGREEMENT
 from support.statistics import METRICS, signed
@@ -15,6 +17,24 @@ VERDICTS = (
 )
 
 
+def results_of(args, samples, lines_of, others, logs):
+    """All that results.json holds of an evaluation.
+
+    lines_of: the name of each row -> its lines; others: of the ablations, "row, what is shown";
+    logs: name -> the row's log.
+    """
+    shown = statistics.main_row(lines_of)
+    results = {"n": len(samples), "seed": args.seed, "steps": args.steps}
+    results["model"] = Path(args.model).name
+    results |= {"feedback": args.feedback, "guard": args.guard}
+    results |= statistics.analyse(samples, lines_of, args.steps, shown, statistics.CONTROL)
+    if (args.feedback, args.guard) != ("overlay", "off"):
+        results["findings"] = []  # the paper's are about its own loop
+    results["second_look"] = second_look.analyse(samples, lines_of, args.steps)
+    results["ablations"] = statistics.ablations(samples, args, lines_of, others, logs)
+    return results
+
+
 def write_results(results, folder):
     """Prints the summary; writes results.md and results.json (every number) to the folder."""
     print(f"\n{results['n']} test samples, T = {results['steps']}\n\n{summary(results)}\n")
@@ -22,9 +42,7 @@ def write_results(results, folder):
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# The terminal
-# --------------------------------------------------------------------------------------------------
+# The terminal -------------------------------------------------------------------------------------
 def summary(results):
     """Tables 1 and 2 and the verdicts, without intervals."""
     width = max(map(len, results["table1"])) + 2
@@ -122,9 +140,7 @@ def summary_of_table2(results, width):
     return lines
 
 
-# --------------------------------------------------------------------------------------------------
-# Markdown
-# --------------------------------------------------------------------------------------------------
+# Markdown -----------------------------------------------------------------------------------------
 def cell(value, sign=""):
     """An estimate as text, "" for None. With sign "+" it is a difference, and * marks an interval
     without zero."""

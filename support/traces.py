@@ -103,9 +103,7 @@ def faults_of(before, truth):
     return faults, moves, sizes
 
 
-# --------------------------------------------------------------------------------------------------
-# What a trace says, and what the geometry says: one of CLAIMS
-# --------------------------------------------------------------------------------------------------
+# What a trace says, and what the geometry says: one of CLAIMS -------------------------------------
 # The template's sentences, and how a VLM words the same. The first that is found counts: what a
 # trace does ("I keep it") before what it grants ("it covers the dog well, but is too wide").
 DENIED = r"\b(?:not|nor|neither)\s+(?:on (?:the|a) (?:wrong|different) \w+|shifted|too \w+)"

@@ -109,16 +109,12 @@ def probe_grpo(vlm, samples, args, data, loop):
     working_on([largest])
     count = args.steps + 1
     images = encode_images(vlm, [load_image(largest, data)]) * count
-    words = (loop.prompt, loop.continuation)
-    prompt, instruction = (part.format(text=largest["expression"]) for part in words)
-    text = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
-    trajectory = build_trajectory(vlm, prompt, images, [text] * count, instruction, loop.turn)
+    longest = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
+    trajectory = build_trajectory(vlm, images, largest["expression"], [longest] * count, loop)
     probe(vlm, [trajectory] * args.batch_size, largest)
 
 
-# --------------------------------------------------------------------------------------------------
-# Image tokens, which are constants of a run
-# --------------------------------------------------------------------------------------------------
+# Image tokens, which are constants of a run -------------------------------------------------------
 KEPT_BYTES = 2**30
 
 
@@ -148,9 +144,7 @@ def image_token_source(vlm, pictures):
     return tokens_of
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop's bar, its log, and the end of a run that has gone astray
-# --------------------------------------------------------------------------------------------------
+# The loop's bar, its log, and the end of a run that has gone astray -------------------------------
 def progress(name, updates, first_update):
     """The bar of a run: updates done, an ETA, and what `set_postfix` adds."""
     return tqdm(total=updates, initial=first_update, desc=name, unit="update", disable=RANK > 0)

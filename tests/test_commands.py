@@ -230,9 +230,7 @@ def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
     assert status == 1 and "was made with --feedback zoom, and now it is overlay" in printed
 
 
-# --------------------------------------------------------------------------------------------------
-# Users' mistakes: one clear line each
-# --------------------------------------------------------------------------------------------------
+# Users' mistakes: one clear line each -------------------------------------------------------------
 SCRIPTS = {  # a script -> its flags that read a path: (flag, "file" or "folder", other flags)
     "make_data.py": [("--data", "file", ""), ("--out", "folder", "")],
     "sft.py": [("--model", "folder", ""), ("--out", "folder", "")],
@@ -276,9 +274,7 @@ def test_wrong_paths_end_with_one_line(whole, tmp_path, script, flag, kind, more
         assert len(errors) == 1, printed
 
 
-# --------------------------------------------------------------------------------------------------
-# Several processes, and runs that are stopped
-# --------------------------------------------------------------------------------------------------
+# Several processes, and runs that are stopped -----------------------------------------------------
 def together(argv, folder):
     """Two processes of one command, as torchrun starts them."""
     with socket.socket() as free:

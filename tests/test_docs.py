@@ -80,9 +80,7 @@ RUN_FILES = {
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# Parts of a Markdown text
-# --------------------------------------------------------------------------------------------------
+# Parts of a Markdown text -------------------------------------------------------------------------
 def fenced(text, language="bash"):
     """The contents of its fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
@@ -113,9 +111,7 @@ def section(text, heading):
     return match[2] if match else ""
 
 
-# --------------------------------------------------------------------------------------------------
-# Files and names
-# --------------------------------------------------------------------------------------------------
+# Files and names ----------------------------------------------------------------------------------
 def is_path(code):
     """Whether code in backticks names a file or a folder."""
     code = re.sub("<(name|row|preset)>", "x", code)
@@ -199,9 +195,7 @@ def reference_problems(name, text):
     return problems
 
 
-# --------------------------------------------------------------------------------------------------
-# Commands and flags
-# --------------------------------------------------------------------------------------------------
+# Commands and flags -------------------------------------------------------------------------------
 def own_flags(script):
     """The Flags that a script gives to `flags`, read from its source: name -> Flag."""
     for node in ast.walk(ast.parse(TEXT[script])):
@@ -331,9 +325,7 @@ def loose_flag_problems(name, text):
     return problems
 
 
-# --------------------------------------------------------------------------------------------------
-# Numbers
-# --------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 def packages(text):
     """The packages of requirements.txt as the README names them, behind that file's name."""
     match = re.search(r"requirements\.txt[^\n]{0,60}?\b(torch\b[\w ,`-]*)", text)
@@ -388,9 +380,7 @@ def healthy_problems(text):
     return problems
 
 
-# --------------------------------------------------------------------------------------------------
-# The tests
-# --------------------------------------------------------------------------------------------------
+# The tests ----------------------------------------------------------------------------------------
 CHECKS = [
     file_problems,
     tree_problems,

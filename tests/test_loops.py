@@ -51,9 +51,7 @@ def test_the_flags_name_the_loop():
     assert loop_of(args).to_image([0, 0, 500, 500], BOX) == BOX
 
 
-# --------------------------------------------------------------------------------------------------
-# Views: the surroundings of a box, and coordinates there and back
-# --------------------------------------------------------------------------------------------------
+# Views: the surroundings of a box, and coordinates there and back ---------------------------------
 @pytest.mark.parametrize(
     "box, view, inside",
     [
@@ -135,9 +133,7 @@ def test_the_zoomed_loop_is_one_rollout(vlm, monkeypatch):
     assert written_boxes(rows[0].boxes[:2], zoom(2.0)) == [written[0], [250, 0, 500, 900]]
 
 
-# --------------------------------------------------------------------------------------------------
-# The guard
-# --------------------------------------------------------------------------------------------------
+# The guard ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "box, taken",
     [
@@ -169,9 +165,7 @@ def test_a_refused_box_leaves_the_last_one_in_the_trajectory(vlm, monkeypatch):
     assert row.boxes == [BOX, BOX, None, [400, 400, 604, 500]]
 
 
-# --------------------------------------------------------------------------------------------------
-# Without training
-# --------------------------------------------------------------------------------------------------
+# Without training ---------------------------------------------------------------------------------
 def test_an_untrained_model_is_asked_again_by_its_user(vlm, monkeypatch):
     """In the form of a chat: the turn ends, the user shows the view and asks the same question."""
     monkeypatch.setattr(common, "parse_box", lambda text: BOX)
@@ -199,9 +193,7 @@ def test_what_is_shown_instead_of_the_view():
         assert feedback(image, None).size == image.size
 
 
-# --------------------------------------------------------------------------------------------------
-# Phase 0
-# --------------------------------------------------------------------------------------------------
+# Phase 0 ------------------------------------------------------------------------------------------
 def test_a_box_is_written_only_within_its_view():
     near = [[400, 400, 600, 500], [450, 400, 650, 500], [500, 400, 700, 500]]
     jump = [BOX, [550, 400, 750, 500], [700, 400, 900, 500]]  # the view ends at 700
@@ -236,9 +228,7 @@ def test_the_vlm_teacher_is_told_the_box_of_the_view():
     assert shown.tobytes() == zoom(2.0).feedback(image, BOX).tobytes()
 
 
-# --------------------------------------------------------------------------------------------------
-# Phases fit together
-# --------------------------------------------------------------------------------------------------
+# Phases fit together ------------------------------------------------------------------------------
 def test_phases_of_another_feedback_are_refused(tmp_path):
     args = argparse.Namespace(out=tmp_path, feedback="zoom", surroundings=2.0)
     files.agrees(args, "make_data", "feedback", "surroundings")  # nothing was written down

@@ -57,9 +57,7 @@ def trajectories(*boxes_of):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
-# Numbers
-# --------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 def test_tables_by_hand():
     ious = np.array([[0.4, 0.9, 0.5], [0.7, 0.7, 0.705], [0.9, 0.2, 0.0], [0.0, 0.0, 0.1]])
     a, b = [0, 0, 500, 500], [0, 0, 500, 450]
@@ -141,9 +139,7 @@ def test_rows_of_an_ablation(tmp_path):
     assert ablation([GOOD, GOOD], rows, 1, log)["validation"] == [0.5, 0.6]
 
 
-# --------------------------------------------------------------------------------------------------
-# Verdicts
-# --------------------------------------------------------------------------------------------------
+# Verdicts -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "estimates, side, words",
     [
@@ -222,9 +218,7 @@ def test_whether_any_setting_beats_not_refining():
     assert re.match(r"\d+ of 12 settings with T >= 1 beat not refining", sentence)
 
 
-# --------------------------------------------------------------------------------------------------
-# Predictions of other systems
-# --------------------------------------------------------------------------------------------------
+# Predictions of other systems ---------------------------------------------------------------------
 SAMPLES = [{**GOOD, "id": str(i)} for i in range(2)]
 PREDICTIONS = [
     {"method": "one", "id": "1", "boxes": [RIGHT]},
@@ -283,9 +277,7 @@ def test_what_is_not_json_is_refused(tmp_path, content):
         read_predictions(path, SAMPLES)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files and pictures
-# --------------------------------------------------------------------------------------------------
+# Files and pictures -------------------------------------------------------------------------------
 def test_results_and_figures_are_written(tmp_path, capsys):
     """Of trajectories longer than the T of the tables, without a valid box, of 4 samples for 6
     rows."""

@@ -62,9 +62,7 @@ def one_line(call, *arguments, **options):
     return message
 
 
-# --------------------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------------------
+# Flags --------------------------------------------------------------------------------------------
 EXTRA = {
     "data": Flag(help="a file", kind="file"),
     "compare": Flag(help="folders", kind="folders"),
@@ -186,9 +184,7 @@ def test_a_script_in_a_folder_is_named_as_it_is_started(tmp_path):
     assert lines[-1] == "python -m rooms.hello"
 
 
-# --------------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------------
+# Samples ------------------------------------------------------------------------------------------
 def test_bad_samples_are_all_reported_at_once(tmp_path):
     picture(20, 10).save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
@@ -297,9 +293,7 @@ def test_fuzz_the_manifest(tmp_path, line):
         assert "problems in" in str(e)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files of a run
-# --------------------------------------------------------------------------------------------------
+# Files of a run -----------------------------------------------------------------------------------
 def test_resumed_rows_belong_to_their_samples(tmp_path):
     """Rows count while their ids are the samples', whatever line ends a text holds; a line cut
     short does not."""
@@ -337,9 +331,7 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
     assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------
+# Checkpoints --------------------------------------------------------------------------------------
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("evil"),))
@@ -440,9 +432,7 @@ def test_progress_is_saved_when_it_is_due(vlm, tmp_path, monkeypatch):
     assert ended.value.code == 130 and file.exists()
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and adapters
-# --------------------------------------------------------------------------------------------------
+# Models and adapters ------------------------------------------------------------------------------
 def test_foreign_models_and_adapters_are_refused(vlm, tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
@@ -665,7 +655,7 @@ def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
         models.new_adapter(one, 4, 8)
         rollout(one, [picture(32, 32)], ["x"], 1, max_tokens=4)
         images = encode_images(one, [picture(32, 32)] * 2)
-        trajectory = build_trajectory(one, "Find it.", images, TEXTS)
+        trajectory = build_trajectory(one, images, "it", TEXTS)
         trajectory_logprobs(one, [trajectory])[0].mean().backward()
         named = one.model.named_parameters()
         gradients.append({name: p.grad for name, p in named if "lora_B" in name})
@@ -675,9 +665,7 @@ def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-2, atol=1e-4), name
 
 
-# --------------------------------------------------------------------------------------------------
-# Around a training loop
-# --------------------------------------------------------------------------------------------------
+# Around a training loop ---------------------------------------------------------------------------
 WORKER = """
 import sys
 import torch
@@ -750,7 +738,7 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
         probed.extend(row["id"] for row in rows)
         pictures = [samples.load_image(made[row["id"]], tmp_path) for row in rows]
         images = encode_images(vlm, pictures)
-        return [build_trajectory(vlm, "Find it.", [image], TEXTS[:1]) for image in images]
+        return [build_trajectory(vlm, [image], "it", TEXTS[:1]) for image in images]
 
     rows = [{"id": name, "traces": "x" * length} for length, name in enumerate(sizes)]
     training.probe_sft(vlm, rows, made, examples, 3)

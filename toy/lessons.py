@@ -31,9 +31,7 @@ WORDS = [*COLORS, *KINDS, *SIZES, *MARKS]
 ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
 
 
-# ----------------------------------------------------------------------------------------------
-# What the tower sees, and what its tokens are taught
-# ----------------------------------------------------------------------------------------------
+# What the tower sees, and what its tokens are taught ----------------------------------------------
 def patches_of(image):
     """A square PIL image -> [patches, 3 * 2 * PATCH * PATCH] float32 as the image processor gives
     them, blocks of 2 x 2.
@@ -149,9 +147,7 @@ def pictures_batch(pictures):
     return out
 
 
-# ----------------------------------------------------------------------------------------------
-# Conversations
-# ----------------------------------------------------------------------------------------------
+# Conversations ------------------------------------------------------------------------------------
 def next_picture(rng, level, scene):
     """(picture, scene): something new to look at, often of the scene before."""
     if scene is None or rng.random() < 0.4:

@@ -14,9 +14,7 @@ from PIL import Image
 FRAMES = {"red": (255, 0, 0), "pink": (255, 0, 220), "cyan": (0, 230, 255), "orange": (255, 140, 0)}
 
 
-# ----------------------------------------------------------------------------------------------
-# Views: a part of a picture, which the image processor brings to the whole's size
-# ----------------------------------------------------------------------------------------------
+# Views: a part of a picture, which the image processor brings to the whole's size -----------------
 def enlarge(image, bbox):
     """What lies within bbox (pixels, a square) of an image, brought to the image's own size."""
     return image.resize(image.size, Image.BILINEAR, box=bbox)
@@ -78,9 +76,7 @@ def random_crop(rng, bbox):
     return crop_square(sides, rng.choice((0, 0.1, 0.1, 0.3)))
 
 
-# ----------------------------------------------------------------------------------------------
-# Frames: coloured rectangles drawn on a picture, and how they lie
-# ----------------------------------------------------------------------------------------------
+# Frames: coloured rectangles drawn on a picture, and how they lie ---------------------------------
 RELATED = ("apart", "left", "right", "high", "low", "narrow", "wide", "short", "tall", "well")
 
 
@@ -152,10 +148,9 @@ def compare(frame, box):
     return words or ["well"]
 
 
-# ----------------------------------------------------------------------------------------------
-# Questions that are answered by words. Each returns (question, answer, object, frame) or None;
-# object and frame are what the question is about, None where it is about no one thing.
-# ----------------------------------------------------------------------------------------------
+# Questions that are answered by words -------------------------------------------------------------
+# Each returns (question, answer, object, frame) or None; object and frame are what the question is
+# about, None where it is about no one thing.
 def ask_where(rng, picture, refer_to):
     """Where an object is, in words."""
     found = refer_to(rng, picture["objects"])

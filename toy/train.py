@@ -341,9 +341,7 @@ def last_loss(heads, final, about):
     return told, log
 
 
-# ----------------------------------------------------------------------------------------------
-# Optimisation
-# ----------------------------------------------------------------------------------------------
+# Optimisation -------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon, whose products are in bfloat16 on every machine; here in float32, since
     a CPU without units for bfloat16 spent most of a step on them.

@@ -73,9 +73,7 @@ RELATIONS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------
-# Scenes
-# ----------------------------------------------------------------------------------------------
+# Scenes -------------------------------------------------------------------------------------------
 def make_object(rng, kind=None, color=None):
     """An object without a place; its "wh" is (width, height) in pixels."""
     size = rng.choice(list(SIZES))
@@ -200,9 +198,7 @@ def make_scene(rng, low=2, high=5, distractors=None):
     return {"image": image, "objects": objects, "frames": [], "zoom": 1.0, "corner": (0, 0)}
 
 
-# ----------------------------------------------------------------------------------------------
-# Expressions: each fits one object of the picture and no other
-# ----------------------------------------------------------------------------------------------
+# Expressions: each fits one object of the picture and no other ------------------------------------
 def along(box, anchor, direction):
     """How far a box lies from an anchor along `direction`, and across it, between centres."""
     dx, dy = (a - b for a, b in zip(center(box), center(anchor)))
@@ -291,9 +287,7 @@ def refer_somehow(rng, objects, sources=SOURCES, sizes=True, tries=12):
     return None
 
 
-# ----------------------------------------------------------------------------------------------
-# Samples
-# ----------------------------------------------------------------------------------------------
+# Samples ------------------------------------------------------------------------------------------
 def crowded(rng, source):
     """(objects, expression, object) as the samples have them: 6 to 8 objects, mostly 3 to 5 of one
     kind and color. The base learnt on 2 to 5: what is hard is to follow the expression."""

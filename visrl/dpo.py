@@ -58,9 +58,7 @@ name, origin = {
 }.get((args.stage, args.init)) or errors.stop("--init sft is for --stage 2; leave it out")
 name = named(name, args.iteration)
 
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------------------
 make_data = f"python -m visrl.make_data --preset {args.preset}"
 make_pairs = f"python -m visrl.make_pairs --preset {args.preset} --iteration {args.iteration}"
 train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad, samples.VISRL_FIELDS)
@@ -81,10 +79,8 @@ if origin:
 files.begin(args, name, *inputs)
 checkpoints.leave_if_finished(args, name, updates)
 
-# --------------------------------------------------------------------------------------------------
-# Model and optimizer: two adapters that begin as the same one, the policy (trained) and the
-# reference (frozen)
-# --------------------------------------------------------------------------------------------------
+# Model and optimizer ------------------------------------------------------------------------------
+# Two adapters that begin as the same one, the policy (trained) and the reference (frozen)
 vlm = models.load_vlm(args)
 for adapter in ("policy", "reference"):
     if origin:
@@ -132,18 +128,14 @@ def largest(pair):
     return training.image_token_count(vlm, sample_of[pair["id"]]), len(str(pair))
 
 
-# --------------------------------------------------------------------------------------------------
-# Resume, and the largest batch of the run before any work
-# --------------------------------------------------------------------------------------------------
+# Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, _ = checkpoints.resume(args, name, vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
 pair = max(pairs, key=largest)
 training.probe(vlm, examples([pair] * args.batch_size), sample_of[pair["id"]])
 processes.catch_interrupts()
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 bar = training.progress(name, updates, first_update)
 for update in range(first_update, updates):
     # Batch ----------------------------------------------------------------------------------------

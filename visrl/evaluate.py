@@ -55,9 +55,7 @@ test = samples.read_samples(data / "test.jsonl", command, args.skip_bad, fields)
 loop = LOOPS[args.crop]
 roll = rollouts(args)
 
-# --------------------------------------------------------------------------------------------------
-# One row on all test samples
-# --------------------------------------------------------------------------------------------------
+# One row on all test samples ----------------------------------------------------------------------
 loaded = {}  # the adapter whose model is loaded -> the model
 
 
@@ -126,9 +124,7 @@ def play(row):
     return files.resumable(path, test, args.batch_size, row.name, work, restart=restart)
 
 
-# --------------------------------------------------------------------------------------------------
-# All rows, on the same samples
-# --------------------------------------------------------------------------------------------------
+# All rows, on the same samples --------------------------------------------------------------------
 def is_trained(adapter):
     return adapter is None or (args.out / adapter / "adapter_model.safetensors").exists()
 
@@ -155,9 +151,7 @@ if boxed and all("bbox" in sample for sample in test):
 rows.sort(key=lambda row: row.adapter or "")  # each model is loaded once; the tables sort again
 lines_of = {row.name: play(row) for row in rows}
 
-# --------------------------------------------------------------------------------------------------
-# Report
-# --------------------------------------------------------------------------------------------------
+# Report -------------------------------------------------------------------------------------------
 results = {"n": len(test), "seed": args.seed, "model": Path(args.model).name}
 results |= report.analyse(test, lines_of, report.read_pairs(data))
 report.write(results, args.out)

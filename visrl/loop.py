@@ -34,9 +34,7 @@ CONTINUATION = (
 END = "<|im_end|>"  # a target of step 1, so that ending is learnt
 
 
-# --------------------------------------------------------------------------------------------------
-# The crop, and the loop
-# --------------------------------------------------------------------------------------------------
+# The crop, and the loop ---------------------------------------------------------------------------
 LEAST = 28  # pixels: a narrower crop shows nothing that could be read
 LONGEST = 100  # the longer side in shorter ones; Qwen3-VL's image processor refuses 200
 MARGIN = 0.1  # of the longer side, on each side of a square crop
@@ -92,21 +90,18 @@ def path_trajectory(vlm, question, images, box, answer):
 
     With `answer` None it ends behind the box, and one image is enough.
     """
-    texts = [format_box(box)]
+    written = [format_box(box)]
     if answer is not None:
-        texts.append(answer + END)
-    prompt = VISRL.prompt.format(text=question)
-    return build_trajectory(vlm, prompt, images[: len(texts)], texts, VISRL.continuation)
+        written.append(answer + END)
+    return build_trajectory(vlm, images[: len(written)], question, written, VISRL)
 
 
 def answer_trajectory(vlm, question, image, answer):
     """The sequence of a bare question about one picture (ImageTokens) and its answer."""
-    return build_trajectory(vlm, ASK.prompt.format(text=question), [image], [answer + END])
+    return build_trajectory(vlm, [image], question, [answer + END], ASK)
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers
-# --------------------------------------------------------------------------------------------------
+# Answers ------------------------------------------------------------------------------------------
 def normalized(text):
     """Lower case, without articles, punctuation and spaces to spare."""
     words = re.findall(r"[^\W_]+", text.lower())
@@ -122,9 +117,7 @@ def is_right(response, answer):
     return normalized(response) == normalized(answer)
 
 
-# --------------------------------------------------------------------------------------------------
-# Step-level DPO (Section 3.2)
-# --------------------------------------------------------------------------------------------------
+# Step-level DPO (Section 3.2) ---------------------------------------------------------------------
 def step_logprobs(scores, count, steps):
     """TokenScores of `count` trajectories -> [count, K]: log pi of each step's text (Eq. 2)."""
     place = scores.row * steps + scores.step  # [M]
@@ -169,9 +162,7 @@ def chosen_nll(scores, count):
     return torch.stack(means)
 
 
-# --------------------------------------------------------------------------------------------------
-# Names
-# --------------------------------------------------------------------------------------------------
+# Names --------------------------------------------------------------------------------------------
 def named(name, iteration):
     """The name of a file or an adapter in an iteration; the first one's has no number."""
     return name if iteration == 1 else f"{name}_{iteration}"

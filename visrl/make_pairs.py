@@ -41,9 +41,7 @@ from visrl.critics import score_paths
 from visrl.loop import END, LOOPS, named
 
 
-# --------------------------------------------------------------------------------------------------
-# The diversity controller (Eq. 3)
-# --------------------------------------------------------------------------------------------------
+# The diversity controller (Eq. 3) -----------------------------------------------------------------
 def box_outside(rng, first, second, tolerance):
     """A random box (0..1000) without overlap with `first`, of an area that differs from that of
     `second` by no more than this share of it; None when 100 tries find none."""
@@ -83,9 +81,7 @@ def controlled(rng, boxes, iou_max, tolerance):
     return kept, counts
 
 
-# --------------------------------------------------------------------------------------------------
-# Filter and pair (Eq. 4)
-# --------------------------------------------------------------------------------------------------
+# Filter and pair (Eq. 4) --------------------------------------------------------------------------
 BOTH = ("box_score", "response_score")
 
 

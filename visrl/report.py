@@ -52,9 +52,7 @@ def control_name(name, kind):
     return f"{name}, shown {CONTROLS[kind]}"
 
 
-# --------------------------------------------------------------------------------------------------
-# Pairs (Table 6)
-# --------------------------------------------------------------------------------------------------
+# Pairs (Table 6) ----------------------------------------------------------------------------------
 def read_pairs(data):
     """name -> [pairs, 2] bool, whether the chosen and the rejected box are right (IoU > 0.5), of
     all files of pairs in the folder; {} when the training samples have no boxes to judge by."""
@@ -108,9 +106,7 @@ def unpaired(a, b):
     return [round(float(v), 6) for v in (np.mean(a) - np.mean(b), low, high)]
 
 
-# --------------------------------------------------------------------------------------------------
-# All numbers
-# --------------------------------------------------------------------------------------------------
+# All numbers --------------------------------------------------------------------------------------
 def analyse(samples, lines_of, pairs):
     """Everything that results.json holds, of name -> the lines of its log and name -> the right
     boxes of its pairs."""
@@ -193,9 +189,7 @@ def findings(right, hit, groups, pairs):
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables
-# --------------------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 def write(results, folder):
     """Prints the summary; writes results.md and results.json (every number) to the folder."""
     print(f"\n{results['n']} test samples\n\n{summary(results)}\n")
@@ -259,9 +253,7 @@ def markdown(results):
     return "\n".join(lines) + "\n"
 
 
-# --------------------------------------------------------------------------------------------------
-# Filmstrips: the whole image with its boxes, the crop, the answer
-# --------------------------------------------------------------------------------------------------
+# Filmstrips: the whole image with its boxes, the crop, the answer ---------------------------------
 def filmstrips(samples, lines_of, data, folder, feedback, count):
     """Writes figures/{gains,losses,first}.png of the last trained row against SFT -> its name."""
     names = [name for name in (SFT, RL1, RL2) if name in lines_of]
@@ -311,9 +303,7 @@ def fitting(image, side):
     return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
-# --------------------------------------------------------------------------------------------------
-# The page
-# --------------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 def page(args, results, samples, lines_of):
     """report.html of the run: tables, curves, what each row looks at and answers, and the pairs
     with their scores; returns its path."""

@@ -31,9 +31,7 @@ start = time.time()
 data = args.out / "data"
 loop = LOOPS[args.crop]
 
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+# Data ---------------------------------------------------------------------------------------------
 make_data = f"python -m visrl.make_data --preset {args.preset}"
 rows = samples.read_samples(data / "sft.jsonl", make_data, args.skip_bad, BOXED)
 for row in rows:
@@ -48,9 +46,7 @@ updates = updates_per_epoch * args.epochs
 files.begin(args, "sft", data / "sft.jsonl")
 checkpoints.leave_if_finished(args, "sft", updates)
 
-# --------------------------------------------------------------------------------------------------
-# Model and optimizer
-# --------------------------------------------------------------------------------------------------
+# Model and optimizer ------------------------------------------------------------------------------
 vlm = models.load_vlm(args)
 models.new_adapter(vlm, args.lora_rank, args.lora_alpha)
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
@@ -76,17 +72,13 @@ def examples(rows):
     return trajectories
 
 
-# --------------------------------------------------------------------------------------------------
-# Resume, and the largest batch of the run before any work
-# --------------------------------------------------------------------------------------------------
+# Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, _ = checkpoints.resume(args, "sft", vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
 training.probe_sft(vlm, rows, {row["id"]: row for row in rows}, examples, args.batch_size)
 processes.catch_interrupts()
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 bar = training.progress("sft", updates, first_update)
 for update in range(first_update, updates):
     # Batch ----------------------------------------------------------------------------------------

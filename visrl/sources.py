@@ -23,9 +23,8 @@ SIDES = ("sft", "train", "test")
 BOXED = {**VISRL_FIELDS, "bbox": list}  # what SFT needs
 
 
-# --------------------------------------------------------------------------------------------------
-# The toy's questions. In the whole scene, as small as the model sees it, no mark can be read.
-# --------------------------------------------------------------------------------------------------
+# The toy's questions ------------------------------------------------------------------------------
+# In the whole scene, as small as the model sees it, no mark can be read.
 TOY_SOURCES = {  # source of a question -> how its expression describes the object (toy/world.py)
     "mark": "attributes",
     "superlative": "distractors",
@@ -58,9 +57,7 @@ def toy_samples(folder, count, seed):
     return samples
 
 
-# --------------------------------------------------------------------------------------------------
-# Visual CoT as it is published (hub id deepcs233/Visual-CoT)
-# --------------------------------------------------------------------------------------------------
+# Visual CoT as it is published (hub id deepcs233/Visual-CoT) --------------------------------------
 TABLE_7 = {  # data set -> samples for SFT, questions for RL
     "flickr30k": (4000, 32500),
     "gqa": (4000, 30000),
@@ -170,9 +167,7 @@ def usable(side, rows):
     return samples
 
 
-# --------------------------------------------------------------------------------------------------
-# Sides
-# --------------------------------------------------------------------------------------------------
+# Sides --------------------------------------------------------------------------------------------
 def equal_shares(samples, size):
     """source -> how many of `size` samples are wanted of it, the same of each, rounded up."""
     sources = sorted({sample["source"] for sample in samples})
