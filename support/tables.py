@@ -242,18 +242,19 @@ def table2_lines(results):
     """Table 2 as lines. A row of another system may have fewer steps; its cells stay empty."""
     steps = results["steps"]
     head = ["Method", *(f"step {t}" for t in range(steps + 1))]
-    head += ["delta", "improved", "stagnated", "degraded", "repeats", "valid"]
+    head += ["delta", "improved", "stagnated", "degraded", "repeats", "valid", "cost"]
     rows = []
     for name, row in results["table2"].items():
         ious = [cell(value) for value in row["iou"][: steps + 1]]
         ious += [""] * (steps + 1 - len(ious))
         shares = [cell(row[key]) for key in ("improved", "stagnated", "degraded", "repeats")]
         valid = " / ".join(f"{mean:.3f}" for mean, _, _ in row["valid"])
-        rows.append([name, *ious, cell(row["delta"], "+"), *shares, valid])
+        cost = f"{row['cost']:.2f}" if "cost" in row else ""
+        rows.append([name, *ious, cell(row["delta"], "+"), *shares, valid, cost])
     return section(
         "**Table 2.** Mean IoU per step; change from first to last; share that improves, stagnates "
         "or degrades (by more than 0.01); share whose boxes all repeat step 0; valid boxes per "
-        "step.",
+        "step; tokens through the model, relative to step 0 alone.",
         head,
         rows,
     )

@@ -180,6 +180,7 @@ def test_findings_of_a_clear_case():
     for text in (report(results), summary(results)):
         assert all(sentence in text for sentence in verdicts)
         assert "10 points are our threshold" in text
+    assert results["table2"][SFT]["cost"] == 2 and "1.000 / 1.000 | 2.00 |" in report(results)
 
 
 @pytest.mark.parametrize(
