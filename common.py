@@ -32,7 +32,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 # The paper prints no prompts. The single-shot one is what Qwen3-VL's authors use for this task; the
 # others say what Section 3.1 says they do: think and answer; examine the red box and correct it.
@@ -194,7 +193,7 @@ def feedback_pictures(image, boxes, loop=IVT):
 
 
 # Sequences ----------------------------------------------------------------------------------------
-# A trajectory is one token sequence in one assistant turn (Section 3.1, "prefix continuation"):
+# A trajectory is one token sequence in one assistant turn (Section 3.1, "prefix-continuation"):
 # [user: image, prompt] [assistant: step 0, picture + instruction, step 1, ...]
 @dataclass
 class VLM:
@@ -269,7 +268,7 @@ def image_ids(vlm, image):
     return [vlm.token("<|vision_start|>"), *placeholders, vlm.token("<|vision_end|>")]
 
 
-def prompt_ids(vlm, image, text, loop=IVT):
+def prompt_ids(vlm, image, text, loop):
     """The user turn with one image and the prompt, up to where the assistant begins to write."""
     content = [{"type": "image"}, {"type": "text", "text": loop.prompt.format(text=text)}]
     turn = vlm.tokenizer.apply_chat_template(
@@ -279,7 +278,7 @@ def prompt_ids(vlm, image, text, loop=IVT):
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
-def continuation_ids(vlm, image, text, loop=IVT):
+def continuation_ids(vlm, image, text, loop):
     """What is injected before step t >= 1: the feedback picture and the instruction."""
     before, after = loop.turn.split("{picture}")
     after = after.format(continuation=loop.continuation.format(text=text))
@@ -312,25 +311,26 @@ def mrope_positions(ids, images, image_token_id, start=0):
     return positions, start
 
 
-def build_trajectory(vlm, images, text, written, loop=IVT):
-    """The training sequence of Section 3.2. images: T + 1 ImageTokens, the picture of each step.
-    text: what fills the loop's prompt. written: T + 1 texts, what the model is to write.
+def build_trajectory(vlm, images, text, written, loop):
+    """The training sequence of Section 3.2.
 
+    images: T + 1 ImageTokens, the picture of each step. text: what fills the loop's prompt.
+    written: T + 1 texts, what the model is to write.
     Targets are the tokens of what is written. Prompt, image tokens and instructions are context
     (the paper's labels of -100), which is known here, while the sequence is put together.
     """
     out = Trajectory(ids=prompt_ids(vlm, images[0], text, loop), images=list(images))
-    for t, step in enumerate(written):
+    for t, words in enumerate(written):
         if t > 0:
             out.ids += continuation_ids(vlm, images[t], text, loop)
-        tokens = vlm.encode(step)
+        tokens = vlm.encode(words)
         first = len(out.ids) - 1  # a token is predicted at the position before its own
         out.predictor += range(first, first + len(tokens))
         out.target += tokens
         out.step += [t] * len(tokens)
         out.ids += tokens
-        out.texts.append(step)
-        out.boxes.append(parse_box(step))
+        out.texts.append(words)
+        out.boxes.append(parse_box(words))
     return out
 
 
@@ -402,35 +402,12 @@ def pad_pieces(vlm, pieces, images, offsets):
 
 
 # The rollout: Section 3.1 over a key-value cache, for a batch at once -----------------------------
-class GrowingLayer(DynamicLayer):
-    """A layer of the key-value cache that keeps spare room at its end: transformers' own copies all
-    that it holds for every token that comes, this one once in SPARE tokens.
-    """
-
-    SPARE = 128  # about two steps of the toy, less than one of the paper preset
-    storage = None  # keys and values [B, heads, capacity, head dim]; self.keys is the part in use
-
-    def update(self, keys, values, *args, **kwargs):
-        start = self.get_seq_length()
-        end = start + keys.shape[2]
-        if not start or len(self.storage[0]) != len(keys) or end > self.storage[0].shape[2]:
-            held = (self.keys, self.values) if start else (keys[:, :, :0], values[:, :, :0])
-            room = (0, 0, 0, end - start + self.SPARE)
-            self.storage = [torch.nn.functional.pad(part, room) for part in held]
-        for part, new in zip(self.storage, (keys, values)):
-            part[:, :, start:end] = new
-        self.keys, self.values = (part[:, :, :end] for part in self.storage)
-        self.is_initialized = True
-        return self.keys, self.values
-
-
 class Context:
     """B growing sequences over one cache: what it holds of each, and where each of them stands."""
 
     def __init__(self, vlm, count):
         self.vlm = vlm
         self.cache = DynamicCache(config=vlm.base.config.text_config)
-        self.cache.layers = [GrowingLayer() for _ in self.cache.layers]
         self.mask = torch.zeros(count, 0, dtype=torch.bool, device=vlm.base.device)  # [B, cached]
         self.offsets = [0] * count  # the next M-RoPE position of each row; padding does not move it
         self.cached = [0] * count  # how many tokens of each row are in the cache

@@ -30,7 +30,7 @@ from support import files, models, overlays, page, pictures, processes, samples,
 from support.flags import Flag, flags
 from support.loops import asked_again, guarded, loop_of, rollouts
 from support.own_picture import look_at
-from support.rows import Row, began
+from support.rows import Row, begin_row
 
 args = flags(
     "evaluate",
@@ -60,8 +60,9 @@ roll = rollouts(args)
 # Rows of one adapter follow each other, so that each model is loaded once.
 T = args.steps
 closer = asked_again(args.surroundings)
-single_step = "python grpo.py --steps 0"
-ours = dict(loop=loop, steps=max(T, args.longest), refuses=args.guard == "on")
+grpo, single_step = "python grpo.py", "python grpo.py --steps 0"
+refined = dict(loop=loop, refuses=args.guard == "on")
+longest = max(T, args.longest)
 ROWS = [
     Row("Base (single-shot)", "base", SINGLE_SHOT, 0),
     # A best-of column rewards having several boxes: what do as many samples without a loop reach?
@@ -69,12 +70,12 @@ ROWS = [
     # Do new pixels help without any training? The question again, on the enlarged surroundings
     Row(statistics.AGAIN, "base_closer", closer, T),
     Row(statistics.AGAIN_GUARDED, "base_closer_guarded", guarded(closer), T, refuses=True),
-    Row(statistics.UNTRAINED, "base_ivt", **{**ours, "steps": T}),
-    Row("SFT + IVT", "sft", **ours, adapter="sft", command="python sft.py"),
+    Row(statistics.UNTRAINED, "base_ivt", steps=T, **refined),
+    Row("SFT + IVT", "sft", steps=longest, **refined, adapter="sft", command="python sft.py"),
     # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
     Row("SFT + GRPO (single-step)", "grpo_single", loop, 0, "grpo_single", command=single_step),
-    Row("SFT + GRPO + IVT", "grpo", **ours, adapter="grpo", command="python grpo.py"),
-    Row(statistics.WITHOUT_SFT, "base_grpo", **ours, adapter="base_grpo"),
+    Row("SFT + GRPO + IVT", "grpo", steps=longest, **refined, adapter="grpo", command=grpo),
+    Row(statistics.WITHOUT_SFT, "base_grpo", steps=longest, **refined, adapter="base_grpo"),
 ]
 if args.feedback == "again":  # the untrained loop is the control itself
     ROWS = [row for row in ROWS if row.name != statistics.UNTRAINED]
@@ -116,8 +117,9 @@ def play(row):
             lines.append(statistics.log_line(sample, group, vlm.tokenizer, row.refuses))
         return lines
 
-    restart = not began(args, row, data) and args.restart
+    same = begin_row(args, row, data)
     path = args.out / f"log/evaluate_{row.log}.jsonl"
+    restart = args.restart and not same
     return files.resumable(path, test, args.batch_size, row.name, work, restart=restart)
 
 
@@ -146,8 +148,8 @@ report = page.write_evaluation(args, results, test, lines_of)
 if args.predictions:
     rows = [{"method": name, **line} for name, lines in lines_of.items() for line in lines]
     files.write_jsonl(args.predictions, rows)
-shown = lines_of[results["shown"]]
-charts = pictures.write_figures(results, test, shown, data, args.out, args.pictures)
+drawn = lines_of[results["shown"]]
+charts = pictures.write_figures(results, test, drawn, data, args.out, args.pictures)
 places = f"tables in {args.out / 'results.md'}, trajectories to look at in {report}"
 more = "" if charts else "; with matplotlib installed, charts too"
 print(f"{places}, {processes.minutes(start)}{more}")

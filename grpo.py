@@ -102,7 +102,8 @@ errors.explain_out_of_memory("--max-pixels, --batch-size, --prompts-at-once or -
 training.probe_grpo(vlm, train, args, data, loop)
 processes.catch_interrupts()
 
-# Training. Validation comes before updates 0, val_every, ... and after the last one ---------------
+# Training -----------------------------------------------------------------------------------------
+# Validation comes before updates 0, val_every, ... and after the last one.
 val_reward = best
 recent = []
 warned = set()

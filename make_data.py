@@ -71,6 +71,7 @@ def perturb(rng, box, iou_max):
     """
     x1, y1, x2, y2 = box
     for _ in range(10_000):
+        # Sides that cross leave a box with which nothing has an IoU
         moved = [v + rng.gauss(0, 0.3) * side for v, side in zip(box, (x2 - x1, y2 - y1) * 2)]
         out = [min(1000, max(0, round(v))) for v in moved]
         if 0.1 < iou(out, box) <= iou_max:
@@ -110,7 +111,7 @@ def teacher_prompt(row, t, loop):
     """What the teacher is asked about step t, and told: the box that the step will write."""
     box, last_box = row["boxes"][t], box_before(row, t)
     words = TEACHER_STEP if t > 0 else TEACHER_FIRST
-    if box == last_box:
+    if t > 0 and box == last_box:
         words = TEACHER_HOLD
     told = format_box(loop.to_picture(box, last_box))
     return words.format(expression=row["expression"], box=told)

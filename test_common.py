@@ -27,7 +27,6 @@ from common import (
     reward,
     rollout,
     trajectory_logprobs,
-    written_boxes,
 )
 from tests.small import TEXTS, picture, vlm
 
@@ -35,7 +34,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 
 # Boxes --------------------------------------------------------------------------------------------
@@ -141,7 +139,7 @@ def test_overlay_pixels():
 # Sequences ----------------------------------------------------------------------------------------
 def test_positions_equal_the_models_own(vlm):
     images = encode_images(vlm, [picture(96, 80), picture(48, 144, 1)])
-    t = build_trajectory(vlm, images, "it", TEXTS)
+    t = build_trajectory(vlm, images, "it", TEXTS, IVT)
     ids = torch.tensor([t.ids])
     grid = torch.tensor([[1, 2 * image.rows, 2 * image.columns] for image in images])
     token = vlm.base.config.image_token_id
@@ -151,7 +149,7 @@ def test_positions_equal_the_models_own(vlm):
     assert torch.equal(torch.tensor(whole).T, own[:, 0])
     assert end == own.max() + 1
     # A continuation computed from the running offset is the same as the whole
-    cut = len(common.prompt_ids(vlm, images[0], "it"))
+    cut = len(common.prompt_ids(vlm, images[0], "it", IVT))
     head, offset = mrope_positions(t.ids[:cut], images[:1], token)
     tail, _ = mrope_positions(t.ids[cut:], images[1:], token, offset)
     assert head + tail == whole
@@ -226,7 +224,7 @@ def test_greedy_rollout_equals_generate(vlm):
     image = picture(96, 80)
     images = [image, picture(32, 32)]
     row, _ = rollout(vlm, images, ["the cat", "a dog on a sofa"], 0, max_tokens=12)
-    ids = torch.tensor([common.prompt_ids(vlm, row.images[0], "the cat")])
+    ids = torch.tensor([common.prompt_ids(vlm, row.images[0], "the cat", IVT)])
     out = vlm.base.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -303,25 +301,10 @@ def test_a_box_in_a_view_is_turned_back_into_the_image(vlm, monkeypatch):
     assert row.boxes == [[200, 200, 700, 600], [200, 400, 700, 600], None]
 
 
-def test_the_growing_cache_holds_what_the_plain_one_holds():
-    plain = common.DynamicLayer()
-    growing = common.GrowingLayer()
-    generator = torch.Generator().manual_seed(0)
-    for length in (3, 1, 200, 1, 1, 150):
-        keys, values = torch.randn(2, 2, 4, length, 8, generator=generator)
-        for a, b in zip(plain.update(keys, values), growing.update(keys, values)):
-            assert torch.equal(a, b)
-    for layer in (plain, growing):
-        layer.batch_repeat_interleave(3)
-    keys, values = torch.randn(2, 6, 4, 1, 8, generator=generator)
-    for a, b in zip(plain.update(keys, values), growing.update(keys, values)):
-        assert torch.equal(a, b)
-
-
 # Log-probabilities --------------------------------------------------------------------------------
 def test_entropy_and_logprob_by_hand(vlm):
     image = picture(32, 32)
-    t = build_trajectory(vlm, encode_images(vlm, [image]), "it", TEXTS[:1])
+    t = build_trajectory(vlm, encode_images(vlm, [image]), "it", TEXTS[:1], IVT)
     scores = trajectory_logprobs(vlm, [t])
     ids = torch.tensor([t.ids])
     logits = vlm.base(
@@ -348,7 +331,9 @@ def test_logits_a_part_at_a_time_give_the_same_gradient(vlm, monkeypatch):
         weight.grad = None
         return torch.cat([scores.logprob, scores.entropy, grad]).detach()
 
-    whole = gradient()
+    with monkeypatch.context() as plain:  # all at once, and nothing computed again
+        plain.setattr(common, "checkpoint", lambda f, *args, use_reentrant: f(*args))
+        whole = gradient()
     vocabulary = vlm.base.config.text_config.vocab_size
     monkeypatch.setattr(common, "LOGITS_AT_ONCE", 7 * vocabulary)
     parts = gradient()
@@ -358,7 +343,7 @@ def test_logits_a_part_at_a_time_give_the_same_gradient(vlm, monkeypatch):
 
 def test_accumulation_equals_one_large_batch(vlm):
     images = encode_images(vlm, [picture(32, 32), picture(48, 64, 1)])
-    batch = [build_trajectory(vlm, images[:n], "it", TEXTS[:n]) for n in (1, 2, 2, 1)]
+    batch = [build_trajectory(vlm, images[:n], "it", TEXTS[:n], IVT) for n in (1, 2, 2, 1)]
     weight = vlm.base.model.language_model.layers[0].mlp.down_proj.weight.requires_grad_(True)
     tokens = sum(len(t.target) for t in batch)
     gradients = []

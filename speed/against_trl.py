@@ -1,6 +1,6 @@
-"""One update of GRPO as TRL's GRPOTrainer does it and as grpo.py does it, in turn (row 8).
+"""One update of GRPO as TRL's GRPOTrainer does it and as grpo.py does it, in turn (row 7).
 
-    pip install trl && python -m speed.benchmark --rows 8
+    pip install trl && python -m speed.benchmark --rows 7
 
 The work is what both can do: the toy's base, single-shot (T = 0, no feedback picture), 8 prompts
 with 6 completions each of at most 80 tokens at temperature 1, LoRA of rank 32, a reference, one

@@ -1,23 +1,23 @@
 """How fast, against what: a piece of work done the plainest correct way, and as this code does it.
 
     python -m speed.benchmark                                random weights, half an hour
-    python -m speed.benchmark --rows 1 7                     of these rows alone
+    python -m speed.benchmark --rows 1 2                     of these rows alone
     python -m speed.benchmark --config 4b --dtype bfloat16   the real model's dimensions, for a GPU
     python -m speed.benchmark --run runs/toy                 a trained run's model and test samples
-    python -m speed.benchmark --rows 8                       one update of GRPO against TRL
+    python -m speed.benchmark --rows 7                       one update of GRPO against TRL
 
 The plain way (plain.py) is `generate()` over the whole context, encoded anew at every step, and one
 forward pass per trajectory with all of its logits; the update is also compared with the same pass
-when it is asked for the logits of the targets alone (`logits_to_keep`). Row 7 compares this code
-with itself, on transformers' own cache layers; row 8 one update of GRPO with TRL's trainer
-(against_trl.py); row 9 says where the time of a decoding pass goes; row 10 is the rollout with LoRA
-beside the weights, and in them (`merged` in support/models.py).
+when it is asked for the logits of the targets alone (`logits_to_keep`). Row 7 is one update of GRPO
+against TRL's trainer (against_trl.py); row 8 says where the time of a decoding pass goes; row 9 is
+the rollout with LoRA beside the weights, and in them (`merged` in support/models.py).
 
 Before anything is timed both ways have to agree: the same tokens under greedy decoding (in
 float32), the same log-probabilities, losses and gradients within a tolerance. Then they take turns,
 and a row shows the medians. Memory is that of the tensors alive above what was there before, at the
 highest, counted in a turn that is not timed. In training both ways recompute activations, or
-neither does (`--checkpointing`; on, as in the paper preset). The floor is explained in floor.py.
+neither does (`--checkpointing`; on, as in the paper preset); ours recomputes the logits always. The
+floor is explained in floor.py.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import os
 import statistics
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 
 import common
@@ -44,7 +43,6 @@ from support.processes import device
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers.cache_utils import DynamicLayer
 
 GROUP = dict(group_size=6, temperatures=(1.0, 0.7))  # as the presets sample
 
@@ -296,41 +294,12 @@ def both_depths(work):
     yield table_row(f"6. {n} samples single-shot and T = 2", *measured.values(), least, note)
 
 
-@contextmanager
-def transformers_cache():
-    """Within it, `rollout` keeps its cache in transformers' own layers."""
-    growing = common.GrowingLayer
-    common.GrowingLayer = DynamicLayer
-    try:
-        yield
-    finally:
-        common.GrowingLayer = growing
-
-
-def growing_cache(work):
-    """The growing cache on its own: in a group, and in the largest batch."""
-
-    def on_transformers_cache(decode):
-        with transformers_cache():
-            return decode()
-
-    count = max(work.sizes)
-    names = ("7. growing cache, the group of row 1", f"   likewise, {count} prompts of row 2")
-    pieces = (decoders(work, 1, **GROUP), decoders(work, count))
-    sizes = (GROUP["group_size"], 1)
-    for name, (_, ours), group_size in zip(names, pieces, sizes):
-        plain = functools.partial(on_transformers_cache, ours)
-        measured = take_turns({"plain": plain, "ours": ours}, work.repeats)
-        least = rollout_floor(work.vlm, work.rates, ours(), group_size)
-        yield table_row(name, *measured.values(), least, "plain: transformers' cache layers")
-
-
 def against_trl(work):
     """On the toy's base, whatever the other rows are measured on."""
     try:
         import trl
     except ImportError:
-        yield "8. GRPO step against TRL: left out, it is not installed (pip install trl)"
+        yield "7. GRPO step against TRL: left out, it is not installed (pip install trl)"
         return
     with tempfile.TemporaryDirectory() as folder:
         images, samples = toy_samples(folder, PROMPTS)
@@ -338,7 +307,7 @@ def against_trl(work):
     theirs, ours, tokens = compare(vlm, toy_vlm(), images, samples, work.repeats, our_update)
     ratios = sorted(a / b for a, b in zip(theirs, ours))
     yield (
-        f"8. GRPO step on the toy, TRL {trl.__version__}: {statistics.median(theirs):.2f} s, ours "
+        f"7. GRPO step on the toy, TRL {trl.__version__}: {statistics.median(theirs):.2f} s, ours "
         f"{statistics.median(ours):.2f} s, {statistics.median(ratios):.2f} times faster "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f}); tokens a completion {tokens[0]:.1f}, "
         f"{tokens[1]:.1f}"
@@ -346,7 +315,7 @@ def against_trl(work):
 
 
 def kind_of(operation):
-    """What an operation of PyTorch is in row 9."""
+    """What an operation of PyTorch is in row 8."""
     if "scaled_dot_product" in operation:
         return "attention"
     if operation in ("aten::mm", "aten::addmm", "aten::bmm"):
@@ -372,7 +341,7 @@ def cost_of_a_pass(work):
     what remains of the time without it: calls of modules and operations, masks, bookkeeping.
     """
     if torch.cuda.is_available():
-        yield "9. a decoding pass: left out, its parts are a CPU's"
+        yield "8. a decoding pass: left out, its parts are a CPU's"
         return
     count = max(work.sizes)
     wall = []
@@ -389,7 +358,7 @@ def cost_of_a_pass(work):
     shares = {kind: (spent[1][kind] - spent[0][kind]) / whole for kind in sorted(spent[1])}
     shares["Python"] = 1 - sum(shares.values())
     parts = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items())
-    yield f"9. a decoding pass of {count} prompts: {whole / passes * 1000:.1f} ms; {parts}"
+    yield f"8. a decoding pass of {count} prompts: {whole / passes * 1000:.1f} ms; {parts}"
 
 
 def lora_in_the_weights(work):
@@ -397,7 +366,7 @@ def lora_in_the_weights(work):
     with merged(work.vlm):
         is_merged = any(getattr(module, "merged", False) for module in work.vlm.model.modules())
     if not is_merged:
-        yield "10. LoRA in the weights: left out, for small float32 weights alone"
+        yield "9. LoRA in the weights: left out, for small float32 weights alone"
         return
     count = max(work.sizes)
     _, ours = decoders(work, count)
@@ -405,7 +374,7 @@ def lora_in_the_weights(work):
     measured = take_turns({"plain": plain, "ours": ours}, work.repeats)
     least = rollout_floor(work.vlm, work.rates, ours())
     yield table_row(
-        f"10. LoRA in the weights, {count} prompts",
+        f"9. LoRA in the weights, {count} prompts",
         *measured.values(),
         least,
         "plain: beside them",
@@ -419,10 +388,9 @@ ROWS = {
     4: update_of_grpo,
     5: pass_of_sft,
     6: both_depths,
-    7: growing_cache,
-    8: against_trl,
-    9: cost_of_a_pass,
-    10: lora_in_the_weights,
+    7: against_trl,
+    8: cost_of_a_pass,
+    9: lora_in_the_weights,
 }
 
 

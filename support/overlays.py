@@ -1,8 +1,8 @@
 """Does the picture matter? What an ablation shows at step t instead of box t - 1 on the image, or
 instead of the view of it.
 
-Each takes (image, box or None) and returns a picture of the same size, as the feedback of a loop
-does; what is random in it depends on the box alone, so that a run can be repeated.
+A picture takes (image, box or None) and is of the same size, as the feedback of a loop is; what is
+random in it depends on the box alone, so that a run can be repeated.
 """
 
 from dataclasses import replace

@@ -78,7 +78,9 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
     samples, trajectories: this process's share. They are kept as log/validation/<name>_<update>
     .jsonl, so that one update can be laid beside another.
     """
-    lines = [log_line(sample, [t], tokenizer) for sample, t in zip(samples, trajectories)]
+    refuses = args.guard == "on"
+    pairs = zip(samples, trajectories)
+    lines = [log_line(sample, [t], tokenizer, refuses) for sample, t in pairs]
     lines = gather(lines)
     write_jsonl(validation_file(args, name, update), lines)
     if RANK:

@@ -10,21 +10,21 @@ from support.files import begin
 class Row:
     """One way to get boxes for the test samples."""
 
-    name: str  # as in the paper's Table 1
+    name: str  # as in the paper's Table 1, where it has one
     log: str  # log/evaluate_<log>.jsonl has a line for each sample
     loop: Loop
     steps: int  # refinement steps; 0: step 0 alone
     adapter: str | None = None  # folder under --out; None is the untrained base
     samples: int = 1  # more: so many answers of step 0 are sampled, at --control-temperature
-    refuses: bool = False  # a guard may keep the last box: confidences are not of the box that is
+    refuses: bool = False  # a guard may keep the last box: a text's confidence is not the step's
     command: str = ""  # what makes the adapter of a row that belongs to the paper's tables
 
 
-def began(args, row, data):
-    """Whether the log of a row was begun with the same flags and files; writes them down.
+def begin_row(args, row, data):
+    """Writes down what the log of a row is made with; returns whether it was begun before, with the
+    same. Exits when something differs, unless `--restart` is given.
 
-    Only what a row depends on is compared, so that `--restart` plays again those rows alone that
-    would come out otherwise. Without it, exits when something differs.
+    Only what rows of its kind depend on is compared, so that `--restart` does not play them all.
     """
     inputs = [data / "test.jsonl"]
     if row.adapter:

@@ -76,8 +76,9 @@ def read_trajectories(args, data):
     train = read_samples(data / "train.jsonl", command, args.skip_bad)
     sample_of = {sample["id"]: sample for sample in train}
     path = data / "sft.jsonl"
-    rows = [row for row in read_jsonl(path, command) if row["id"] in sample_of]
-    if not rows:  # --skip-bad leaves some samples out
+    rows = read_jsonl(path, command)
+    rows = [row for row in rows if row["id"] in sample_of]  # --skip-bad leaves some samples out
+    if not rows:
         stop(f"{path} has no trajectory of a sample in train.jsonl; {command}")
     count = len(rows[0]["boxes"])
     if count != args.steps + 1:

@@ -332,7 +332,8 @@ def by_change(samples, trajectories):
     return np.argsort(ious[:, 0] - ious[:, -1], kind="stable").tolist()
 
 
-# Verdicts. They are of intervals: a mean alone decides nothing ------------------------------------
+# Verdicts -----------------------------------------------------------------------------------------
+# They are of intervals: a mean alone decides nothing.
 def verdict(estimates, *, above=None, below=None):
     """Whether all values lie above (or below) a limit: "holds" when every interval does,
     "DOES NOT HOLD" when one lies wholly on the other side, else "NOT SETTLED"."""

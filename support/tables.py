@@ -1,4 +1,5 @@
-"""The report of an evaluation: for the terminal, and in Markdown (results.md)."""
+"""The results of an evaluation, put together, and their report: for the terminal, and in Markdown
+(results.md)."""
 
 import json
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 from support import second_look, statistics
 from support.files import write_text
 from support.second_look import AGREEMENT
-from support.statistics import METRICS, signed
+from support.statistics import CONTROL, METRICS, main_row, signed
 from support.traces import CLAIMS
 
 CHOICE = "Best of steps, the paper's choice, needs the ground truth; the others do not."
@@ -23,11 +24,11 @@ def results_of(args, samples, lines_of, others, logs):
     lines_of: the name of each row -> its lines; others: of the ablations, "row, what is shown";
     logs: name -> the row's log.
     """
-    shown = statistics.main_row(lines_of)
+    shown = main_row(lines_of)
     results = {"n": len(samples), "seed": args.seed, "steps": args.steps}
     results["model"] = Path(args.model).name
     results |= {"feedback": args.feedback, "guard": args.guard}
-    results |= statistics.analyse(samples, lines_of, args.steps, shown, statistics.CONTROL)
+    results |= statistics.analyse(samples, lines_of, args.steps, shown, CONTROL)
     if (args.feedback, args.guard) != ("overlay", "off"):
         results["findings"] = []  # the paper's are about its own loop
     results["second_look"] = second_look.analyse(samples, lines_of, args.steps)
@@ -254,7 +255,7 @@ def table2_lines(results):
     return section(
         "**Table 2.** Mean IoU per step; change from first to last; share that improves, stagnates "
         "or degrades (by more than 0.01); share whose boxes all repeat step 0; valid boxes per "
-        "step; tokens through the model, relative to step 0 alone.",
+        "step; tokens through the model, relative to its step 0 alone.",
         head,
         rows,
     )

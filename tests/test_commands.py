@@ -226,6 +226,8 @@ def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
     results = json.loads((out / "results.json").read_text())
     names = [name for name in results["ablations"] if "SFT + GRPO + IVT, " in name]
     assert names == ["SFT + GRPO + IVT, a view elsewhere", "SFT + GRPO + IVT, no box drawn"]
+    assert results["findings"] == []  # the paper's are about its own loop
+    assert "confidence" not in results["second_look"]["SFT + GRPO + IVT"]
     status, printed = command("sft", out, "--restart")
     assert status == 1 and "was made with --feedback zoom, and now it is overlay" in printed
 

@@ -9,7 +9,6 @@ import ast
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 from support import sources
 from support.flags import ROOT, Flag, check_range, make_parser

@@ -40,7 +40,7 @@ HALF = [0, 0, 250, 250]
 FAR = [600, 600, 900, 900]
 
 
-def results_of(samples, rows_of, steps, shown, control=None):
+def put_together(samples, rows_of, steps, shown, control=None):
     """As an evaluation puts them together."""
     head = {"n": len(samples), "seed": 0, "steps": steps, "model": "m", "ablations": {}}
     head |= {"feedback": "overlay", "guard": "off"}
@@ -167,7 +167,7 @@ def test_findings_of_a_clear_case():
         SFT: trajectories(*[[RIGHT, HALF]] * 20),
         GRPO: trajectories(*[[RIGHT, RIGHT]] * 20),
     }
-    results = results_of(samples, rows_of, 1, GRPO)
+    results = put_together(samples, rows_of, 1, GRPO)
     verdicts = {sentence: verdict for sentence, _, verdict in results["findings"]}
     assert list(verdicts.values()) == [
         "DOES NOT HOLD",  # the best of steps is the first one
@@ -198,11 +198,11 @@ def test_refining_against_sampling_is_decided_on_the_difference(samples_of, refi
         CONTROL: trajectories(*[samples_of] * 8),
         GRPO: trajectories(*[refined] * 8),
     }
-    results = results_of(samples, rows_of, 1, GRPO, CONTROL)
+    results = put_together(samples, rows_of, 1, GRPO, CONTROL)
     assert re.search(words.replace("+", "[+]"), report(results))
     assert list(results["table1"][CONTROL]) == ["best of steps", "medoid"]  # it has no order
     assert CONTROL not in results["table2"]
-    assert "sampling" not in results_of(samples, rows_of, 1, GRPO)
+    assert "sampling" not in put_together(samples, rows_of, 1, GRPO)
 
 
 def test_whether_any_setting_beats_not_refining():
@@ -240,7 +240,7 @@ def test_a_file_of_predictions_is_scored(tmp_path):
     assert [value[0] for value in results["table2"]["two"]["iou"]] == [0.25, 1]
     assert results["differences"]["two"]["last step"]["mean IoU"][0] == 0.25
     assert results["adaptive"] == {}  # nobody says how many tokens it took
-    longer = results_of(SAMPLES, rows_of, 2, "two")  # fewer boxes than T + 1
+    longer = put_together(SAMPLES, rows_of, 2, "two")  # fewer boxes than T + 1
     assert "| two | 0.250 [0.000, 0.500] | 1.000 [1.000, 1.000] |  | +0.750" in report(longer)
 
 
@@ -291,7 +291,7 @@ def test_results_and_figures_are_written(tmp_path, capsys):
         samples.append({**GOOD, **own, "expression": "a word " * (1 + 20 * i)})
     boxes = [[HALF, RIGHT, FAR], [RIGHT, None, HALF], [HALF, HALF, HALF], [None, None, None]]
     rows_of = {"base": trajectories(*[[RIGHT]] * 4), SFT: trajectories(*boxes)}
-    results = results_of(samples, rows_of, 1, SFT)
+    results = put_together(samples, rows_of, 1, SFT)
     write_results(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert "Table 2" in (tmp_path / "results.md").read_text()

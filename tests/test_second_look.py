@@ -8,7 +8,7 @@ from support.statistics import CONTROL, estimate_of, log_line, ratio
 from support.tables import report, summary
 from support.traces import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of, template_trace
 from tests.small import GOOD, vlm
-from tests.test_report import FAR, HALF, RIGHT, results_of
+from tests.test_report import FAR, HALF, RIGHT, put_together
 
 import numpy as np
 import pytest
@@ -166,6 +166,7 @@ def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
     found, logprob = values[1]
     assert found == pytest.approx(sum(logprob) / len(logprob))
     assert values[2][0] is None
+    assert "confidence" not in log_line(GOOD, [trajectory], vlm.tokenizer, refuses=True)
 
 
 # Traces -------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_the_report_has_it_all():
     old = [row_of([box, HALF]) for box in (FAR, HALF, RIGHT)]
     rows_of = {"base": [row_of([RIGHT])] * 3, CONTROL: old, "new": rows, "old": old}
     samples = [{**GOOD, "id": str(i)} for i in range(3)]
-    results = results_of(samples, rows_of, 1, "new")
+    results = put_together(samples, rows_of, 1, "new")
     results["second_look"] = analyse(samples, rows_of, 1)
     assert list(results["second_look"]) == ["new", "old"]
     text = report(results)

@@ -23,6 +23,7 @@ from common import (
 from support import checkpoints, errors, files, models, processes, samples, training
 from support.flags import ROOT, Flag, check_path, flags
 from support.presets import PRESETS
+from support.rows import Row, begin_row
 from tests.small import GOOD, TEXTS, picture, vlm  # noqa: F401  vlm is a fixture
 
 import pytest
@@ -329,6 +330,22 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
         files.lock(tmp_path)
     (tmp_path / "log/sft.config.json").write_text("[")
     assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
+
+
+def test_a_row_depends_on_what_it_is_played_with(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "test.jsonl").write_text("{}\n")
+    given = dict(guard="off", feedback="overlay", surroundings=1.5, seed=0)
+    args = argparse.Namespace(out=tmp_path, restart=False, model="m", **given)
+    once, refined = Row("a", "a", IVT, 0), Row("b", "b", IVT, 2)
+    assert not begin_row(args, once, data) and not begin_row(args, refined, data)
+    args.seed, args.guard = 1, "on"  # nothing is sampled, and one box is not refined
+    assert begin_row(args, once, data)
+    with pytest.raises(SystemExit, match="guard: off then, on now"):
+        begin_row(args, refined, data)
+    args.restart = True
+    assert not begin_row(args, refined, data) and begin_row(args, refined, data)
 
 
 # Checkpoints --------------------------------------------------------------------------------------
@@ -655,7 +672,7 @@ def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
         models.new_adapter(one, 4, 8)
         rollout(one, [picture(32, 32)], ["x"], 1, max_tokens=4)
         images = encode_images(one, [picture(32, 32)] * 2)
-        trajectory = build_trajectory(one, images, "it", TEXTS)
+        trajectory = build_trajectory(one, images, "it", TEXTS, IVT)
         trajectory_logprobs(one, [trajectory])[0].mean().backward()
         named = one.model.named_parameters()
         gradients.append({name: p.grad for name, p in named if "lora_B" in name})
@@ -738,7 +755,7 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
         probed.extend(row["id"] for row in rows)
         pictures = [samples.load_image(made[row["id"]], tmp_path) for row in rows]
         images = encode_images(vlm, pictures)
-        return [build_trajectory(vlm, [image], "it", TEXTS[:1]) for image in images]
+        return [build_trajectory(vlm, [image], "it", TEXTS[:1], IVT) for image in images]
 
     rows = [{"id": name, "traces": "x" * length} for length, name in enumerate(sizes)]
     training.probe_sft(vlm, rows, made, examples, 3)
