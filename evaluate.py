@@ -27,7 +27,7 @@ import time
 
 from common import SINGLE_SHOT
 from support import files, models, overlays, page, pictures, processes, samples, statistics, tables
-from support.flags import Flag, flags
+from support.flags import Flag, command, flags
 from support.loops import asked_again, guarded, loop_of, rollouts
 from support.own_picture import look_at
 from support.rows import Row, begin_row
@@ -52,7 +52,7 @@ loop = loop_of(args)
 if args.image or args.expression:  # no test samples, and no tables
     look_at(args, args.image, args.expression, loop)
     raise SystemExit
-make_data = f"python make_data.py --preset {args.preset}"
+make_data = command(args, "python make_data.py")
 test = samples.read_samples(data / "test.jsonl", make_data, args.skip_bad)
 roll = rollouts(args)
 
@@ -131,8 +131,8 @@ for row in ROWS:
     if adapter is None or (adapter / "adapter_model.safetensors").exists():
         lines_of[row.name] = play(row)
     elif row.command:
-        command = f"{row.command} --preset {args.preset}"
-        print(f"{row.name}: left out, {adapter} is missing; to add it: {command}")
+        to_add = command(args, row.command)
+        print(f"{row.name}: left out, {adapter} is missing; to add it: {to_add}")
 
 # Does the box in the picture matter? The same model, shown something else -------------------------
 others = {}

@@ -24,7 +24,7 @@ import time
 
 from common import advantages, grpo_loss, reward, trajectory_logprobs
 from support import checkpoints, errors, files, models, page, processes, samples, training
-from support.flags import Flag, flags
+from support.flags import Flag, command, flags
 from support.loops import loop_of, rollouts
 
 import torch
@@ -44,15 +44,13 @@ if args.init == "base":
     name = f"base_{name}"
 
 # Data ---------------------------------------------------------------------------------------------
-make_data = f"python make_data.py --preset {args.preset}"
+make_data = command(args, "python make_data.py")
 train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad)
 val = samples.read_samples(data / "val.jsonl", make_data, args.skip_bad)[: args.val_prompts]
 inputs = [data / "train.jsonl", data / "val.jsonl"]
 if args.init == "sft":
     files.agrees(args, "sft", "feedback")
-    inputs.append(
-        checkpoints.adapter_file(args.out / "sft", f"python sft.py --preset {args.preset}")
-    )
+    inputs.append(checkpoints.adapter_file(args.out / "sft", command(args, "python sft.py")))
 files.begin(args, name, *inputs, ignore=("batch_size", "prompts_at_once"))
 checkpoints.leave_if_finished(args, name, args.updates)
 
@@ -195,4 +193,4 @@ bar.close()
 done = dict(update=args.updates, finished=True, best=best)
 checkpoints.save_progress(args, name, vlm, optimizer, log, **done)
 result = f"best validation reward {best:.3f}; adapter in {args.out / name}"
-print(f"{result}, {processes.minutes(start)}; next: python evaluate.py")
+print(f"{result}, {processes.minutes(start)}; next: {command(args, 'python evaluate.py')}")

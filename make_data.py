@@ -43,7 +43,7 @@ from common import (
     written_boxes,
 )
 from support import errors, files, models, processes, samples, sources
-from support.flags import flags
+from support.flags import command, flags
 from support.loops import loop_of, rollouts
 from support.traces import template_trace, trace_fault
 from toy import world
@@ -269,4 +269,4 @@ if __name__ == "__main__":
     for box, text in zip(rows[0]["boxes"], rows[0]["traces"]):
         print(f"  {box}  {text}")
     count = f"{len(rows)} trajectories in {data / 'sft.jsonl'}"
-    print(f"{count}, {processes.minutes(start)}; next: python sft.py")
+    print(f"{count}, {processes.minutes(start)}; next: {command(args, 'python sft.py')}")

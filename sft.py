@@ -25,7 +25,7 @@ from common import (
     written_boxes,
 )
 from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import flags
+from support.flags import command, flags
 from support.loops import loop_of
 
 import torch
@@ -120,4 +120,4 @@ for update in range(first_update, updates):
     checkpoints.save_if_due(args, "sft", vlm, optimizer, log, update=update + 1, last=updates)
 bar.close()
 result = f"loss {loss:.3f}; adapter in {args.out / 'sft'}"
-print(f"{result}, {processes.minutes(start)}; next: python grpo.py")
+print(f"{result}, {processes.minutes(start)}; next: {command(args, 'python grpo.py')}")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -67,6 +68,18 @@ def flags(phase, doc, **extra):
     # Ctrl-C ends at once: nothing has begun that could be lost.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
     return args
+
+
+def command(args, script):
+    """`script` ("python grpo.py --steps 0") as a command on the same run, with its --preset and
+    --out where they are not the defaults.
+    """
+    room = "visrl_" if "-m visrl." in script else ""
+    if args.preset != "toy":
+        script += f" --preset {args.preset}"
+    if args.out != Path(f"runs/{room}{args.preset}"):
+        script += f" --out {shlex.quote(str(args.out))}"
+    return script
 
 
 def flag_of(name):

@@ -10,7 +10,7 @@ weights is added to the weights in full, which are not quite those it was traine
 from support.checkpoints import best_adapter
 from support.errors import stop
 from support.files import writing
-from support.flags import Flag, flags
+from support.flags import Flag, command, flags
 from support.models import add_adapter, load_vlm
 
 import torch
@@ -34,6 +34,6 @@ if __name__ == "__main__":
         stop("give the folder to write: --folder merged")
     adapter = best_adapter(args.out)
     if not adapter:
-        stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
+        stop(f"{args.out} has no adapter; first run: {command(args, 'python sft.py')}")
     save_merged(args, adapter, args.folder)
     print(f"{adapter} merged into {args.model}: {args.folder}")

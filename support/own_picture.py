@@ -8,6 +8,7 @@ from common import denormalize_box
 from support.checkpoints import best_adapter
 from support.errors import explain_out_of_memory, stop, working_on
 from support.files import agrees, read_lines
+from support.flags import command
 from support.loops import rollouts
 from support.models import load_with_adapter
 from support.page import group, with_views, write_page
@@ -32,7 +33,7 @@ def look_at(args, image, expression, loop):
     wanted = pairs(image, expression)
     adapter = best_adapter(args.out)
     if not adapter:
-        stop(f"{args.out} has no adapter; first run: python sft.py --preset {args.preset}")
+        stop(f"{args.out} has no adapter; first run: {command(args, 'python sft.py')}")
     agrees(args, adapter.name, "feedback")
     samples = [own_sample(path, words)[0] for path, words in wanted]
     if len(samples) > 1:

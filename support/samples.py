@@ -8,6 +8,7 @@ from pathlib import Path
 
 from support.errors import stop
 from support.files import read_jsonl, read_lines, write_text
+from support.flags import command
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -72,14 +73,14 @@ def read_trajectories(args, data):
 
     Exits when there are none, or not with --steps.
     """
-    command = f"python make_data.py --preset {args.preset}"
-    train = read_samples(data / "train.jsonl", command, args.skip_bad)
+    make_data = command(args, "python make_data.py")
+    train = read_samples(data / "train.jsonl", make_data, args.skip_bad)
     sample_of = {sample["id"]: sample for sample in train}
     path = data / "sft.jsonl"
-    rows = read_jsonl(path, command)
+    rows = read_jsonl(path, make_data)
     rows = [row for row in rows if row["id"] in sample_of]  # --skip-bad leaves some samples out
     if not rows:
-        stop(f"{path} has no trajectory of a sample in train.jsonl; {command}")
+        stop(f"{path} has no trajectory of a sample in train.jsonl; {make_data}")
     count = len(rows[0]["boxes"])
     if count != args.steps + 1:
         stop(f"{path} holds {count} boxes a trajectory; run make_data.py with --steps {args.steps}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from support import second_look
 from support.errors import stop
 from support.files import read_lines
-from support.flags import Flag, flags
+from support.flags import Flag, command, flags
 from support.page import group, result_curves, write_page
 from support.pictures import write_figures
 from support.samples import read_samples
@@ -110,8 +110,8 @@ if __name__ == "__main__":
     if not args.predictions:
         stop("give the file to score: --predictions theirs.jsonl")
     data = args.out / "data"
-    command = f"python make_data.py --preset {args.preset}"
-    samples = read_samples(data / "test.jsonl", command, args.skip_bad)
+    make_data = command(args, "python make_data.py")
+    samples = read_samples(data / "test.jsonl", make_data, args.skip_bad)
     try:
         rows_of = read_predictions(args.predictions, samples)
     except ValueError as e:

@@ -21,7 +21,7 @@ from common import (
     trajectory_logprobs,
 )
 from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import ROOT, Flag, check_path, flags
+from support.flags import ROOT, Flag, check_path, command, flags
 from support.presets import PRESETS
 from support.rows import Row, begin_row
 from tests.small import GOOD, TEXTS, picture, vlm  # noqa: F401  vlm is a fixture
@@ -330,6 +330,15 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
         files.lock(tmp_path)
     (tmp_path / "log/sft.config.json").write_text("[")
     assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
+
+
+def test_another_phase_is_named_with_the_runs_own_flags():
+    args = argparse.Namespace(preset="toy", out=Path("runs/toy"))
+    assert command(args, "python sft.py") == "python sft.py"
+    args = argparse.Namespace(preset="paper", out=Path("my runs/1"))
+    assert command(args, "python grpo.py --steps 0").endswith("0 --preset paper --out 'my runs/1'")
+    args.out = Path("runs/visrl_paper")
+    assert command(args, "python -m visrl.sft") == "python -m visrl.sft --preset paper"
 
 
 def test_a_row_depends_on_what_it_is_played_with(tmp_path):

@@ -85,7 +85,7 @@ def test_the_main_job(whole):
         ("rl1", "", 0, "is finished"),
         ("rl1", "--beta 0.2", 1, "beta: 0.1 then, 0.2 now"),
         ("rl1", "--init sft", 1, "--init sft is for --stage 2"),
-        ("rl2", "--iteration 3", 1, "first run: python -m visrl.make_pairs --preset toy --it"),
+        ("rl2", "--iteration 3", 1, "first run: python -m visrl.make_pairs --iteration 3 --out"),
         ("pairs", "--steps 2", 2, "--steps"),
         ("pairs", "--temperature 2", 1, "temperature: 1.0 then, 2.0 now"),
         ("make_data", "--preset paper --out other", 1, "--viscot DIR"),

@@ -24,7 +24,7 @@ import time
 
 from common import trajectory_logprobs
 from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import Flag, flags
+from support.flags import Flag, command, flags
 from visrl.loop import (
     LOOPS,
     answer_trajectory,
@@ -59,8 +59,8 @@ name, origin = {
 name = named(name, args.iteration)
 
 # Data ---------------------------------------------------------------------------------------------
-make_data = f"python -m visrl.make_data --preset {args.preset}"
-make_pairs = f"python -m visrl.make_pairs --preset {args.preset} --iteration {args.iteration}"
+make_data = command(args, "python -m visrl.make_data")
+make_pairs = command(args, f"python -m visrl.make_pairs --iteration {args.iteration}")
 train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad, samples.VISRL_FIELDS)
 sample_of = {sample["id"]: sample for sample in train}
 pairs_file = data / f"{named('pairs', args.iteration)}.jsonl"
@@ -74,8 +74,10 @@ inputs = [pairs_file]
 files.agrees(args, named("paths", args.iteration), "crop")
 if origin:
     files.agrees(args, origin, "crop")
-    command = "visrl.sft" if origin == "sft" else "visrl.dpo, the stage before"
-    inputs.append(checkpoints.adapter_file(args.out / origin, f"python -m {command}"))
+    stage, _, number = origin.removeprefix("rl").partition("_")
+    made = f"python -m visrl.dpo --stage {stage} --iteration {number or 1}"
+    made = command(args, "python -m visrl.sft" if origin == "sft" else made)
+    inputs.append(checkpoints.adapter_file(args.out / origin, made))
 files.begin(args, name, *inputs)
 checkpoints.leave_if_finished(args, name, updates)
 
@@ -190,4 +192,5 @@ for update in range(first_update, updates):
     checkpoints.save_if_due(args, name, vlm, optimizer, log, update=update + 1, last=updates)
 bar.close()
 result = f"loss {loss:.3f}, accuracy {accuracy:.2f}; adapter in {args.out / name}"
-print(f"{result}, {processes.minutes(start)}; next: stage 2, or python -m visrl.evaluate")
+evaluate = command(args, "python -m visrl.evaluate")
+print(f"{result}, {processes.minutes(start)}; next: stage 2, or {evaluate}")

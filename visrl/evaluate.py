@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import box_iou, format_box, normalize_box
 from support import files, models, processes, samples
-from support.flags import flags
+from support.flags import command, flags
 from support.loops import rollouts
 from visrl import report
 from visrl.loop import ASK, LOOPS, is_right, named
@@ -49,9 +49,9 @@ args = flags("visrl.evaluate", __doc__)
 processes.seed_all(args.seed)
 start = time.time()
 data = args.out / "data"
-command = f"python -m visrl.make_data --preset {args.preset}"
+make_data = command(args, "python -m visrl.make_data")
 fields = samples.VISRL_FIELDS
-test = samples.read_samples(data / "test.jsonl", command, args.skip_bad, fields)
+test = samples.read_samples(data / "test.jsonl", make_data, args.skip_bad, fields)
 loop = LOOPS[args.crop]
 roll = rollouts(args)
 

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 
 from support import errors, files, processes
-from support.flags import Flag, flags
+from support.flags import Flag, command, flags
 from visrl import sources
 
 args = flags(
@@ -51,4 +51,4 @@ print("one sample of each source:")
 for source in sorted({sample["source"] for sample in sides["test"]}):
     sample = next(sample for sample in sides["test"] if sample["source"] == source)
     print(f"  {source}: {sample['question']!r} {sample['answer']!r}, {sample['image']}")
-print(f"{processes.minutes(start)}; next: python -m visrl.sft")
+print(f"{processes.minutes(start)}; next: {command(args, 'python -m visrl.sft')}")

@@ -35,7 +35,7 @@ from collections import Counter
 
 from common import format_box, iou
 from support import checkpoints, errors, files, models, processes, samples
-from support.flags import Flag, flags
+from support.flags import Flag, command, flags
 from support.loops import rollouts
 from visrl.critics import score_paths
 from visrl.loop import END, LOOPS, named
@@ -129,15 +129,16 @@ if __name__ == "__main__":
     data = args.out / "data"
     loop = LOOPS[args.crop]
     roll = rollouts(args)
-    make_data = f"python -m visrl.make_data --preset {args.preset}"
+    make_data = command(args, "python -m visrl.make_data")
     train = samples.read_samples(
         data / "train.jsonl", make_data, args.skip_bad, samples.VISRL_FIELDS
     )
     for sample in train:
         sample.pop("bbox", None)  # from here on nothing can look at it
     actor = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
-    command = "python -m visrl." + ("sft" if actor == "sft" else "dpo --stage 2")
-    inputs = [data / "train.jsonl", checkpoints.adapter_file(args.out / actor, command)]
+    made = f"python -m visrl.dpo --stage 2 --iteration {args.iteration - 1}"
+    made = command(args, "python -m visrl.sft" if actor == "sft" else made)
+    inputs = [data / "train.jsonl", checkpoints.adapter_file(args.out / actor, made)]
     depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
     depends_on.append("iteration")
     files.agrees(args, actor, "crop")

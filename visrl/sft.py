@@ -18,7 +18,7 @@ import time
 
 from common import feedback_pictures, normalize_box, trajectory_logprobs
 from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import flags
+from support.flags import command, flags
 from visrl.loop import LOOPS, path_trajectory
 from visrl.sources import BOXED
 
@@ -32,7 +32,7 @@ data = args.out / "data"
 loop = LOOPS[args.crop]
 
 # Data ---------------------------------------------------------------------------------------------
-make_data = f"python -m visrl.make_data --preset {args.preset}"
+make_data = command(args, "python -m visrl.make_data")
 rows = samples.read_samples(data / "sft.jsonl", make_data, args.skip_bad, BOXED)
 for row in rows:
     row["box"] = normalize_box(row["bbox"], row["width"], row["height"])
@@ -116,4 +116,5 @@ for update in range(first_update, updates):
     checkpoints.save_if_due(args, "sft", vlm, optimizer, log, update=update + 1, last=updates)
 bar.close()
 result = f"loss {loss:.3f}; adapter in {args.out / 'sft'}"
-print(f"{result}, {processes.minutes(start)}; next: python -m visrl.make_pairs")
+make_pairs = command(args, "python -m visrl.make_pairs")
+print(f"{result}, {processes.minutes(start)}; next: {make_pairs}")
