@@ -261,10 +261,10 @@ def analyse(samples, trajectories_of, steps, shown, control=None):
         results["table2"][name] = table2_row(full[name], ious, boxes)
         results["strata"][name] = changes_by_stratum(samples, ious)
         if all("read" in row for row in rows):  # other systems do not say
-            results["adaptive"][name] = adaptive(full[name], rows)
-            read = [row["read"] for row in rows]
-            cost = sum(row[ious.shape[1] - 1] for row in read) / sum(row[0] for row in read)
-            results["table2"][name]["cost"] = cost
+            settings = adaptive(full[name], rows)
+            results["adaptive"][name] = settings
+            never = {row["T"]: row for row in settings if row["threshold"] == THRESHOLDS[-1]}
+            results["table2"][name]["cost"] = never[ious.shape[1] - 1]["cost"]
     if control in ious_of and shown in results["table2"]:
         results["sampling"] = sampling(ious_of, shown, control)
     results["findings"] = findings(results, ious_of)
