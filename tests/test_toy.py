@@ -199,16 +199,17 @@ def test_the_recipe_sees_as_the_model_does(vlm):
 def test_the_recipes_muon_is_torchs(shape):
     """Up to the bfloat16 of torch's products: a hundredth of a step."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(shape, generator=generator)
-    gradients = torch.randn(4, *shape, generator=generator)
+    start = torch.randn(2, *shape, generator=generator)  # of one shape: they are done together
+    gradients = torch.randn(4, 2, *shape, generator=generator)
     ends = []
     for muon in (train.Muon, functools.partial(torch.optim.Muon, weight_decay=0.0)):
-        weight = torch.nn.Parameter(start.clone())
-        optimizer = muon([weight], lr=0.02)
+        weights = [torch.nn.Parameter(weight.clone()) for weight in start]
+        optimizer = muon(weights, lr=0.02)
         for gradient in gradients:
-            weight.grad = gradient.clone()
+            for weight, part in zip(weights, gradient):
+                weight.grad = part.clone()
             optimizer.step()
-        ends.append(weight.detach() - start)
+        ends.append(torch.stack([weight.detach() for weight in weights]) - start)
     ours, theirs = ends
     assert (ours - theirs).norm() < 0.08 * theirs.norm()
 

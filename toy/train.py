@@ -21,6 +21,7 @@ docs/toy_base.md says what was tried, and what came out.
 import argparse
 import functools
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface
 
 BASE = Path(__file__).resolve().parent / "base"
-DECAY_STEPS = 1500  # the last ones, with falling rates
+DECAY_STEPS = 2600  # the last ones, with falling rates
 SAVE_EVERY = 100  # steps; so often a line of the log and a checkpoint are written
 
 
@@ -182,7 +183,7 @@ def see(visual, patches):
     from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
     n, count, _ = patches.shape
-    order = block_order()
+    order = block_order().to(patches.device)
     width = visual.config.hidden_size
     hidden = F.linear(
         patches, visual.patch_embed.proj.weight.view(width, -1), visual.patch_embed.proj.bias
@@ -212,11 +213,12 @@ def attend(query, key, value, mask=None):
 
     query, key, value [n, heads, length, head dim]; mask [length, length] is added to the scores.
     """
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    with torch.autocast("cpu", enabled=False):
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    with torch.autocast(kind, enabled=False):
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        scores = scores if mask is None else scores + mask.to(dtype)
+        scores = scores if mask is None else scores + mask.to(scores)
         return scores.softmax(-1) @ value
 
 
@@ -300,7 +302,7 @@ def text_loss(model, known, hidden, batch):
     log = {"text": (text.item(), 1)}
     right = (logits.argmax(-1) == target).float()
     first = torch.where(previous == known["opening"], right, 1.0)
-    nothing = torch.ones(len(batch["kinds"]))
+    nothing = right.new_ones(len(batch["kinds"]))
     exact = nothing.scatter_reduce(0, batch["answer_of"], right, "amin")
     lead = nothing.scatter_reduce(0, batch["answer_of"], first, "amin")
     for kind, e, d in zip(batch["kinds"], exact.tolist(), lead.tolist()):
@@ -353,6 +355,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}  # those of one shape together: a GPU would wait for its many small products
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -360,21 +363,26 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(weight.grad, 0.05)
-                rows, columns = weight.shape
-                change = orthogonal(weight.grad.lerp(momentum, 0.95))
-                weight.sub_(change, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
+                alike.setdefault(weight.shape, []).append(
+                    (weight, weight.grad.lerp(momentum, 0.95))
+                )
+            for (rows, columns), found in alike.items():
+                changes = orthogonal(torch.stack([gradient for _, gradient in found]))
+                for (weight, _), change in zip(found, changes):
+                    weight.sub_(change, alpha=group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonal(matrix):
-    """A matrix of the same shape with singular values near 1: five steps of Newton-Schulz, with the
-    numbers of Muon (https://kellerjordan.github.io/posts/muon).
+def orthogonal(matrices):
+    """[n, rows, columns] -> as many with singular values near 1: five steps of Newton-Schulz, with
+    the numbers of Muon (https://kellerjordan.github.io/posts/muon).
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    wide = wide / wide.norm().clamp(min=1e-7)
+    rows, columns = matrices.shape[1:]
+    wide = matrices if rows <= columns else matrices.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        square = wide @ wide.T
+        square = wide @ wide.mT
         wide = 3.4445 * wide + (-4.775 * square + 2.0315 * square @ square) @ wide
-    return wide if wide.shape == matrix.shape else wide.T
+    return wide if rows <= columns else wide.mT
 
 
 def optimizers(groups):
@@ -404,8 +412,11 @@ def rate_of(step, total):
 
 def quick_dtype():
     """bfloat16 where the CPU has units for its products, else float32: without them a step of the
-    tower took 17 s in bfloat16. A PyTorch that cannot tell gets float32.
+    tower took 17 s in bfloat16. A PyTorch that cannot tell gets float32, and so does a GPU: its
+    time goes into starting many small operations, and autocast adds some.
     """
+    if torch.cuda.is_available():
+        return "float32"
     can = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if can.get("amx_bf16") or can.get("avx512_bf16") else "float32"
 
@@ -413,12 +424,13 @@ def quick_dtype():
 def parts_of(args, tokenizer):
     """{"model", "tower_heads", "last_heads"}: all that is trained, with random weights."""
     torch.manual_seed(args.seed)
-    model = make_model(tokenizer).train()
+    device = processes.device()
+    model = make_model(tokenizer).train().to(device)
     AttentionInterface.register("attend_causal", attend_causal)
     model.model.language_model.config._attn_implementation = "attend_causal"
     width = model.config.text_config.hidden_size
-    tower_heads = heads_of(TOWER_HEADS, width)
-    last_heads = heads_of(LAST_HEADS, width)
+    tower_heads = heads_of(TOWER_HEADS, width).to(device)
+    last_heads = heads_of(LAST_HEADS, width).to(device)
     return {"model": model, "tower_heads": tower_heads, "last_heads": last_heads}
 
 
@@ -456,7 +468,7 @@ def restore(path, parts, steppers, args):
     """The step to go on from: 0 where nothing was saved. Exits when it was made otherwise."""
     if not path.exists():
         return 0
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, weights_only=True, map_location="cpu")
     if saved.get("made") != made_with(args):
         stop(
             f"{path} was made with {saved.get('made')}, and now it is {made_with(args)}; give the "
@@ -473,7 +485,8 @@ def restore(path, parts, steppers, args):
 def loss_of(step, batch, parts, known, args):
     """The loss of a step and its log, {name: (sum, count)}."""
     model, chats = parts["model"], step - args.tower_steps
-    with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    batch = moved(batch, processes.device())
+    with torch.autocast(processes.device().type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         if chats < 0:
             features, _ = see(model.model.visual, batch["patches"])
             embeddings = model.get_input_embeddings().weight[known["words"]]
@@ -481,6 +494,13 @@ def loss_of(step, batch, parts, known, args):
             return loss, {f"tower {name}": (value.item(), 1) for name, value in told.items()}
         weights = {"hints": 1.5 if chats < args.question_steps else 0.6, "dense": 0.4}
         return chat_loss(model, known, parts["tower_heads"], parts["last_heads"], batch, weights)
+
+
+def moved(batch, device):
+    """The tensors of a batch, and of the dicts in it, on the device."""
+    if isinstance(batch, dict):
+        return {name: moved(value, device) for name, value in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
 def update(step, parameters, steppers, args):
@@ -516,12 +536,12 @@ def main():
     parser.add_argument(
         "--question-steps", type=int, default=400, help="of stage 2, without answers (400)"
     )
-    parser.add_argument("--answer-steps", type=int, default=4100, help="and with answers (4100)")
+    parser.add_argument("--answer-steps", type=int, default=4800, help="and with answers (4800)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default=quick_dtype(),
-        help="of the products (bfloat16 where the CPU has units for it, else float32)",
+        help="of the products (bfloat16 where it is the CPU and has units for it, else float32)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
     args = parser.parse_args()
@@ -535,6 +555,9 @@ def main():
     model = parts["model"]
     count = sum(p.numel() for p in model.parameters())
     print(f"{count:,} parameters, {len(tokenizer)} tokens, {args.dtype}")
+    on_gpu = processes.device().type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32
     known = {
         "words": word_ids(tokenizer, WORDS),
         "answers": answer_ids(tokenizer),
@@ -542,6 +565,7 @@ def main():
         "opening": tokenizer.encode('{"bbox_2d": [', add_special_tokens=False)[0],
         "comma": tokenizer.encode(", ", add_special_tokens=False)[0],
     }
+    known = moved(known, processes.device())
     steppers = all_optimizers(parts)
     parameters = [p for module in parts.values() for p in module.parameters()]
     checkpoint = args.work / "checkpoint.pt"
@@ -552,8 +576,11 @@ def main():
         Batches(args, tokenizer),
         batch_size=None,
         sampler=[(step, half) for step in range(first, total) for half in halves],
-        num_workers=1,  # a process beside this one, that draws while this one learns
+        # Processes beside this one, that draw while it learns. Half a second of a core is a batch; a
+        # step on it takes two cores two seconds, and a GPU a tenth of that or less.
+        num_workers=min(8, os.cpu_count()) if on_gpu else 1,
         prefetch_factor=4,
+        pin_memory=on_gpu,
     )
     args.work.mkdir(parents=True, exist_ok=True)
     batches = iter(batches)
