@@ -101,10 +101,9 @@ _BOX = re.compile(r"[\[(]\s*[\[(]?" + _PAIR + r"[\])]?\s*,\s*[\[(]?" + _PAIR + r
 
 
 def answer_of(text):
-    """What follows the last end of reasoning; empty while the first reasoning is open."""
-    if "</think>" in text:
-        return text.rpartition("</think>")[2]
-    return "" if "<think>" in text else text
+    """What follows the last end of reasoning; empty while reasoning is open."""
+    answer = text.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer
 
 
 def parse_box(text):
@@ -639,6 +638,8 @@ def grpo_loss(logprob, ref_logprob, advantage, entropy, *, beta, entropy_weight,
     temperature 0.7 and log pi is taken at 1; like the paper's Eq. 2, this leaves that aside.) The
     paper's KL term is mean |log pi - log ref|; `k3` is the unbiased, never negative estimator
     exp(log ref - log pi) - (log ref - log pi) - 1 (Schulman, "Approximating KL divergence", 2020).
+    In bfloat16 the two differ by rounding as soon as the adapters do: the paper's term has a
+    gradient of full size for that, of either sign, and k3 one in proportion.
     """
     policy = -(logprob * advantage).sum()
     difference = ref_logprob - logprob  # [M]

@@ -7,8 +7,9 @@ instruction, step 2. Cross-entropy on the reasoning and the boxes alone; the pro
 tokens and the injected instructions are context. LoRA on the attention and MLP projections of the
 language model; everything else is frozen.
 
-No departure from the paper's recipe. Where the paper is silent: AdamW without weight decay,
-gradients clipped to norm 1. The toy preset has its own rate, epochs and batch (support/presets.py).
+No departure from the paper's recipe. Where the paper is silent: "all attention and MLP projection
+layers" (Section 4.1) are read as those of the language model; AdamW without weight decay, gradients
+clipped to norm 1. The toy preset has its own rate, epochs and batch (support/presets.py).
 
 Reads data/train.jsonl, data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint
 under --out.
@@ -42,9 +43,9 @@ rows, sample_of = samples.read_trajectories(args, data)
 per_update = args.batch_size * args.grad_accum
 updates_per_epoch = math.ceil(len(rows) / per_update)
 updates = updates_per_epoch * args.epochs
-files.agrees(args, "make_data", "feedback", "surroundings")
+files.agrees(args, "make_data", "model", "feedback", "surroundings")
 files.begin(args, "sft", data / "train.jsonl", data / "sft.jsonl")
-checkpoints.leave_if_finished(args, "sft", updates)
+checkpoints.leave_if_finished(args, "sft")
 
 # Model and optimizer ------------------------------------------------------------------------------
 vlm = models.load_vlm(args)
@@ -77,7 +78,7 @@ def examples(rows):
 # Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, _ = checkpoints.resume(args, "sft", vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
-training.probe_sft(vlm, rows, sample_of, examples, args.batch_size)
+training.probe_sft(vlm, rows, sample_of, examples, args)
 processes.catch_interrupts()
 
 # Training -----------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ for update in range(first_update, updates):
     processes.sum_gradients(parameters)
     loss = sum(processes.gather([loss]))
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    training.stop_unless_finite(update, loss, norm, chosen)
+    training.stop_unless_finite(update + 1, loss, norm, chosen)
     rate = training.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
         group["lr"] = rate

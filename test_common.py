@@ -122,6 +122,7 @@ def test_a_step_ends_with_its_object():
     assert box_complete('{"bbox_2d": [1, 2, 3, 4]}')
     assert box_complete("[1, 2, 3, 4]")
     assert not box_complete("<think>It is at [1, 2, 3, 4].")
+    assert not box_complete("<think>a</think> <think>No, it was at [1, 2, 3, 4].")
 
 
 def test_overlay_pixels():

@@ -1,5 +1,6 @@
 """Checkpoints of a run (one file each) and LoRA adapters (PEFT folders)."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from support.processes import RANK, barrier, interrupted, leave_if_interrupted
 
 import torch
 
+NO_BEST = (-1.0, 0)  # reward and update of a validation that is yet to come
 ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
 
 
@@ -41,32 +43,33 @@ def load_checkpoint(path, restart=False):
         stop(f"{path} is no checkpoint of this code ({kind}); move it away, or --restart")
 
 
-def leave_if_finished(args, name, updates):
-    """Ends the program, successfully, when the checkpoint of `name` is at its last update."""
+def leave_if_finished(args, name):
+    """Ends the program, successfully, when the checkpoint of `name` says that it is finished."""
     state = load_checkpoint(args.out / f"{name}.checkpoint", args.restart)
     barrier()  # with --restart the first process has removed it
-    if state and state.get("finished", state["update"] >= updates):
+    if state and state["finished"]:
         print(f"{args.out / name} is finished; --restart begins again")
         raise SystemExit
 
 
 def resume(args, name, vlm, optimizer):
-    """Goes on where the last checkpoint of `name` was -> (log, update, best validation so far).
+    """Goes on where the last checkpoint of `name` was -> (log, update, the best validation so far:
+    its reward and its update).
 
     The active adapter and the optimizer get their state of then, the log its rows of then. Without
-    a checkpoint: an empty log, update 0, best -1.
+    a checkpoint: an empty log, update 0, best (-1, 0).
     """
     state = load_checkpoint(args.out / f"{name}.checkpoint")
     log_path = args.out / f"log/{name}.jsonl"
     if not state:
-        return Log(log_path), 0, -1.0
+        return Log(log_path), 0, NO_BEST
     restore_adapter(vlm.model, state["adapter"], vlm.model.active_adapter)
     optimizer.load_state_dict(state["optimizer"])
     print(f"going on after update {state['update']}")
-    return Log(log_path, keep=state["logged"]), state["update"], state.get("best", -1.0)
+    return Log(log_path, keep=state["logged"]), state["update"], state["best"]
 
 
-def save_progress(args, name, vlm, optimizer, log, *, update, finished, best=-1.0):
+def save_progress(args, name, vlm, optimizer, log, *, update, finished, best=NO_BEST):
     """What `resume` goes on from. finished: nothing is left to do, validation included."""
     save_checkpoint(
         args.out / f"{name}.checkpoint",
@@ -79,7 +82,7 @@ def save_progress(args, name, vlm, optimizer, log, *, update, finished, best=-1.
     )
 
 
-def save_if_due(args, name, vlm, optimizer, log, *, update, last=None, best=-1.0):
+def save_if_due(args, name, vlm, optimizer, log, *, update, last=None, best=NO_BEST):
     """Saves progress after every --save-every updates, at the last one, and on Ctrl-C, which then
     ends the program.
 
@@ -93,6 +96,16 @@ def save_if_due(args, name, vlm, optimizer, log, *, update, last=None, best=-1.0
     if finished or update % args.save_every == 0 or interrupted():
         save_progress(args, name, vlm, optimizer, log, update=update, finished=finished, best=best)
         leave_if_interrupted()
+
+
+say_once = functools.cache(print)
+
+
+def say_if_unfinished(adapter):
+    """Prints where the run that makes this adapter, a folder, stopped, if it is not finished."""
+    state = load_checkpoint(adapter.with_name(adapter.name + ".checkpoint"))
+    if state and not state["finished"]:
+        say_once(f"{adapter}: the run stopped after update {state['update']}; its best so far")
 
 
 def save_adapter(vlm, folder, name="default"):
@@ -126,8 +139,10 @@ def best_adapter(run):
     """The folder of the run's GRPO adapter, else of its SFT adapter, else of GRPO without SFT, else
     None."""
     for name in ("grpo", "sft", "base_grpo"):
-        if (Path(run) / name / "adapter_model.safetensors").exists():
-            return Path(run) / name
+        adapter = Path(run) / name
+        if (adapter / "adapter_model.safetensors").exists():
+            say_if_unfinished(adapter)
+            return adapter
     return None
 
 

@@ -178,8 +178,7 @@ def begin(args, name, *inputs, ignore=(), only=None, **more):
         if only is None or key in only:
             config[key] = value
     config.update(more)
-    if os.path.isdir(args.model):
-        config["model"] = f"{os.path.basename(args.model)} {folder_hash(args.model)}"
+    config["model"] = told_apart(args.model)
     for file in map(Path, inputs):
         config[f"{file.parent.name}/{file.name}"] = file_hash(file)
     config = json.loads(json.dumps(config))
@@ -201,12 +200,14 @@ def agrees(args, name, *flags):
     """Stops when `name` in --out was made with other values of these flags than args has."""
     before = read_config(args.out / f"log/{name}.config.json")
     for flag in flags:
-        then = before.get(flag)
-        if before and then != getattr(args, flag):
+        then, now = before.get(flag), getattr(args, flag)
+        if flag == "model":
+            now = told_apart(now)
+        if before and then != now:
             words = flag.replace("_", "-")
             stop(
-                f"{name} in {args.out} was made with --{words} {then}, and now it is "
-                f"{getattr(args, flag)}; give the same, or another --out"
+                f"{name} in {args.out} was made with --{words} {then}, and now it is {now}; give "
+                "the same, or another --out"
             )
 
 
@@ -230,6 +231,13 @@ def differences(before, config):
         if before.get(key) != config.get(key):
             lines.append(f"  {key}: {before.get(key)} then, {config.get(key)} now")
     return lines
+
+
+def told_apart(model):
+    """The name of a model as `begin` writes it: a folder's with a hash of what is in it."""
+    if os.path.isdir(model):
+        return f"{os.path.basename(model)} {folder_hash(model)}"
+    return model
 
 
 def file_hash(file):

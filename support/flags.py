@@ -15,7 +15,7 @@ from support.presets import settings_of
 from support.processes import RANK, program, start_processes
 
 ROOT = Path(__file__).resolve().parent.parent
-EMBEDDED = "toy/base"  # lies beside the code, wherever a script is started
+EMBEDDED = "toy/base"
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def flags(phase, doc, **extra):
                 check_path(flag_of(name), folder, "folder")
         elif flag.kind not in (None, "switch") and value is not None:
             check_path(flag_of(name), value, flag.kind)
-    if args.model == EMBEDDED:
-        args.model = str(ROOT / EMBEDDED)
+    args.model = model_path(args.model)
     print_configuration(args)
     lock(args.out)
     # Ctrl-C ends at once: nothing has begun that could be lost.
@@ -70,13 +69,20 @@ def flags(phase, doc, **extra):
     return args
 
 
+def model_path(model):
+    """The embedded base lies beside the code, wherever a script is started."""
+    return str(ROOT / EMBEDDED) if model == EMBEDDED else model
+
+
 def command(args, script):
-    """`script` ("python grpo.py --steps 0") as a command on the same run, with its --preset and
-    --out where they are not the defaults.
+    """`script` ("python grpo.py --steps 0") as a command on the same run, with its --preset, its
+    --model and its --out where they are not the defaults.
     """
     room = "visrl_" if "-m visrl." in script else ""
     if args.preset != "toy":
         script += f" --preset {args.preset}"
+    if args.model != model_path(getattr(settings_of(None)["model"], args.preset)):
+        script += f" --model {shlex.quote(args.model)}"
     if args.out != Path(f"runs/{room}{args.preset}"):
         script += f" --out {shlex.quote(str(args.out))}"
     return script

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from common import Loop
+from support.checkpoints import say_if_unfinished
 from support.files import begin
 
 
@@ -28,6 +29,7 @@ def begin_row(args, row, data):
     """
     inputs = [data / "test.jsonl"]
     if row.adapter:
+        say_if_unfinished(args.out / row.adapter)
         inputs.append(args.out / row.adapter / "adapter_model.safetensors")
     flags = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens"]
     if row.samples > 1:

@@ -5,7 +5,7 @@ import random
 
 from common import box_iou, build_trajectory, encode_images, trajectory_logprobs
 from support.errors import stop, working_on
-from support.processes import RANK, device, gather
+from support.processes import RANK, WORLD, device, gather
 from support.samples import load_image
 
 import torch
@@ -65,17 +65,19 @@ def image_token_count(vlm, sample):
     return patches // processor.merge_size**2
 
 
-def probe(vlm, trajectories, sample):
+def probe(vlm, trajectories, sample, pictures=0):
     """One forward and backward pass over the largest batch of the run, before any work.
 
-    Prints how many tokens it has and, on a GPU, what it takes and what the GPU has.
+    pictures: how many a whole update keeps the image tokens of. Prints how many tokens the batch
+    has and, on a GPU, what it takes, with those image tokens, and what the GPU has.
     """
     working_on([sample])
     (-trajectory_logprobs(vlm, trajectories)[0].mean()).backward()
     vlm.model.zero_grad()
     memory = ""
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        kept = pictures * size_of(trajectories[0].images[:1])
+        peak = (torch.cuda.max_memory_allocated() + kept) / 2**30
         whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
         memory = f": peak {peak:.1f} of {whole:.1f} GiB, before the optimizer's state"
     longest = max(len(t.ids) for t in trajectories)
@@ -83,7 +85,7 @@ def probe(vlm, trajectories, sample):
     print(f"largest batch, forward and backward, {size}{memory}")
 
 
-def probe_sft(vlm, rows, samples, examples, batch_size):
+def probe_sft(vlm, rows, samples, examples, args):
     """`probe` of the row whose sequence is longest.
 
     rows: of data/sft.jsonl. samples: id -> sample. examples: makes the trajectories of rows.
@@ -93,7 +95,9 @@ def probe_sft(vlm, rows, samples, examples, batch_size):
         return image_token_count(vlm, samples[row["id"]]), len(str(row))
 
     largest = max(rows, key=size)
-    probe(vlm, examples([largest]) * batch_size, samples[largest["id"]])
+    batch = examples([largest]) * args.batch_size
+    pictures = len(batch) * args.grad_accum // WORLD * len(batch[0].images)
+    probe(vlm, batch, samples[largest["id"]], pictures)
 
 
 def probe_grpo(vlm, samples, args, data, loop):
@@ -111,11 +115,19 @@ def probe_grpo(vlm, samples, args, data, loop):
     images = encode_images(vlm, [load_image(largest, data)]) * count
     longest = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
     trajectory = build_trajectory(vlm, images, largest["expression"], [longest] * count, loop)
-    probe(vlm, [trajectory] * args.batch_size, largest)
+    prompts = args.grad_accum // WORLD
+    pictures = prompts + prompts * args.group_size * args.steps
+    pictures = max(pictures, args.val_prompts // WORLD * count)  # those of a validation
+    probe(vlm, [trajectory] * args.batch_size, largest, pictures)
 
 
 # Image tokens, which are constants of a run -------------------------------------------------------
 KEPT_BYTES = 2**30
+
+
+def size_of(images):
+    """How many bytes these ImageTokens take."""
+    return sum(part.nbytes for image in images for part in (image.embeds, *image.deepstack))
 
 
 def image_token_source(vlm, pictures):
@@ -129,17 +141,17 @@ def image_token_source(vlm, pictures):
 
     def tokens_of(rows):
         nonlocal room
-        new = {row["id"]: pictures(row) for row in rows if row["id"] not in kept}
-        encoded = {}
-        if new:
-            flat = iter(encode_images(vlm, [image for images in new.values() for image in images]))
-            encoded = {name: [next(flat) for _ in images] for name, images in new.items()}
-        for name, images in encoded.items():
-            size = sum(part.nbytes for i in images for part in (i.embeds, *i.deepstack))
-            if size <= room:
-                kept[name] = images
-                room -= size
-        return [kept.get(row["id"]) or encoded[row["id"]] for row in rows]
+        found = []
+        for row in rows:
+            images = kept.get(row["id"])
+            if images is None:
+                # One row at a time: all pictures of an update together take more than its step
+                images = encode_images(vlm, pictures(row))
+                if size_of(images) <= room:
+                    kept[row["id"]] = images
+                    room -= size_of(images)
+            found.append(images)
+        return found
 
     return tokens_of
 

@@ -230,21 +230,26 @@ def test_the_vlm_teacher_is_told_the_box_of_the_view():
 
 # Phases fit together ------------------------------------------------------------------------------
 def test_phases_of_another_feedback_are_refused(tmp_path):
-    args = argparse.Namespace(out=tmp_path, feedback="zoom", surroundings=2.0)
-    files.agrees(args, "make_data", "feedback", "surroundings")  # nothing was written down
+    args = argparse.Namespace(out=tmp_path, feedback="zoom", surroundings=2.0, model="4B")
+    flags = ("model", "feedback", "surroundings")
+    files.agrees(args, "make_data", *flags)  # nothing was written down
     path = tmp_path / "log/make_data.config.json"
     path.parent.mkdir()
     for before, words in (
         (
-            {"feedback": "overlay"},
+            {"model": "4B", "feedback": "overlay"},
             "make_data in .* was made with --feedback overlay, and now it is zoom",
         ),
-        ({"feedback": "zoom", "surroundings": 3.0}, "--surroundings 3.0, and now it is 2.0"),
-        ({"feedback": "zoom", "surroundings": 2.0}, None),
+        (
+            {"model": "4B", "feedback": "zoom", "surroundings": 3.0},
+            "--surroundings 3.0, and now it is 2.0",
+        ),
+        ({"model": "2B", "feedback": "zoom", "surroundings": 2.0}, "--model 2B, and now it is 4B"),
+        ({"model": "4B", "feedback": "zoom", "surroundings": 2.0}, None),
     ):
         path.write_text(json.dumps(before))
         if words is None:
-            files.agrees(args, "make_data", "feedback", "surroundings")
+            files.agrees(args, "make_data", *flags)
             continue
         with pytest.raises(SystemExit, match=words):
-            files.agrees(args, "make_data", "feedback", "surroundings")
+            files.agrees(args, "make_data", *flags)

@@ -21,7 +21,7 @@ from common import (
     trajectory_logprobs,
 )
 from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import ROOT, Flag, check_path, command, flags
+from support.flags import ROOT, Flag, check_path, command, flags, model_path
 from support.presets import PRESETS
 from support.rows import Row, begin_row
 from tests.small import GOOD, TEXTS, picture, vlm  # noqa: F401  vlm is a fixture
@@ -333,9 +333,12 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
 
 
 def test_another_phase_is_named_with_the_runs_own_flags():
-    args = argparse.Namespace(preset="toy", out=Path("runs/toy"))
+    args = argparse.Namespace(preset="toy", out=Path("runs/toy"), model=model_path("toy/base"))
     assert command(args, "python sft.py") == "python sft.py"
-    args = argparse.Namespace(preset="paper", out=Path("my runs/1"))
+    args.model = "runs/toy_base/base"
+    assert command(args, "python sft.py") == "python sft.py --model runs/toy_base/base"
+    model = "Qwen/Qwen3-VL-4B-Instruct"
+    args = argparse.Namespace(preset="paper", out=Path("my runs/1"), model=model)
     assert command(args, "python grpo.py --steps 0").endswith("0 --preset paper --out 'my runs/1'")
     args.out = Path("runs/visrl_paper")
     assert command(args, "python -m visrl.sft") == "python -m visrl.sft --preset paper"
@@ -396,41 +399,36 @@ def test_a_run_goes_on_where_its_last_checkpoint_was(vlm, tmp_path, capsys):
 
     policy, parameters, optimizer = start()
     log, update, best = checkpoints.resume(args, "grpo", policy, optimizer)
-    assert (log.rows, update, best) == (0, 0, -1.0)
+    assert (log.rows, update, best) == (0, 0, (-1.0, 0))
     log.write(update=1)
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer.step()
     checkpoints.save_progress(
-        args, "grpo", policy, optimizer, log, update=1, best=0.5, finished=False
+        args, "grpo", policy, optimizer, log, update=1, best=(0.5, 1), finished=False
     )
     log.write(update=2)  # not in the checkpoint: it is done again
-    checkpoints.leave_if_finished(args, "grpo", 2)
+    checkpoints.leave_if_finished(args, "grpo")
 
     again, others, optimizer = start()
     log, update, best = checkpoints.resume(args, "grpo", again, optimizer)
-    assert (log.rows, update, best) == (1, 1, 0.5)
+    assert (log.rows, update, best) == (1, 1, (0.5, 1))
     assert log.path.read_text() == '{"update": 1}\n'
     assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
     assert optimizer.state_dict()["state"][0]["step"] == 1
 
     checkpoints.save_progress(
-        args, "grpo", again, optimizer, log, update=2, best=0.5, finished=True
+        args, "grpo", again, optimizer, log, update=2, best=(0.5, 1), finished=True
     )
     with pytest.raises(SystemExit):
-        checkpoints.leave_if_finished(args, "grpo", 2)
+        checkpoints.leave_if_finished(args, "grpo")
     assert "grpo is finished; --restart begins again" in capsys.readouterr().out
     args.restart = True
-    checkpoints.leave_if_finished(args, "grpo", 2)
+    checkpoints.leave_if_finished(args, "grpo")
     assert not (tmp_path / "grpo.checkpoint").exists()
-    checkpoints.save_checkpoint(tmp_path / "sft.checkpoint", update=2)  # as earlier code wrote it
-    args.restart = False
-    checkpoints.leave_if_finished(args, "sft", 3)
-    with pytest.raises(SystemExit):
-        checkpoints.leave_if_finished(args, "sft", 2)
 
 
-def test_progress_is_saved_when_it_is_due(vlm, tmp_path, monkeypatch):
+def test_progress_is_saved_when_it_is_due(vlm, tmp_path, monkeypatch, capsys):
     base = save_parts(vlm, tmp_path / "base")
     policy = models.load_vlm(model_args(base))
     models.new_adapter(policy, 4, 8)
@@ -452,6 +450,10 @@ def test_progress_is_saved_when_it_is_due(vlm, tmp_path, monkeypatch):
         == checkpoints.best_adapter(tmp_path) / "adapter_model.safetensors"
     )
     assert "first run: python x" in one_line(checkpoints.adapter_file, tmp_path, "python x")
+    assert "stopped" not in capsys.readouterr().out
+    saved_at(3)
+    checkpoints.best_adapter(tmp_path)
+    assert "sft: the run stopped after update 3" in capsys.readouterr().out
     monkeypatch.setattr(processes, "_interrupt_asked", True)
     with pytest.raises(SystemExit) as ended:
         saved_at(5)
@@ -767,10 +769,11 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
         return [build_trajectory(vlm, [image], "it", TEXTS[:1], IVT) for image in images]
 
     rows = [{"id": name, "traces": "x" * length} for length, name in enumerate(sizes)]
-    training.probe_sft(vlm, rows, made, examples, 3)
+    args = argparse.Namespace(steps=2, max_tokens=7, batch_size=3, grad_accum=4, group_size=6)
+    training.probe_sft(vlm, rows, made, examples, args)
     assert probed == ["square"] and weight.grad is None
     assert re.search(r"forward and backward, 3 x \d+ tokens", capsys.readouterr().out)
-    args = argparse.Namespace(steps=2, max_tokens=7, batch_size=2)
+    args.batch_size, args.val_prompts = 2, 8
     training.probe_grpo(vlm, list(made.values()), args, tmp_path, IVT)
     weight.requires_grad_(False)
     count = int(re.search(r"2 x (\d+) tokens", capsys.readouterr().out)[1])

@@ -576,8 +576,8 @@ def main():
         Batches(args, tokenizer),
         batch_size=None,
         sampler=[(step, half) for step in range(first, total) for half in halves],
-        # Processes beside this one, that draw while it learns. Half a second of a core is a batch; a
-        # step on it takes two cores two seconds, and a GPU a tenth of that or less.
+        # Processes beside this one, that draw while it learns: half a second of a core for a batch.
+        # A step takes two cores two seconds, and an H100 a sixth of one.
         num_workers=min(8, os.cpu_count()) if on_gpu else 1,
         prefetch_factor=4,
         pin_memory=on_gpu,

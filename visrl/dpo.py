@@ -79,7 +79,7 @@ if origin:
     made = command(args, "python -m visrl.sft" if origin == "sft" else made)
     inputs.append(checkpoints.adapter_file(args.out / origin, made))
 files.begin(args, name, *inputs)
-checkpoints.leave_if_finished(args, name, updates)
+checkpoints.leave_if_finished(args, name)
 
 # Model and optimizer ------------------------------------------------------------------------------
 # Two adapters that begin as the same one, the policy (trained) and the reference (frozen)
@@ -134,7 +134,8 @@ def largest(pair):
 log, first_update, _ = checkpoints.resume(args, name, vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
 pair = max(pairs, key=largest)
-training.probe(vlm, examples([pair] * args.batch_size), sample_of[pair["id"]])
+batch = examples([pair] * args.batch_size)
+training.probe(vlm, batch, sample_of[pair["id"]], 3 * args.batch_size)
 processes.catch_interrupts()
 
 # Training -----------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ for update in range(first_update, updates):
     facts = torch.tensor(processes.gather(facts))  # [pairs of the update, 4 + K]
     loss, accuracy, *margin, kl, nll = facts.mean(0).tolist()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    training.stop_unless_finite(update, loss, norm, whole)
+    training.stop_unless_finite(update + 1, loss, norm, whole)
     rate = training.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -44,7 +44,7 @@ per_update = args.batch_size * args.grad_accum
 updates_per_epoch = math.ceil(len(rows) / per_update)
 updates = updates_per_epoch * args.epochs
 files.begin(args, "sft", data / "sft.jsonl")
-checkpoints.leave_if_finished(args, "sft", updates)
+checkpoints.leave_if_finished(args, "sft")
 
 # Model and optimizer ------------------------------------------------------------------------------
 vlm = models.load_vlm(args)
@@ -75,7 +75,7 @@ def examples(rows):
 # Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, _ = checkpoints.resume(args, "sft", vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
-training.probe_sft(vlm, rows, {row["id"]: row for row in rows}, examples, args.batch_size)
+training.probe_sft(vlm, rows, {row["id"]: row for row in rows}, examples, args)
 processes.catch_interrupts()
 
 # Training -----------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ for update in range(first_update, updates):
     processes.sum_gradients(parameters)
     loss = sum(processes.gather([loss]))
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    training.stop_unless_finite(update, loss, norm, chosen)
+    training.stop_unless_finite(update + 1, loss, norm, chosen)
     rate = training.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
         group["lr"] = rate
