@@ -68,7 +68,7 @@ PRESETS = {  # phase -> name -> Setting
         "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
-        "iou_max": Setting(0.85, 0.82, "better predictions are discarded", low=0, high=1),
+        "iou_max": Setting(0.85, 0.85, "better predictions are discarded", low=0, high=1),
         "start": Setting(
             "student",
             "student",
