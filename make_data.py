@@ -17,10 +17,8 @@ Section 3.2, in five steps:
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
    step 0, the overlay of box t - 1 (or the view of it) at step t.
 
-Departures from the paper, toy preset. `--teacher template` (support/traces.py) computes the traces
+A departure from the paper, toy preset: `--teacher template` (support/traces.py) computes the traces
 from the geometry of the boxes, since no small model can write them; `--teacher vlm` is the paper's.
-`--iou-max` is 0.82, so that a third of the trajectories start on a wrong object: from the quarter
-that 0.85 leaves, the toy learns to call fewer of them that (docs/results.md).
 
 Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl (and, for a VLM
 teacher, data/traces.jsonl) under --out.
