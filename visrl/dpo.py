@@ -134,8 +134,7 @@ def largest(pair):
 log, first_update, _ = checkpoints.resume(args, name, vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
 pair = max(pairs, key=largest)
-batch = examples([pair] * args.batch_size)
-training.probe(vlm, batch, sample_of[pair["id"]], 3 * args.batch_size)
+training.probe(vlm, examples([pair] * args.batch_size), sample_of[pair["id"]])
 processes.catch_interrupts()
 
 # Training -----------------------------------------------------------------------------------------
