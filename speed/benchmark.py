@@ -361,23 +361,26 @@ def cost_of_a_pass(work):
     yield f"8. a decoding pass of {count} prompts: {whole / passes * 1000:.1f} ms; {parts}"
 
 
-def lora_in_the_weights(work):
+def weights_for_decoding(work):
     """The largest batch of row 2 with `rollout` as it is, and as `play` calls it."""
-    with merged(work.vlm):
-        is_merged = any(getattr(module, "merged", False) for module in work.vlm.model.modules())
-    if not is_merged:
-        yield "9. LoRA in the weights: left out, for small float32 weights alone"
-        return
+    kind = "4-bit weights unpacked"
+    if not getattr(work.vlm.model, "is_loaded_in_4bit", False):
+        kind = "LoRA in the weights"
+        with merged(work.vlm):
+            is_merged = any(getattr(module, "merged", False) for module in work.vlm.model.modules())
+        if not is_merged:
+            yield "9. weights for decoding: left out, for 4-bit or small float32 ones alone"
+            return
     count = max(work.sizes)
     _, ours = decoders(work, count)
     plain = functools.partial(common.rollout, *ours.args, **ours.keywords)
     measured = take_turns({"plain": plain, "ours": ours}, work.repeats)
     least = rollout_floor(work.vlm, work.rates, ours())
     yield table_row(
-        f"9. LoRA in the weights, {count} prompts",
+        f"9. {kind}, {count} prompts",
         *measured.values(),
         least,
-        "plain: beside them",
+        "plain: as they are",
     )
 
 
@@ -390,7 +393,7 @@ ROWS = {
     6: both_depths,
     7: against_trl,
     8: cost_of_a_pass,
-    9: lora_in_the_weights,
+    9: weights_for_decoding,
 }
 
 

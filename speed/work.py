@@ -93,19 +93,21 @@ class Work:
     rates: Rates | None = None
 
 
-def random_vlm(text, vision, vocabulary, dtype, checkpointing=False):
-    """A Qwen3-VL with random weights, the toy's tokenizer, and two LoRAs as GRPO has them."""
+def random_model(text, vision, vocabulary, dtype):
+    """(a Qwen3-VL with random weights, the toy's tokenizer, an image processor as the real one's).
+
+    text, vision: as in CONFIGS.
+    """
     tokenizer = make_tokenizer()
     processor = make_image_processor()
     processor.patch_size = 16
     processor.size = {"shortest_edge": 32 * 32, "longest_edge": 2**20}
-    width = text["hidden_size"]
     config = Qwen3VLConfig(
         text_config=dict(
             text,
             vocab_size=vocabulary,
             tie_word_embeddings=True,
-            initializer_range=1.2 / width**0.5,  # large enough that greedy words differ
+            initializer_range=1.2 / text["hidden_size"] ** 0.5,  # large: greedy words differ
         ),
         vision_config=dict(
             vision,
@@ -126,11 +128,17 @@ def random_vlm(text, vision, vocabulary, dtype, checkpointing=False):
     with torch.device(device()):
         model = Qwen3VLForConditionalGeneration(config)
     torch.set_default_dtype(default)
+    return model, tokenizer, processor
+
+
+def random_vlm(text, vision, vocabulary, dtype, checkpointing=False):
+    """`random_model` as a VLM, with two LoRAs as GRPO has them."""
+    model, tokenizer, processor = random_model(text, vision, vocabulary, dtype)
     if checkpointing:  # in newer versions of transformers the name is the first one
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     vlm = VLM(model.requires_grad_(False).train(), tokenizer, processor, checkpointing)
-    rank = width // 40  # 64 for the real model
+    rank = text["hidden_size"] // 40  # 64 for the real model
     for adapter in ("reference", "policy"):
         new_adapter(vlm, rank, 2 * rank, adapter)
     for name, p in vlm.model.named_parameters():

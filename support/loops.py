@@ -4,8 +4,9 @@ them."""
 from dataclasses import replace
 
 from common import CORRECTION, IVT, SINGLE_PROMPT, denormalize_box, draw_overlay, iou, rollout
-from support.models import merged
+from support.models import free_memory, merged, unpacked
 
+import torch
 from PIL import Image
 
 CLOSER = "The view shows the surroundings of your last prediction, enlarged. "
@@ -17,6 +18,8 @@ SMALLEST_VIEW = 100  # a tenth of the image: a box that is wrongly tiny would sh
 # correction: refining a box that is roughly right does not need more.
 GUARD_IOU = 0.6
 GUARD_SIDES = 0.35
+
+unpack = True  # until a rollout has once run out of memory so
 
 # A model that was never taught to go on in its own turn is asked again by its user
 USER_TURN = (
@@ -126,7 +129,18 @@ def asked_again(surroundings):
 
 
 def play(vlm, *args, **options):
-    """`rollout`, with LoRA as a part of the weights where they can take it."""
+    """`rollout`, with the weights as decoding likes them: LoRA a part of them where they can take
+    it, 4-bit ones unpacked as long as there is room.
+    """
+    global unpack
+    if unpack and getattr(vlm.model, "is_loaded_in_4bit", False):
+        try:
+            with unpacked(vlm):
+                return rollout(vlm, *args, **options)
+        except torch.OutOfMemoryError:
+            unpack = False
+        free_memory()
+        print("no room to decode from unpacked weights: from here on from 4-bit ones, slower")
     with merged(vlm):
         return rollout(vlm, *args, **options)
 

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from common import VLM
@@ -16,6 +17,7 @@ from support.processes import device
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import linear
 
 SPECIAL_TOKENS = ("<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 AGAIN = "a download may have been cut short: get it again"
@@ -366,8 +368,9 @@ def merged(vlm):
     """Inside, the active LoRA is part of the weights: one product for each projection, not three.
 
     The same policy up to rounding. Of float32 weights up to MERGED_BYTES alone: bfloat16 would
-    round much of LoRA away, and 4-bit weights cannot take it. Afterwards the weights are what they
-    were to the bit, from a copy: PEFT takes LoRA off by subtraction, which drifts.
+    round much of LoRA away, and 4-bit weights cannot take it (see `unpacked`). Afterwards the
+    weights are what they were to the bit, from a copy: PEFT takes LoRA off by subtraction, which
+    drifts.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -385,6 +388,52 @@ def merged(vlm):
         vlm.model.unmerge_adapter()
         for weight, old in zip(weights, before):
             weight.data.copy_(old)
+
+
+@contextmanager
+def unpacked(vlm):
+    """Inside, 4-bit projections decode from a copy of their weights in the computing type.
+
+    They are unpacked once, not at every token, and the active LoRA beside them takes two products
+    without PEFT's and bitsandbytes' own work around them: for one token that work is most of the
+    time (speed/README.md). The numbers are the same; the copy takes 2 bytes a weight, 6.8 GiB of
+    the real model. Only where no gradient is needed.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+
+    before = {}  # layer -> its own `forward`, if it has one beside its class's
+    inner = set()
+    try:
+        for layer in vlm.model.modules():  # a LoRA layer comes before the layer in it
+            base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+            if not isinstance(base, Linear4bit) or layer in inner:
+                continue
+            inner.add(base)
+            loras = []
+            if base is not layer and not layer.disable_adapters:
+                for name in layer.active_adapters:
+                    pair = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    loras.append((*pair, layer.scaling[name]))
+            weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
+            weight = weight.to(base.compute_dtype)
+            before[layer] = vars(layer).get("forward")
+            layer.forward = partial(project, weight=weight, bias=base.bias, loras=loras)
+        yield
+    finally:
+        for layer, forward in before.items():
+            del layer.forward
+            if forward:
+                layer.forward = forward
+
+
+def project(x, weight, bias, loras):
+    """x [..., in] -> [..., out]. loras: (A [rank, in], B [out, rank], alpha / rank) of each."""
+    out = linear(x, weight, bias)
+    for a, b, scale in loras:
+        out = out + (linear(linear(x.to(a.dtype), a), b) * scale).to(out.dtype)
+    return out
 
 
 def load_with_adapter(args, folder=None):

@@ -2,10 +2,12 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 from common import VLM, rollout
@@ -14,7 +16,8 @@ from speed.floor import lengths, rollout_floor
 from speed.measure import Rates, Tally, take_turns
 from speed.work import Work, random_vlm
 from support.checkpoints import save_adapter
-from support.models import new_adapter
+from support.models import load_vlm, new_adapter
+from support.presets import PRESETS
 from tests.small import picture
 from toy.model import make_image_processor
 from toy.train import BASE
@@ -43,30 +46,45 @@ def test_memory_is_that_of_tensors_alive():
     assert tally.now == 0 and tally.most == 4008
 
 
+TEXT = dict(
+    hidden_size=80,  # LoRA of rank 2
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    intermediate_size=64,
+    rope_parameters=dict(
+        rope_type="default", rope_theta=1e5, mrope_section=[6, 5, 5], mrope_interleaved=True
+    ),
+)
+VISION = dict(
+    depth=3,
+    hidden_size=64,
+    intermediate_size=64,
+    num_heads=2,
+    out_hidden_size=80,
+    deepstack_visual_indexes=[0, 1],
+)
+
+
 @pytest.fixture(scope="module")
 def work():
-    text = dict(
-        hidden_size=80,  # LoRA of rank 2
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        intermediate_size=64,
-        rope_parameters=dict(
-            rope_type="default", rope_theta=1e5, mrope_section=[6, 5, 5], mrope_interleaved=True
-        ),
-    )
-    vision = dict(
-        depth=3,
-        hidden_size=64,
-        intermediate_size=64,
-        num_heads=2,
-        out_hidden_size=80,
-        deepstack_visual_indexes=[0, 1],
-    )
-    vlm = random_vlm(text, vision, 1024, torch.float32, checkpointing=True)
+    vlm = random_vlm(TEXT, VISION, 1024, torch.float32, checkpointing=True)
     images = [picture(96, 80), picture(64, 160, 1)]
     return Work(vlm, vlm, images, ["a", "the cat"], tokens=6, repeats=1, sizes=[2], alone=1)
+
+
+def test_a_random_checkpoint_is_one_that_the_phases_load(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("speed.work.CONFIGS", {"4b": (TEXT, VISION)})
+    monkeypatch.setattr("speed.work.VOCABULARY", 1024)
+    monkeypatch.setattr("sys.argv", ["random_checkpoint", "--out", str(tmp_path / "x")])
+    runpy.run_module("speed.random_checkpoint", run_name="__main__")
+    assert "billion parameters" in capsys.readouterr().out
+    names = ("quantize", "dtype", "checkpointing", "max_pixels")
+    args = SimpleNamespace(**{name: PRESETS["all"][name].paper for name in names})
+    vlm = load_vlm(args, str(tmp_path / "x"))
+    assert vlm.model.config.text_config.hidden_size == 80
+    assert rollout(vlm, [picture(96, 80)], ["a"], 1, max_tokens=3)[0].target
 
 
 def test_nothing_is_timed_before_both_ways_agree(work, capsys, monkeypatch):
@@ -149,7 +167,7 @@ def test_lora_in_the_weights_is_the_only_difference(work, monkeypatch):
         benchmark, "take_turns", lambda both, _: ways.update(both) or dict.fromkeys(both, (1, 1))
     )
     timed = replace(work, rates=Rates(1e9, 1e9))
-    assert list(benchmark.lora_in_the_weights(timed))[0].startswith("9. LoRA in the weights")
+    assert list(benchmark.weights_for_decoding(timed))[0].startswith("9. LoRA in the weights")
     layers = [m for m in work.vlm.model.modules() if isinstance(m, LoraLayer)]
     seen = []
     language = work.vlm.base.model.language_model

@@ -20,7 +20,7 @@ from common import (
     rollout,
     trajectory_logprobs,
 )
-from support import checkpoints, errors, files, models, processes, samples, training
+from support import checkpoints, errors, files, loops, models, processes, samples, training
 from support.flags import ROOT, Flag, check_path, command, flags, model_path
 from support.presets import PRESETS
 from support.rows import Row, begin_row
@@ -658,6 +658,53 @@ def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):
     before = weights()
     with models.merged(one):
         assert all(torch.equal(before[key], weight) for key, weight in weights().items())
+
+
+def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, capsys):
+    save_parts(vlm, tmp_path)
+    one = models.load_vlm(model_args(tmp_path, quantize="nf4"))
+    asked = [picture(32, 32)], ["x"], 1
+
+    def same_as_packed():
+        packed = rollout(one, *asked, max_tokens=9)[0]
+        with pytest.raises(ZeroDivisionError), models.unpacked(one):
+            within = rollout(one, *asked, max_tokens=9)[0]
+            raise ZeroDivisionError
+        assert within.target == packed.target
+        assert within.logprob == pytest.approx(packed.logprob, abs=1e-4)
+        assert rollout(one, *asked, max_tokens=9)[0].logprob == packed.logprob
+        assert not any("forward" in vars(module) for module in one.model.modules())
+        return packed.logprob
+
+    found = [same_as_packed()]
+    for name in ("reference", "policy"):
+        models.new_adapter(one, 4, 8, name)
+    for name, p in one.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    for adapter in ("policy", "reference"):
+        one.model.set_adapter(adapter)
+        found.append(same_as_packed())
+    with one.model.disable_adapter():
+        assert same_as_packed() == found[0]
+    assert found[0] != found[1] != found[2]
+
+    as_it_is = loops.rollout
+    tries = []
+
+    def little_room(vlm, *args, **options):
+        projection = vlm.base.model.language_model.layers[0].mlp.up_proj
+        tries.append("forward" in vars(projection))
+        if tries[-1]:
+            raise torch.OutOfMemoryError
+        return as_it_is(vlm, *args, **options)
+
+    monkeypatch.setattr(loops, "rollout", little_room)
+    monkeypatch.setattr(loops, "unpack", True)
+    rows = [loops.play(one, *asked, max_tokens=9)[0] for _ in range(2)]
+    assert tries == [True, False, False]
+    assert rows[0].logprob == rows[1].logprob == found[2]
+    assert capsys.readouterr().out.count("no room") == 1
 
 
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
