@@ -211,7 +211,13 @@ def parsers():
         parser = make_parser("", settings_of(phase), own_flags(script))
         parser.exit_on_error = False
         out[script] = parser
-    for script in ("speed/benchmark.py", "toy/train.py", "toy/skills.py", "tests/browser.py"):
+    for script in (
+        "speed/benchmark.py",
+        "speed/random_checkpoint.py",
+        "toy/train.py",
+        "toy/skills.py",
+        "tests/browser.py",
+    ):
         out[script] = set(re.findall(r'\badd(?:_argument)?\(\s*"(--[\w-]+)"', TEXT[script]))
     return out
 
