@@ -4,10 +4,11 @@ them."""
 from dataclasses import replace
 
 from common import CORRECTION, IVT, SINGLE_PROMPT, denormalize_box, draw_overlay, iou, rollout
+from support.errors import out_of_memory
 from support.models import free_memory, merged, unpacked
 
-import torch
 from PIL import Image
+from tqdm import tqdm
 
 CLOSER = "The view shows the surroundings of your last prediction, enlarged. "
 CLOSER += CORRECTION.replace("coordinates", "coordinates in this view")
@@ -19,7 +20,7 @@ SMALLEST_VIEW = 100  # a tenth of the image: a box that is wrongly tiny would sh
 GUARD_IOU = 0.6
 GUARD_SIDES = 0.35
 
-unpack = True  # until a rollout has once run out of memory so
+no_room = float("inf")  # trajectories x pictures x pixels that unpacked weights left no room for
 
 # A model that was never taught to go on in its own turn is asked again by its user
 USER_TURN = (
@@ -128,21 +129,33 @@ def asked_again(surroundings):
     return replace(zoom(surroundings), feedback=feedback, **words)
 
 
-def play(vlm, *args, **options):
+def play(vlm, images, texts, steps, *, group_size=1, **options):
     """`rollout`, with the weights as decoding likes them: LoRA a part of them where they can take
-    it, 4-bit ones unpacked as long as there is room.
+    it, 4-bit ones unpacked where there is room.
+
+    A rollout that has no room for them is played again from 4-bit weights, and larger ones are not
+    tried.
     """
-    global unpack
-    if unpack and getattr(vlm.model, "is_loaded_in_4bit", False):
+    global no_room
+    asked = (vlm, images, texts, steps)
+    size = (
+        len(images) * group_size * (steps + 1) * max(image.width * image.height for image in images)
+    )
+    if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:
         try:
             with unpacked(vlm):
-                return rollout(vlm, *args, **options)
-        except torch.OutOfMemoryError:
-            unpack = False
-        free_memory()
-        print("no room to decode from unpacked weights: from here on from 4-bit ones, slower")
+                return rollout(*asked, group_size=group_size, **options)
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+        no_room = size
+        free_memory()  # what the rollout held is free here, where the exception is no more
+        rows = len(images) * group_size
+        tqdm.write(
+            f"no room for unpacked weights with {rows} trajectories; going on from 4-bit ones"
+        )
     with merged(vlm):
-        return rollout(vlm, *args, **options)
+        return rollout(*asked, group_size=group_size, **options)
 
 
 def rollouts(args, trainee=None):

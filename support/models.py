@@ -392,30 +392,30 @@ def merged(vlm):
 
 @contextmanager
 def unpacked(vlm):
-    """Inside, 4-bit projections decode from a copy of their weights in the computing type.
+    """Inside, 4-bit projections that LoRA is active on decode from a copy of their weights in the
+    computing type, and LoRA is its two products beside it.
 
-    They are unpacked once, not at every token, and the active LoRA beside them takes two products
-    without PEFT's and bitsandbytes' own work around them: for one token that work is most of the
-    time (speed/README.md). The numbers are the same; the copy takes 2 bytes a weight, 6.8 GiB of
-    the real model. Only where no gradient is needed.
+    The same policy up to rounding, without PEFT's and bitsandbytes' work for every token
+    (speed/README.md). The copies take 2 bytes a weight, 6.8 GiB of the real model. No gradient
+    goes through them. An adapter that is more than A and B (DoRA, a bias, dropout) is left to PEFT.
     """
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
     from peft.tuners.lora import LoraLayer
 
     before = {}  # layer -> its own `forward`, if it has one beside its class's
-    inner = set()
     try:
-        for layer in vlm.model.modules():  # a LoRA layer comes before the layer in it
-            base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-            if not isinstance(base, Linear4bit) or layer in inner:
+        for layer in vlm.model.modules():
+            if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
                 continue
-            inner.add(base)
-            loras = []
-            if base is not layer and not layer.disable_adapters:
-                for name in layer.active_adapters:
-                    pair = layer.lora_A[name].weight, layer.lora_B[name].weight
-                    loras.append((*pair, layer.scaling[name]))
+            base = layer.get_base_layer()
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            if not isinstance(base, Linear4bit) or not all(is_plain(layer, n) for n in names):
+                continue
+            loras = [
+                (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+                for name in names
+            ]
             weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
             weight = weight.to(base.compute_dtype)
             before[layer] = vars(layer).get("forward")
@@ -426,6 +426,13 @@ def unpacked(vlm):
             del layer.forward
             if forward:
                 layer.forward = forward
+
+
+def is_plain(layer, name):
+    """Whether an adapter adds B(A(x)) times a number to this layer, and nothing else."""
+    has_bias = layer.lora_B[name].bias is not None
+    drops = not isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    return not (has_bias or drops or name in layer.lora_variant)
 
 
 def project(x, weight, bias, loras):

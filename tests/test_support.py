@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 from common import (
@@ -30,6 +31,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -685,26 +687,38 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
     for adapter in ("policy", "reference"):
         one.model.set_adapter(adapter)
         found.append(same_as_packed())
-    with one.model.disable_adapter():
-        assert same_as_packed() == found[0]
+    with one.model.disable_adapter(), models.unpacked(one):
+        assert rollout(one, *asked, max_tokens=9)[0].logprob == found[0]
     assert found[0] != found[1] != found[2]
+    layer = one.base.model.language_model.layers[0].self_attn.q_proj
+    layer.lora_dropout["reference"] = torch.nn.Dropout(0.5)  # PEFT's own business
+    with models.unpacked(one):
+        changed = ["forward" in vars(m) for m in one.model.modules() if isinstance(m, LoraLayer)]
+        assert "forward" not in vars(layer) and sum(changed) == len(changed) - 1
+    layer.lora_dropout["reference"] = torch.nn.Identity()
 
     as_it_is = loops.rollout
+    projection = one.base.model.language_model.layers[0].mlp.up_proj
     tries = []
+    held = []
 
     def little_room(vlm, *args, **options):
-        projection = vlm.base.model.language_model.layers[0].mlp.up_proj
         tries.append("forward" in vars(projection))
+        assert not any(tensor() is not None for tensor in held)  # free before the second try
         if tries[-1]:
+            cache = torch.zeros(10)
+            held.append(weakref.ref(cache))
             raise torch.OutOfMemoryError
         return as_it_is(vlm, *args, **options)
 
     monkeypatch.setattr(loops, "rollout", little_room)
-    monkeypatch.setattr(loops, "unpack", True)
+    monkeypatch.setattr(loops, "no_room", float("inf"))
     rows = [loops.play(one, *asked, max_tokens=9)[0] for _ in range(2)]
     assert tries == [True, False, False]
+    loops.play(one, [picture(32, 16)], ["x"], 1, max_tokens=2)  # a smaller one is tried
+    assert tries == [True, False, False, True, False]
     assert rows[0].logprob == rows[1].logprob == found[2]
-    assert capsys.readouterr().out.count("no room") == 1
+    assert capsys.readouterr().out.count("no room") == 2
 
 
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
