@@ -2,8 +2,8 @@
 
     python -m speed.random_checkpoint --out runs/random_4b
 
-Time and memory of `--preset paper` do not depend on what the weights are: every phase takes it with
---model. It writes nonsense, so every step is as long as --max-tokens allows, and no box is read.
+The time of a pass and its memory do not depend on what the weights are; --model takes them
+(docs/paper_preset.md). They write nonsense: each step is as long as --max-tokens, without a box.
 """
 
 import argparse
