@@ -142,11 +142,12 @@ def play(vlm, images, texts, steps, *, group_size=1, **options):
         len(images) * group_size * (steps + 1) * max(image.width * image.height for image in images)
     )
     if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:
+        has_copies = True  # or was about to, where there was no room for them alone
         try:
-            with unpacked(vlm):
+            with unpacked(vlm) as has_copies:
                 return rollout(*asked, group_size=group_size, **options)
         except Exception as e:
-            if not out_of_memory(e):
+            if not (has_copies and out_of_memory(e)):
                 raise
         no_room = size
         free_memory()  # what the rollout held is free here, where the exception is no more

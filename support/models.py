@@ -398,6 +398,7 @@ def unpacked(vlm):
     The same policy up to rounding, without PEFT's and bitsandbytes' work for every token
     (speed/README.md). The copies take 2 bytes a weight, 6.8 GiB of the real model. No gradient
     goes through them. An adapter that is more than A and B (DoRA, a bias, dropout) is left to PEFT.
+    Yields whether there are any copies.
     """
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -420,7 +421,7 @@ def unpacked(vlm):
             weight = weight.to(base.compute_dtype)
             before[layer] = vars(layer).get("forward")
             layer.forward = partial(project, weight=weight, bias=base.bias, loras=loras)
-        yield
+        yield bool(before)
     finally:
         for layer, forward in before.items():
             del layer.forward

@@ -720,6 +720,16 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
     assert rows[0].logprob == rows[1].logprob == found[2]
     assert capsys.readouterr().out.count("no room") == 2
 
+    def no_room_at_all(*args, **options):
+        tries.append("once")
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(loops, "rollout", no_room_at_all)
+    monkeypatch.setattr(loops, "no_room", float("inf"))
+    with one.model.disable_adapter(), pytest.raises(torch.OutOfMemoryError):  # there are no copies
+        loops.play(one, *asked, max_tokens=2)
+    assert tries.count("once") == 1 and loops.no_room == float("inf")
+
 
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
     """NF4 with gradient checkpointing, as the paper preset loads it, after decoding, against the
