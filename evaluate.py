@@ -26,11 +26,14 @@ Reads data/test.jsonl and the adapters. Writes results.md, results.json (every n
 import time
 
 from common import SINGLE_SHOT
-from support import files, models, overlays, page, pictures, processes, samples, statistics, tables
-from support.flags import Flag, command, flags
-from support.loops import asked_again, guarded, loop_of, rollouts
-from support.own_picture import look_at
-from support.rows import Row, begin_row
+from support.data import samples
+from support.model import models
+from support.model.loops import asked_again, guarded, loop_of, rollouts
+from support.report import overlays, page, pictures, statistics, tables
+from support.report.own_picture import look_at
+from support.report.rows import Row, begin_row
+from support.running import files, processes
+from support.running.flags import Flag, command, flags
 
 args = flags(
     "evaluate",

@@ -24,9 +24,13 @@ under --out.
 import time
 
 from common import advantages, grpo_loss, reward, trajectory_logprobs
-from support import checkpoints, errors, files, models, page, processes, samples, training
-from support.flags import Flag, command, flags
-from support.loops import loop_of, rollouts
+from support import training
+from support.data import samples
+from support.model import checkpoints, models
+from support.model.loops import loop_of, rollouts
+from support.report import page
+from support.running import errors, files, processes
+from support.running.flags import Flag, command, flags
 
 import torch
 

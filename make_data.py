@@ -17,8 +17,9 @@ Section 3.2, in five steps:
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
    step 0, the overlay of box t - 1 (or the view of it) at step t.
 
-A departure from the paper, toy preset: `--teacher template` (support/traces.py) computes the traces
-from the geometry of the boxes, since no small model can write them; `--teacher vlm` is the paper's.
+A departure from the paper, toy preset: `--teacher template` (support/data/traces.py) computes the
+traces from the geometry of the boxes, since no small model can write them; `--teacher vlm` is the
+paper's.
 
 Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl (and, for a VLM
 teacher, data/traces.jsonl) under --out.
@@ -40,10 +41,12 @@ from common import (
     rollout,
     written_boxes,
 )
-from support import errors, files, models, processes, samples, sources
-from support.flags import command, flags
-from support.loops import loop_of, rollouts
-from support.traces import template_trace, trace_fault
+from support.data import samples, sources
+from support.data.traces import template_trace, trace_fault
+from support.model import models
+from support.model.loops import loop_of, rollouts
+from support.running import errors, files, processes
+from support.running.flags import command, flags
 from toy import world
 
 

@@ -9,7 +9,7 @@ language model; everything else is frozen.
 
 No departure from the paper's recipe. Where the paper is silent: "all attention and MLP projection
 layers" (Section 4.1) are read as those of the language model; AdamW without weight decay, gradients
-clipped to norm 1. The toy preset has its own rate, epochs and batch (support/presets.py).
+clipped to norm 1. The toy preset has its own rate, epochs and batch (support/running/presets.py).
 
 Reads data/train.jsonl, data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint
 under --out.
@@ -25,9 +25,12 @@ from common import (
     trajectory_logprobs,
     written_boxes,
 )
-from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import command, flags
-from support.loops import loop_of
+from support import training
+from support.data import samples
+from support.model import checkpoints, models
+from support.model.loops import loop_of
+from support.running import errors, files, processes
+from support.running.flags import command, flags
 
 import torch
 

@@ -14,9 +14,9 @@ import tempfile
 
 from common import SINGLE_SHOT, advantages, parse_box, reward
 from speed.measure import now
-from support.loops import play
-from support.models import lora_config, lora_size, quiet
-from support.presets import PRESETS
+from support.model.loops import play
+from support.model.models import lora_config, lora_size, quiet
+from support.running.presets import PRESETS
 
 import torch
 

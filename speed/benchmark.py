@@ -11,7 +11,7 @@ forward pass per trajectory with all of its logits; the update is also compared 
 when it is asked for the logits of the targets alone (`logits_to_keep`). Row 7 is one update of GRPO
 against TRL's trainer (against_trl.py); row 8 says where the time of a decoding pass goes; row 9 is
 the rollout with the weights as they are, and as `play` has them: with LoRA in them, or unpacked
-from 4 bits (`merged` and `unpacked` in support/models.py).
+from 4 bits (`merged` and `unpacked` in support/model/models.py).
 
 Before anything is timed both ways have to agree: the same tokens under greedy decoding (in
 float32), the same log-probabilities, losses and gradients within a tolerance. Then they take turns,
@@ -36,12 +36,12 @@ from speed.floor import rollout_floor, size_of, training_floor
 from speed.measure import machine_rates, seconds, take_turns
 from speed.plain import plain_logprobs, plain_rollout, plain_sft, plain_update
 from speed.work import CONFIGS, random_work, toy_samples, toy_vlm, work_of_run
-from support import loops
-from support.errors import stop
-from support.flags import EMBEDDED
-from support.loops import play
-from support.models import merged, quiet
-from support.processes import device
+from support.model import loops
+from support.model.loops import play
+from support.model.models import merged, quiet
+from support.running.errors import stop
+from support.running.flags import EMBEDDED
+from support.running.processes import device
 
 import torch
 from torch.profiler import ProfilerActivity, profile

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 from common import VLM
 from speed.measure import Rates
-from support.checkpoints import best_adapter
-from support.errors import stop
-from support.flags import EMBEDDED, ROOT, check_path
-from support.models import add_adapter, load_vlm, lora_size, new_adapter
-from support.presets import PRESETS
-from support.processes import device
-from support.samples import load_image, read_samples
+from support.data.samples import load_image, read_samples
+from support.model.checkpoints import best_adapter
+from support.model.models import add_adapter, load_vlm, lora_size, new_adapter
+from support.running.errors import stop
+from support.running.flags import EMBEDDED, ROOT, check_path
+from support.running.presets import PRESETS
+from support.running.processes import device
 from toy.model import make_image_processor, make_tokenizer
 from toy.world import make_samples
 

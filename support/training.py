@@ -4,9 +4,9 @@ import math
 import random
 
 from common import box_iou, build_trajectory, encode_images, trajectory_logprobs
-from support.errors import stop, working_on
-from support.processes import RANK, WORLD, device, gather
-from support.samples import load_image
+from support.data.samples import load_image
+from support.running.errors import stop, working_on
+from support.running.processes import RANK, WORLD, device, gather
 
 import torch
 from tqdm import tqdm

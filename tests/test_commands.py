@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from support.checkpoints import load_checkpoint
+from support.model.checkpoints import load_checkpoint
 from tests.small import picture
 
 import pytest
@@ -173,7 +173,7 @@ def test_scripts_around_a_run(whole, tmp_path):
     other = before["ablations"][f"{whole[0]}: SFT + GRPO + IVT"]
     assert own["first"] == other["first"] and own["validation"] == other["validation"]
 
-    argv = ["-m", "support.score_predictions", "--predictions", str(file), "--out", str(out)]
+    argv = ["-m", "support.report.score_predictions", "--predictions", str(file), "--out", str(out)]
     status, printed = run(argv, tmp_path)
     assert status == 0, printed
     after = json.loads((out / "predictions/results.json").read_text())
@@ -207,7 +207,7 @@ def test_scripts_around_a_run(whole, tmp_path):
         assert status == 1 and "give both" in printed, printed
 
     merged = tmp_path / "merged"
-    argv = ["-m", "support.merge", "--folder", str(merged), "--out", str(out)]
+    argv = ["-m", "support.model.merge", "--folder", str(merged), "--out", str(out)]
     status, printed = run(argv, tmp_path)
     assert status == 0 and load_file(merged / "model.safetensors"), printed
 
@@ -243,7 +243,7 @@ SCRIPTS = {  # a script -> its flags that read a path: (flag, "file" or "folder"
         ("--model", "folder", "--restart"),
         ("--out", "folder", ""),
     ],
-    "-m support.score_predictions": [("--predictions", "file", "")],
+    "-m support.report.score_predictions": [("--predictions", "file", "")],
     "-m speed.benchmark": [("--run", "folder", "")],
 }
 PATHS = [(script, *rest) for script, flags in SCRIPTS.items() for rest in flags]

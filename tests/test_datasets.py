@@ -10,10 +10,10 @@ import tarfile
 from pathlib import Path
 
 from common import normalize_box
-from support import datasets
-from support.datasets import missing_files, paper_samples, read_refs, split, write_images
-from support.files import write_jsonl
-from support.samples import load_image, read_samples
+from support.data import datasets
+from support.data.datasets import missing_files, paper_samples, read_refs, split, write_images
+from support.data.samples import load_image, read_samples
+from support.running.files import write_jsonl
 
 import pytest
 from PIL import Image

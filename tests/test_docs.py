@@ -10,9 +10,9 @@ import importlib.util
 import re
 import shlex
 
-from support import sources
-from support.flags import ROOT, Flag, check_range, make_parser
-from support.presets import PRESETS, settings_of
+from support.data import sources
+from support.running.flags import ROOT, Flag, check_range, make_parser
+from support.running.presets import PRESETS, settings_of
 from support.training import FEWEST_UPDATES, HEALTHY, LAST_UPDATES
 
 import pytest
@@ -21,7 +21,7 @@ DOCS = ["README.md", "visrl/README.md", "speed/README.md"]
 DOCS += [f"docs/{f.name}" for f in (ROOT / "docs").glob("*.md")]
 FOLDERS = ("support", "toy", "visrl", "speed", "tests")  # of code
 SOURCES = [f.name for f in ROOT.glob("*.py")]
-SOURCES += [f"{folder}/{f.name}" for folder in FOLDERS for f in (ROOT / folder).glob("*.py")]
+SOURCES += [str(f.relative_to(ROOT)) for d in FOLDERS for f in (ROOT / d).rglob("*.py")]
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in [*DOCS, *SOURCES]}
 CODE = "\n".join(TEXT[name] for name in SOURCES if "test" not in name)
 
@@ -30,8 +30,8 @@ PHASE = {  # a script with rows of PRESETS -> its phase
     "sft.py": "sft",
     "grpo.py": "grpo",
     "evaluate.py": "evaluate",
-    "support/score_predictions.py": "evaluate",
-    "support/merge.py": None,
+    "support/report/score_predictions.py": "evaluate",
+    "support/model/merge.py": None,
     "visrl/make_data.py": "visrl.make_data",
     "visrl/sft.py": "visrl.sft",
     "visrl/make_pairs.py": "visrl.make_pairs",
@@ -50,32 +50,44 @@ PAPERS_NUMBERS = {"0.796", "0.719", "0.487", "0.377", "0.156", "0.140", "0.029"}
 # The files of a run -> the words of the code that write them
 RUN_FILES = {
     r"(data/)?(train|val|test|student|traces|sft)\.jsonl": (
-        "support/sources.py",
+        "support/data/sources.py",
         'f"{name}.jsonl"',
     ),
-    r"(train|val|test)\.jsonl\.skipped": ("support/samples.py", '".skipped"'),
+    r"(train|val|test)\.jsonl\.skipped": ("support/data/samples.py", '".skipped"'),
     r"data/": ("make_data.py", 'args.out / "data"'),
-    r"(data/)?images/": ("support/datasets.py", 'f"images/'),
+    r"(data/)?images/": ("support/data/datasets.py", 'f"images/'),
     r"sft/": ("sft.py", 'save_if_due(args, "sft"'),
     r"(base_)?grpo(_single)?/": ("grpo.py", "args.out / name"),
-    r"(sft|(base_)?grpo(_single)?|<name>)\.checkpoint": ("support/checkpoints.py", ".checkpoint"),
+    r"(sft|(base_)?grpo(_single)?|<name>)\.checkpoint": (
+        "support/model/checkpoints.py",
+        ".checkpoint",
+    ),
     r"base\.json|adapter_config\.json|adapter_model\.safetensors": (
-        "support/checkpoints.py",
+        "support/model/checkpoints.py",
         "ADAPTER_FILES",
     ),
     r"log/(\*|sft|grpo|grpo_single|<name>)\.jsonl|log/": (
-        "support/checkpoints.py",
+        "support/model/checkpoints.py",
         "log/{name}.jsonl",
     ),
     r"log/evaluate_(\*|<row>|\w+)\.jsonl": ("evaluate.py", "log/evaluate_{row.log}.jsonl"),
-    r"log/\*\.config\.json": ("support/files.py", "log/{name}.config.json"),
-    r"results\.(md|json)": ("support/tables.py", '"results.'),
-    r"report\.html": ("support/page.py", '"report.html"'),
-    r"log/validation/(\w+\.jsonl)?": ("support/page.py", "log/validation/{name}_{update}.jsonl"),
-    r"figures/": ("support/pictures.py", "figures/{name}.png"),
-    r"(figures/)?(corrections|failures|first)\.png": ("support/pictures.py", '("corrections",'),
-    r"(figures/)?lead\.png": ("support/pictures.py", "figures/lead.png"),
-    r"(figures/)?(bars|steps|adaptive)\.png": ("support/pictures.py", '("bars", draw_bars)'),
+    r"log/\*\.config\.json": ("support/running/files.py", "log/{name}.config.json"),
+    r"results\.(md|json)": ("support/report/tables.py", '"results.'),
+    r"report\.html": ("support/report/page.py", '"report.html"'),
+    r"log/validation/(\w+\.jsonl)?": (
+        "support/report/page.py",
+        "log/validation/{name}_{update}.jsonl",
+    ),
+    r"figures/": ("support/report/pictures.py", "figures/{name}.png"),
+    r"(figures/)?(corrections|failures|first)\.png": (
+        "support/report/pictures.py",
+        '("corrections",',
+    ),
+    r"(figures/)?lead\.png": ("support/report/pictures.py", "figures/lead.png"),
+    r"(figures/)?(bars|steps|adaptive)\.png": (
+        "support/report/pictures.py",
+        '("bars", draw_bars)',
+    ),
 }
 
 
@@ -130,7 +142,7 @@ def file_problems(name, text):
             r"runs/(toy|visrl_toy|paper|mine|perturbed|<preset>)/?", code
         )
         known = f'"{code}"' in CODE or re.search(
-            rf"\W{re.escape(code)}\W", TEXT["support/datasets.py"]
+            rf"\W{re.escape(code)}\W", TEXT["support/data/datasets.py"]
         )
         if not (any(path.exists() for path in here) or of_run or of_reader or known):
             problems.append(f"{name}: {code} is not there")
@@ -152,7 +164,7 @@ def name_problems(name, text):
     """`module.name` that the module does not define, and `python -m` modules that are not there."""
     problems = []
     for code in in_backticks(text):
-        match = re.fullmatch(r"((?:support|toy|visrl|speed)\.)?(\w+)\.(\w+)(\(.*\))?", code)
+        match = re.fullmatch(r"((?:support\.\w+|toy|visrl|speed)\.)?(\w+)\.(\w+)(\(.*\))?", code)
         if not match or any(re.fullmatch(pattern, code) for pattern in RUN_FILES):
             continue
         module = f"{match[1] or ''}{match[2]}".replace(".", "/") + ".py"
@@ -214,8 +226,8 @@ def parsers():
     for script in (
         "speed/benchmark.py",
         "speed/random_checkpoint.py",
-        "toy/train.py",
-        "toy/skills.py",
+        "toy/recipe/train.py",
+        "toy/recipe/skills.py",
         "tests/browser.py",
     ):
         out[script] = set(re.findall(r'\badd(?:_argument)?\(\s*"(--[\w-]+)"', TEXT[script]))

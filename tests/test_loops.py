@@ -15,8 +15,7 @@ from common import (
     trajectory_logprobs,
     written_boxes,
 )
-from support import files
-from support.loops import (
+from support.model.loops import (
     asked_again,
     box_in_image,
     box_in_view,
@@ -26,7 +25,8 @@ from support.loops import (
     view_of,
     zoom,
 )
-from support.overlays import elsewhere
+from support.report.overlays import elsewhere
+from support.running import files
 from tests.small import picture, vlm
 
 import pytest

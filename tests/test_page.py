@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import unquote
 
-from support import page
-from support.files import write_jsonl
-from support.statistics import AGAIN, CONTROL, analyse, changes
-from support.tables import report
+from support.report import page
+from support.report.statistics import AGAIN, CONTROL, analyse, changes
+from support.report.tables import report
+from support.running.files import write_jsonl
 from tests.browser import CHROMIUM, browser, tab
 from tests.small import GOOD, TEXTS, picture
 

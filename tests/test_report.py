@@ -4,12 +4,11 @@ predictions."""
 import json
 import re
 
-from support.files import write_jsonl
-from support.overlays import OVERLAYS
-from support.own_picture import own_sample
-from support.pictures import LEAD_RULE, charts, filmstrip, lead_picture, write_figures
-from support.score_predictions import read_predictions
-from support.statistics import (
+from support.report.overlays import OVERLAYS
+from support.report.own_picture import own_sample
+from support.report.pictures import LEAD_RULE, charts, filmstrip, lead_picture, write_figures
+from support.report.score_predictions import read_predictions
+from support.report.statistics import (
     CONTROL,
     GRPO,
     SFT,
@@ -28,7 +27,8 @@ from support.statistics import (
     strata,
     verdict,
 )
-from support.tables import refining_sentence, report, summary, write_results
+from support.report.tables import refining_sentence, report, summary, write_results
+from support.running.files import write_jsonl
 from tests.small import GOOD, TEXTS, picture
 
 import numpy as np

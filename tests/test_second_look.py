@@ -3,10 +3,10 @@
 import random
 
 from common import Trajectory, step_text
-from support.second_look import AGREEMENT, analyse, correlation, kept_step, turns
-from support.statistics import CONTROL, estimate_of, log_line, ratio
-from support.tables import report, summary
-from support.traces import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of, template_trace
+from support.data.traces import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of, template_trace
+from support.report.second_look import AGREEMENT, analyse, correlation, kept_step, turns
+from support.report.statistics import CONTROL, estimate_of, log_line, ratio
+from support.report.tables import report, summary
 from tests.small import GOOD, vlm
 from tests.test_report import FAR, HALF, RIGHT, put_together
 

@@ -15,12 +15,12 @@ from speed import against_trl, benchmark
 from speed.floor import lengths, rollout_floor
 from speed.measure import Rates, Tally, take_turns
 from speed.work import Work, random_vlm
-from support.checkpoints import save_adapter
-from support.models import load_vlm, new_adapter
-from support.presets import PRESETS
+from support.model.checkpoints import save_adapter
+from support.model.models import load_vlm, new_adapter
+from support.running.presets import PRESETS
 from tests.small import picture
 from toy.model import make_image_processor
-from toy.train import BASE
+from toy.recipe.train import BASE
 from toy.world import make_samples
 
 import pytest

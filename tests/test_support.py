@@ -21,10 +21,13 @@ from common import (
     rollout,
     trajectory_logprobs,
 )
-from support import checkpoints, errors, files, loops, models, processes, samples, training
-from support.flags import ROOT, Flag, check_path, command, flags, model_path
-from support.presets import PRESETS
-from support.rows import Row, begin_row
+from support import training
+from support.data import samples
+from support.model import checkpoints, loops, models
+from support.report.rows import Row, begin_row
+from support.running import errors, files, processes
+from support.running.flags import ROOT, Flag, check_path, command, flags, model_path
+from support.running.presets import PRESETS
 from tests.small import GOOD, TEXTS, picture, vlm  # noqa: F401  vlm is a fixture
 
 import pytest
@@ -174,8 +177,8 @@ def test_a_script_in_a_folder_is_named_as_it_is_started(tmp_path):
     script = tmp_path / "rooms/hello.py"
     script.parent.mkdir()
     script.write_text(
-        "from support.flags import flags\n"
-        "from support.processes import program\n"
+        "from support.running.flags import flags\n"
+        "from support.running.processes import program\n"
         "flags(None, 'Says hello.')\n"
         "print(program())\n"
     )
@@ -768,8 +771,8 @@ def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
 WORKER = """
 import sys
 import torch
-from support.errors import explain_out_of_memory, working_on
-from support.processes import RANK, gather, start_processes
+from support.running.errors import explain_out_of_memory, working_on
+from support.running.processes import RANK, gather, start_processes
 
 start_processes()
 explain_out_of_memory("--max-pixels")

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import CORRECTION, IVT_PROMPT, SINGLE_PROMPT, encode_images, parse_box
-from support.loops import CLOSER
-from support.traces import template_trace
+from support.data.traces import template_trace
+from support.model.loops import CLOSER
 from tests.small import TEXTS, vlm
-from toy import lessons, skills, train
 from toy.model import make_image_processor, make_model, make_tokenizer
 from toy.questions import FRAMES, RELATED, compare, draw_frame, is_inside, view
-from toy.train import BASE
+from toy.recipe import lessons, skills, train
+from toy.recipe.train import BASE
 from toy.world import SIDE, SOURCES, SUPERLATIVES, center, make_samples, make_scene, refer
 
 import numpy as np
@@ -225,8 +225,8 @@ def test_the_recipe_does_not_go_on_from_another_run(tmp_path):
 
 
 def run_recipe(folder, work, *steps):
-    """`python -m toy.train` with these numbers of steps; its process, finished."""
-    argv = [sys.executable, "-m", "toy.train", "--folder", str(folder), "--work", str(work)]
+    """`python -m toy.recipe.train` with these numbers of steps; its process, finished."""
+    argv = [sys.executable, "-m", "toy.recipe.train", "--folder", str(folder), "--work", str(work)]
     flags = ("--tower-steps", "--question-steps", "--answer-steps")
     argv += [word for pair in zip(flags, map(str, steps)) for word in pair]
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
@@ -249,7 +249,7 @@ def test_a_folder_that_is_a_file_is_refused_before_the_work(tmp_path):
 
 
 def test_the_base_can_do_what_the_table_says(capsys):
-    """docs/toy_base.md has what `python -m toy.skills` prints, and below it the same for 100."""
+    """docs/toy_base.md has what `python -m toy.recipe.skills` prints, and the same for 100."""
     doc = (ROOT / "docs/toy_base.md").read_text()
     printed = doc.split("```")[doc.count("```", 0, doc.index("--n 100")) :][1]
     told = re.findall(r"^(.+?)  +(\S.*?)  +([\d.]+)  ", printed, re.M)

@@ -19,9 +19,9 @@ from common import (
     rollout,
     trajectory_logprobs,
 )
-from support import models
-from support.files import write_jsonl
-from support.samples import VISRL_FIELDS, read_samples
+from support.data.samples import VISRL_FIELDS, read_samples
+from support.model import models
+from support.running.files import write_jsonl
 from tests.small import picture, vlm
 from toy import questions, world
 from visrl import critics, make_pairs, report, sources

@@ -21,14 +21,15 @@ from common import (
     text_logits,
     trajectory_logprobs,
 )
-from speed import vllm_rollout as on_vllm
-from support import loops, training
-from support.loops import asked_again, guarded, rollouts
-from support.models import add_adapter, new_adapter, quiet
-from support.samples import load_image
+from support import training
+from support.data.samples import load_image
+from support.model import loops
+from support.model import vllm_rollout as on_vllm
+from support.model.loops import asked_again, guarded, rollouts
+from support.model.models import add_adapter, new_adapter, quiet
 from tests.small import picture, vlm
 from toy.model import make_image_processor
-from toy.train import BASE
+from toy.recipe.train import BASE
 from toy.world import make_samples
 from visrl.loop import VISRL
 

@@ -23,8 +23,11 @@ import math
 import time
 
 from common import trajectory_logprobs
-from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import Flag, command, flags
+from support import training
+from support.data import samples
+from support.model import checkpoints, models
+from support.running import errors, files, processes
+from support.running.flags import Flag, command, flags
 from visrl.loop import (
     LOOPS,
     answer_trajectory,

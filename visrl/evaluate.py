@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import box_iou, format_box, normalize_box
-from support import files, models, processes, samples
-from support.flags import command, flags
-from support.loops import rollouts
+from support.data import samples
+from support.model import models
+from support.model.loops import rollouts
+from support.running import files, processes
+from support.running.flags import command, flags
 from visrl import report
 from visrl.loop import ASK, LOOPS, is_right, named
 

@@ -19,8 +19,8 @@ Writes data/{sft,train,test}.jsonl and data/images/ under --out.
 import time
 from collections import Counter
 
-from support import errors, files, processes
-from support.flags import Flag, command, flags
+from support.running import errors, files, processes
+from support.running.flags import Flag, command, flags
 from visrl import sources
 
 args = flags(

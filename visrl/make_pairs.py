@@ -34,9 +34,11 @@ import time
 from collections import Counter
 
 from common import format_box, iou
-from support import checkpoints, errors, files, models, processes, samples
-from support.flags import Flag, command, flags
-from support.loops import rollouts
+from support.data import samples
+from support.model import checkpoints, models
+from support.model.loops import rollouts
+from support.running import errors, files, processes
+from support.running.flags import Flag, command, flags
 from visrl.critics import score_paths
 from visrl.loop import END, LOOPS, named
 

@@ -8,12 +8,22 @@ import json
 import textwrap
 
 from common import box_iou, format_box, normalize_box
-from support.files import read_jsonl, write_text
-from support.page import group, log_curves, write_page
-from support.pictures import BOLD, GAP, GREY, LINE, NORMAL, header, panel, stack, write_picture
-from support.samples import load_image
-from support.statistics import estimate, resamples, signed, verdict
-from support.tables import cell, section
+from support.data.samples import load_image
+from support.report.page import group, log_curves, write_page
+from support.report.pictures import (
+    BOLD,
+    GAP,
+    GREY,
+    LINE,
+    NORMAL,
+    header,
+    panel,
+    stack,
+    write_picture,
+)
+from support.report.statistics import estimate, resamples, signed, verdict
+from support.report.tables import cell, section
+from support.running.files import read_jsonl, write_text
 from visrl.loop import crop_bbox
 
 import numpy as np

@@ -8,7 +8,7 @@ the language model; everything else is frozen. This is the only phase that learn
 samples (30k of Visual CoT's 438k), since only the form of the answer is to be learnt.
 
 No departure from the authors' recipe but the loop's own (visrl/loop.py); the toy preset has its own
-rate, rank and batch (support/presets.py).
+rate, rank and batch (support/running/presets.py).
 
 Reads data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint under --out.
 """
@@ -17,8 +17,11 @@ import math
 import time
 
 from common import feedback_pictures, normalize_box, trajectory_logprobs
-from support import checkpoints, errors, files, models, processes, samples, training
-from support.flags import command, flags
+from support import training
+from support.data import samples
+from support.model import checkpoints, models
+from support.running import errors, files, processes
+from support.running.flags import command, flags
 from visrl.loop import LOOPS, path_trajectory
 from visrl.sources import BOXED
 

@@ -9,11 +9,11 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.datasets import clip
-from support.errors import stop
-from support.files import write_jsonl
-from support.processes import RANK, barrier
-from support.samples import VISRL_FIELDS, read_samples
+from support.data.datasets import clip
+from support.data.samples import VISRL_FIELDS, read_samples
+from support.running.errors import stop
+from support.running.files import write_jsonl
+from support.running.processes import RANK, barrier
 from toy import world
 
 from PIL import Image

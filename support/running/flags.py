@@ -9,12 +9,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.errors import stop
-from support.files import lock
-from support.presets import settings_of
-from support.processes import RANK, program, start_processes
+from support.running.errors import stop
+from support.running.files import lock
+from support.running.presets import settings_of
+from support.running.processes import RANK, program, start_processes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = "toy/base"
 
 

@@ -15,8 +15,8 @@ import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.errors import stop
-from support.files import write_bytes
+from support.running.errors import stop
+from support.running.files import write_bytes
 
 from tqdm import tqdm
 

@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 
 from common import denormalize_box
-from support.checkpoints import best_adapter
-from support.errors import explain_out_of_memory, stop, working_on
-from support.files import agrees, read_lines
-from support.flags import command
-from support.loops import rollouts
-from support.models import load_with_adapter
-from support.page import group, with_views, write_page
-from support.pictures import filmstrip, write_picture
-from support.samples import load_image
+from support.data.samples import load_image
+from support.model.checkpoints import best_adapter
+from support.model.loops import rollouts
+from support.model.models import load_with_adapter
+from support.report.page import group, with_views, write_page
+from support.report.pictures import filmstrip, write_picture
+from support.running.errors import explain_out_of_memory, stop, working_on
+from support.running.files import agrees, read_lines
+from support.running.flags import command
 
 from PIL import Image
 

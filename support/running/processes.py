@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from support.errors import stop
+from support.running.errors import stop
 
 import numpy as np
 import torch
@@ -93,7 +93,7 @@ def divides(count, flag):
 
 
 def program():
-    """What was started, without its flags: "python sft.py", "python -m support.merge"."""
+    """What was started, without its flags: "python sft.py", "python -m support.model.merge"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one with -m alone
     if spec is None:
         return f"python {Path(sys.argv[0]).name}"

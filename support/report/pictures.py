@@ -7,10 +7,10 @@ per step. A sample without "bbox" has no truth to show. Sizes are in pixels.
 import textwrap
 
 from common import box_iou, denormalize_box
-from support.files import write_bytes
-from support.samples import load_image
-from support.statistics import METRICS, by_change
-from support.traces import trace_of
+from support.data.samples import load_image
+from support.data.traces import trace_of
+from support.report.statistics import METRICS, by_change
+from support.running.files import write_bytes
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

@@ -6,7 +6,8 @@ high]. Right is an IoU of 0.5 or more.
 """
 
 from common import box_iou, last_valid, normalize_box
-from support.statistics import (
+from support.data.traces import CLAIMS, KEEP, claim_of, geometry_of, trace_of
+from support.report.statistics import (
     CONTROL,
     all_ious,
     choices,
@@ -20,7 +21,6 @@ from support.statistics import (
     stop_step,
     valid_steps,
 )
-from support.traces import CLAIMS, KEEP, claim_of, geometry_of, trace_of
 
 import numpy as np
 

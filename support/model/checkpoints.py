@@ -6,10 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
-from support.errors import stop
-from support.files import Log, write_bytes, writing
-from support.models import fingerprint
-from support.processes import RANK, barrier, interrupted, leave_if_interrupted
+from support.model.models import fingerprint
+from support.running.errors import stop
+from support.running.files import Log, write_bytes, writing
+from support.running.processes import RANK, barrier, interrupted, leave_if_interrupted
 
 import torch
 

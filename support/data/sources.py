@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from common import normalize_box
-from support import datasets
-from support.errors import stop
-from support.files import begin, write_jsonl
-from support.flags import Flag
-from support.processes import RANK, barrier
-from support.samples import read_samples
+from support.data import datasets
+from support.data.samples import read_samples
+from support.running.errors import stop
+from support.running.files import begin, write_jsonl
+from support.running.flags import Flag
+from support.running.processes import RANK, barrier
 
 import torch
 

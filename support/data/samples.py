@@ -6,9 +6,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from support.errors import stop
-from support.files import read_jsonl, read_lines, write_text
-from support.flags import command
+from support.running.errors import stop
+from support.running.files import read_jsonl, read_lines, write_text
+from support.running.flags import command
 
 import numpy as np
 from PIL import Image, ImageOps

@@ -11,8 +11,8 @@ import functools
 from pathlib import Path
 
 from common import box_iou, iou, token_text
-from support.errors import stop
-from support.files import read_jsonl
+from support.running.errors import stop
+from support.running.files import read_jsonl
 
 import numpy as np
 

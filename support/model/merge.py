@@ -1,17 +1,17 @@
 """The base model and the best adapter of a run as one plain checkpoint, for other engines.
 
-    python -m support.merge --folder merged
+    python -m support.model.merge --folder merged
 
 Takes the GRPO adapter of the run, else its SFT adapter. The sum is taken in float32 and stored in
 --dtype, so bfloat16 rounds the update with the weights. An adapter that was trained on 4-bit
 weights is added to the weights in full, which are not quite those it was trained on.
 """
 
-from support.checkpoints import best_adapter
-from support.errors import stop
-from support.files import writing
-from support.flags import Flag, command, flags
-from support.models import add_adapter, load_vlm
+from support.model.checkpoints import best_adapter
+from support.model.models import add_adapter, load_vlm
+from support.running.errors import stop
+from support.running.files import writing
+from support.running.flags import Flag, command, flags
 
 import torch
 

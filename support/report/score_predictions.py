@@ -1,6 +1,6 @@
 """The tables and pictures of any system's boxes on the test samples of a run, without a model.
 
-    python -m support.score_predictions --predictions theirs.jsonl --out runs/toy
+    python -m support.report.score_predictions --predictions theirs.jsonl --out runs/toy
 
 A line is {"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}: T + 1 boxes in 0..1000
 or null, and, if there are any, as many "texts". The first method is what the others are compared
@@ -11,15 +11,15 @@ folder under --out that is named as the file, so that the run's own results stay
 import json
 from pathlib import Path
 
-from support import second_look
-from support.errors import stop
-from support.files import read_lines
-from support.flags import Flag, command, flags
-from support.page import group, result_curves, write_page
-from support.pictures import write_figures
-from support.samples import read_samples
-from support.statistics import CONTROL, analyse, main_row
-from support.tables import report, write_results
+from support.data.samples import read_samples
+from support.report import second_look
+from support.report.page import group, result_curves, write_page
+from support.report.pictures import write_figures
+from support.report.statistics import CONTROL, analyse, main_row
+from support.report.tables import report, write_results
+from support.running.errors import stop
+from support.running.files import read_lines
+from support.running.flags import Flag, command, flags
 
 LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 

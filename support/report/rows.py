@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from common import Loop
-from support.checkpoints import say_if_unfinished
-from support.files import begin
+from support.model.checkpoints import say_if_unfinished
+from support.running.files import begin
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@
 import json
 from pathlib import Path
 
-from support import second_look, statistics
-from support.files import write_text
-from support.second_look import AGREEMENT
-from support.statistics import CONTROL, METRICS, main_row, signed
-from support.traces import CLAIMS
+from support.data.traces import CLAIMS
+from support.report import second_look, statistics
+from support.report.second_look import AGREEMENT
+from support.report.statistics import CONTROL, METRICS, main_row, signed
+from support.running.files import write_text
 
 CHOICE = "Best of steps, the paper's choice, needs the ground truth; the others do not."
 VERDICTS = (

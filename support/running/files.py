@@ -7,8 +7,15 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.errors import explain_out_of_memory, stop, working_on
-from support.processes import RANK, barrier, catch_interrupts, gather, leave_if_interrupted, share
+from support.running.errors import explain_out_of_memory, stop, working_on
+from support.running.processes import (
+    RANK,
+    barrier,
+    catch_interrupts,
+    gather,
+    leave_if_interrupted,
+    share,
+)
 
 LARGE_FILE = 2**26  # bytes
 

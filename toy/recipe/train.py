@@ -1,7 +1,7 @@
 """The recipe of the toy's base: from random weights, on general skills alone.
 
-    python -m toy.train      all of it; killed, the same command goes on
-    torchrun --nproc-per-node 2 -m toy.train      the same in two processes: on two cores, quicker
+    python -m toy.recipe.train      all of it; killed, the same command goes on
+    torchrun --nproc-per-node 2 -m toy.recipe.train      in two processes: on two cores, quicker
 
 Two stages, Muon on the matrices and AdamW on the rest, everything seeded by the number of the step:
 
@@ -26,15 +26,15 @@ import shutil
 import time
 from pathlib import Path
 
-from support import processes
-from support.errors import stop
-from support.files import write_bytes, writing
-from support.flags import check_path
-from support.models import quiet
-from support.processes import RANK
-from toy.lessons import ANSWERS, CELLS, LABELS, WORDS, Batches
+from support.model.models import quiet
+from support.running import processes
+from support.running.errors import stop
+from support.running.files import write_bytes, writing
+from support.running.flags import check_path
+from support.running.processes import RANK
 from toy.model import make_image_processor, make_model, make_tokenizer
 from toy.questions import FRAMES, RELATED
+from toy.recipe.lessons import ANSWERS, CELLS, LABELS, WORDS, Batches
 from toy.world import MARKS
 
 import numpy as np
@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AttentionInterface
 
-BASE = Path(__file__).resolve().parent / "base"
+BASE = Path(__file__).resolve().parents[1] / "base"
 DECAY_STEPS = 2600  # the last ones, with falling rates
 SAVE_EVERY = 100  # steps; so often a line of the log and a checkpoint are written
 

@@ -1,5 +1,5 @@
 "use strict";
-// The script inside a page (support/page.py). It reads the two blocks of JSON beside it, and nothing
+// The script inside a page (support/report/page.py). It reads the two blocks of JSON beside it, and nothing
 // else. What comes from data is set as text or as the value of an attribute, never as markup.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from common import VLM
-from support.errors import out_of_memory, stop
-from support.presets import PRESETS
-from support.processes import device
+from support.running.errors import out_of_memory, stop
+from support.running.presets import PRESETS
+from support.running.processes import device
 
 import torch
 from safetensors import SafetensorError, safe_open

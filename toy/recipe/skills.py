@@ -1,6 +1,6 @@
 """What the toy's base can do: one table, on fresh scenes.
 
-python -m toy.skills --n 100      questions of each kind; 400 without the flag
+python -m toy.recipe.skills --n 100      questions of each kind; 400 without the flag
 """
 
 import argparse
@@ -313,7 +313,7 @@ def found_by(made, source):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default=str(Path(__file__).resolve().parent / "base"))
+    parser.add_argument("--model", default=str(Path(__file__).resolve().parents[1] / "base"))
     parser.add_argument("--n", type=int, default=400, help="questions of each kind")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

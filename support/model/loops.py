@@ -4,8 +4,8 @@ them."""
 from dataclasses import replace
 
 from common import CORRECTION, IVT, SINGLE_PROMPT, denormalize_box, draw_overlay, iou, rollout
-from support.errors import out_of_memory
-from support.models import free_memory, merged, unpacked
+from support.model.models import free_memory, merged, unpacked
+from support.running.errors import out_of_memory
 
 from PIL import Image
 from tqdm import tqdm
@@ -168,6 +168,6 @@ def rollouts(args, trainee=None):
     """
     if args.engine == "plain":
         return play
-    from speed.vllm_rollout import player
+    from support.model.vllm_rollout import player
 
     return player(args, trainee)

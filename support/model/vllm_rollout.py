@@ -47,10 +47,10 @@ from common import (
     prompt_ids,
     token_text,
 )
-from support.checkpoints import save_adapter
-from support.errors import stop
-from support.models import free_memory
-from support.processes import WORLD
+from support.model.checkpoints import save_adapter
+from support.model.models import free_memory
+from support.running.errors import stop
+from support.running.processes import WORLD
 
 import numpy as np
 import torch
@@ -76,8 +76,8 @@ class Engine:
 def player(args, trainee=None):
     """A function that plays loops as `rollout` does, on a vLLM that starts when it is needed.
 
-    trainee: see support/loops.py, `rollouts`. Exits without vLLM, and where it would play another
-    policy than the one that is trained.
+    trainee: see support/model/loops.py, `rollouts`. Exits without vLLM, and where it would play
+    another policy than the one that is trained.
     """
     import_vllm()
     if args.quantize != "none":

@@ -1,0 +1,1 @@
+"""Base models and adapters: loaded, saved, put to decoding; the loops beside the paper's."""

@@ -1,0 +1,1 @@
+"""What came out: numbers, tables, pictures, the page."""

@@ -1,0 +1,1 @@
+"""How a program runs: messages, processes, files, hyperparameters, flags. Knows no model."""
