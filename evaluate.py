@@ -27,8 +27,9 @@ import time
 
 from common import SINGLE_SHOT
 from support.data import samples
-from support.model import models
-from support.model.loops import asked_again, guarded, loop_of, rollouts
+from support.model import adapters
+from support.model.decoding import rollouts
+from support.model.views import asked_again, guarded, loop_of
 from support.report import overlays, page, pictures, statistics, tables
 from support.report.own_picture import look_at
 from support.report.rows import Row, begin_row
@@ -93,7 +94,7 @@ def model_with(adapter):
         loaded.clear()  # free one model before another is loaded
         if adapter:
             files.agrees(args, adapter, "feedback")
-        loaded[adapter] = models.load_with_adapter(args, adapter and args.out / adapter)
+        loaded[adapter] = adapters.load_with_adapter(args, adapter and args.out / adapter)
     return loaded[adapter]
 
 

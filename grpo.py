@@ -24,11 +24,12 @@ under --out.
 import time
 
 from common import advantages, grpo_loss, reward, trajectory_logprobs
-from support import training
+from support import run
 from support.data import samples
-from support.model import checkpoints, models
-from support.model.loops import loop_of, rollouts
-from support.report import page
+from support.model import adapters, checkpoints, loading, memory
+from support.model.decoding import rollouts
+from support.model.views import loop_of
+from support.report import health, page
 from support.running import errors, files, processes
 from support.running.flags import Flag, command, flags
 
@@ -55,19 +56,19 @@ val = samples.read_samples(data / "val.jsonl", make_data, args.skip_bad)[: args.
 inputs = [data / "train.jsonl", data / "val.jsonl"]
 if args.init == "sft":
     files.agrees(args, "sft", "feedback")
-    inputs.append(checkpoints.adapter_file(args.out / "sft", command(args, "python sft.py")))
+    inputs.append(adapters.adapter_file(args.out / "sft", command(args, "python sft.py")))
 files.begin(args, name, *inputs, ignore=("batch_size", "prompts_at_once"))
 checkpoints.leave_if_finished(args, name)
 
 # Model and optimizer ------------------------------------------------------------------------------
 # Two adapters begin as the same one, the policy (trained) and the reference (frozen); without SFT
 # they are new ones, which change nothing until they are trained.
-vlm = models.load_vlm(args)
+vlm = loading.load_vlm(args)
 for adapter in ("policy", "reference"):
     if args.init == "sft":
-        models.add_adapter(vlm, args.out / "sft", adapter)
+        adapters.add_adapter(vlm, args.out / "sft", adapter)
     else:
-        models.new_adapter(vlm, *models.lora_size(args.preset), adapter)
+        adapters.new_adapter(vlm, *adapters.lora_size(args.preset), adapter)
 vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that takes gradients
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
@@ -102,7 +103,7 @@ def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0)
 # Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, best = checkpoints.resume(args, name, vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels, --batch-size, --prompts-at-once or --max-tokens")
-training.probe_grpo(vlm, train, args, data, loop)
+memory.probe_grpo(vlm, train, args, data, loop)
 processes.catch_interrupts()
 
 # Training -----------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ processes.catch_interrupts()
 val_reward = best[0]
 recent = []
 warned = set()
-bar = training.progress(name, args.updates, first_update)
+bar = run.progress(name, args.updates, first_update)
 for update in range(first_update, args.updates + 1):
     # Validation -----------------------------------------------------------------------------------
     # The mean greedy reward; the best adapter so far is the result of the run.
@@ -119,12 +120,12 @@ for update in range(first_update, args.updates + 1):
         trajectories = sample_trajectories(mine)
         rewards = processes.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)])
         val_reward = sum(rewards) / len(rewards)
-        val_iou = training.step_ious(trajectories, mine)
+        val_iou = health.step_ious(trajectories, mine)
         log.write(update=update, val_reward=val_reward, val_iou=val_iou)
         page.write_validation(args, name, update, mine, trajectories, vlm.tokenizer)
         if val_reward > best[0]:
             best = val_reward, update
-            checkpoints.save_adapter(vlm, args.out / name, "policy")
+            adapters.save_adapter(vlm, args.out / name, "policy")
         del trajectories  # a rollout needs the room of their image tokens
     if update == args.updates:
         break
@@ -135,7 +136,7 @@ for update in range(first_update, args.updates + 1):
     prompts = []
     for i in range(update * args.grad_accum, (update + 1) * args.grad_accum):
         epoch, number = divmod(i, len(train))
-        prompts.append(training.shuffled(train, args.seed, epoch)[number])
+        prompts.append(run.shuffled(train, args.seed, epoch)[number])
     mine = processes.share(prompts)
     first = update * args.grad_accum + processes.RANK * len(mine)
     temperatures = (args.temperature_first, args.temperature)
@@ -160,7 +161,7 @@ for update in range(first_update, args.updates + 1):
     for i in range(0, len(trajectories), args.batch_size):
         batch = trajectories[i : i + args.batch_size]
         errors.working_on(owners[i : i + args.batch_size])
-        with torch.no_grad(), models.using(vlm, "reference"):
+        with torch.no_grad(), adapters.using(vlm, "reference"):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
         token_advantage = advantage[i : i + args.batch_size].to(policy.row.device)[policy.row]
@@ -174,22 +175,22 @@ for update in range(first_update, args.updates + 1):
             kl=args.kl,
         )
         (loss / tokens).backward()
-        gaps += training.sampler_gaps(batch, policy.logprob)
+        gaps += health.sampler_gaps(batch, policy.logprob)
         terms += torch.stack([loss, *parts]).detach().cpu() / tokens  # [4]
     processes.sum_gradients(parameters)
     terms = torch.tensor(processes.gather([terms.tolist()])).sum(0)  # [processes, 4] -> [4]
     loss, policy_term, kl, entropy = terms.tolist()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    training.stop_unless_finite(update + 1, loss, norm, prompts)
+    run.stop_unless_finite(update + 1, loss, norm, prompts)
     optimizer.step()
     optimizer.zero_grad()
 
     # Log ------------------------------------------------------------------------------------------
-    row = training.rollout_facts(rewards, trajectories, owners, gaps)
+    row = health.rollout_facts(rewards, trajectories, owners, gaps)
     row |= dict(loss=loss, policy=policy_term, kl=kl, entropy=entropy, grad_norm=norm)
     log.write(update=update + 1, **row)
     recent.append(row)
-    for sentence in training.unhealthy(recent, warned):
+    for sentence in health.unhealthy(recent, warned):
         bar.write(sentence)
     numbers = dict(reward=f"{row['reward']:.3f}", val=f"{val_reward:.3f}", kl=f"{kl:.3f}")
     bar.set_postfix(numbers, refresh=False)

@@ -17,7 +17,7 @@ Section 3.2, in five steps:
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
    step 0, the overlay of box t - 1 (or the view of it) at step t.
 
-A departure from the paper, toy preset: `--teacher template` (support/data/traces.py) computes the
+A departure from the paper, toy preset: `--teacher template` (support/data/teacher.py) computes the
 traces from the geometry of the boxes, since no small model can write them; `--teacher vlm` is the
 paper's.
 
@@ -42,9 +42,10 @@ from common import (
     written_boxes,
 )
 from support.data import samples, sources
-from support.data.traces import template_trace, trace_fault
-from support.model import models
-from support.model.loops import loop_of, rollouts
+from support.data.teacher import template_trace, trace_fault
+from support.model import loading
+from support.model.decoding import rollouts
+from support.model.views import loop_of
 from support.running import errors, files, processes
 from support.running.flags import command, flags
 from toy import world
@@ -177,7 +178,7 @@ if __name__ == "__main__":
 
     # 2. The student's predictions -----------------------------------------------------------------
     # Greedy and single-shot: the errors that this model makes, not those that we would think of.
-    vlm = models.load_vlm(args)
+    vlm = loading.load_vlm(args)
     roll = rollouts(args)
 
     def predict(batch):
@@ -240,7 +241,7 @@ if __name__ == "__main__":
     else:
         if args.teacher_model:
             vlm = None  # free it before another model is loaded
-            vlm = models.load_vlm(args, args.teacher_model)
+            vlm = loading.load_vlm(args, args.teacher_model)
 
         def teach(batch):
             numbers, part = zip(*batch)

@@ -14,8 +14,9 @@ import tempfile
 
 from common import SINGLE_SHOT, advantages, parse_box, reward
 from speed.measure import now
-from support.model.loops import play
-from support.model.models import lora_config, lora_size, quiet
+from support.model.adapters import lora_config, lora_size
+from support.model.decoding import play
+from support.model.loading import quiet
 from support.running.presets import PRESETS
 
 import torch

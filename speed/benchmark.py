@@ -11,7 +11,7 @@ forward pass per trajectory with all of its logits; the update is also compared 
 when it is asked for the logits of the targets alone (`logits_to_keep`). Row 7 is one update of GRPO
 against TRL's trainer (against_trl.py); row 8 says where the time of a decoding pass goes; row 9 is
 the rollout with the weights as they are, and as `play` has them: with LoRA in them, or unpacked
-from 4 bits (`merged` and `unpacked` in support/model/models.py).
+from 4 bits (`merged` and `unpacked` in support/model/decoding.py).
 
 Before anything is timed both ways have to agree: the same tokens under greedy decoding (in
 float32), the same log-probabilities, losses and gradients within a tolerance. Then they take turns,
@@ -36,9 +36,9 @@ from speed.floor import rollout_floor, size_of, training_floor
 from speed.measure import machine_rates, seconds, take_turns
 from speed.plain import plain_logprobs, plain_rollout, plain_sft, plain_update
 from speed.work import CONFIGS, random_work, toy_samples, toy_vlm, work_of_run
-from support.model import loops
-from support.model.loops import play
-from support.model.models import merged, quiet
+from support.model import decoding
+from support.model.decoding import merged, play
+from support.model.loading import quiet
 from support.running.errors import stop
 from support.running.flags import EMBEDDED
 from support.running.processes import device
@@ -378,7 +378,7 @@ def weights_for_decoding(work):
     plain = functools.partial(common.rollout, *ours.args, **ours.keywords)
     measured = take_turns({"plain": plain, "ours": ours}, work.repeats)
     least = rollout_floor(work.vlm, work.rates, ours())
-    if loops.no_room < float("inf"):
+    if decoding.no_room < float("inf"):
         yield "9. weights for decoding: unpacked ones had no room; give smaller --sizes"
         return
     yield table_row(

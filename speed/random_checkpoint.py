@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from speed.work import CONFIGS, VOCABULARY, random_model
-from support.model.models import quiet
+from support.model.loading import quiet
 
 import torch
 

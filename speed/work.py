@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from common import VLM
 from speed.measure import Rates
 from support.data.samples import load_image, read_samples
+from support.model.adapters import add_adapter, lora_size, new_adapter
 from support.model.checkpoints import best_adapter
-from support.model.models import add_adapter, load_vlm, lora_size, new_adapter
+from support.model.loading import load_vlm
 from support.running.errors import stop
 from support.running.flags import EMBEDDED, ROOT, check_path
 from support.running.presets import PRESETS

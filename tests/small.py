@@ -1,7 +1,7 @@
 """What the tests share: a very small Qwen3-VL, a picture, two texts of a trajectory, a sample."""
 
 from common import VLM, format_box
-from support.model.models import quiet
+from support.model.loading import quiet
 from toy.model import make_image_processor, make_model, make_tokenizer
 
 import pytest

@@ -11,9 +11,9 @@ import re
 import shlex
 
 from support.data import sources
+from support.report.health import FEWEST_UPDATES, HEALTHY, LAST_UPDATES
 from support.running.flags import ROOT, Flag, check_range, make_parser
 from support.running.presets import PRESETS, settings_of
-from support.training import FEWEST_UPDATES, HEALTHY, LAST_UPDATES
 
 import pytest
 
@@ -388,7 +388,7 @@ def width_problems(name, text):
 
 
 def healthy_problems(text):
-    """Metrics whose healthy range is not as in support/training.py."""
+    """Metrics whose healthy range is not as in support/report/health.py."""
     problems = []
     for metric, (low, high, _) in HEALTHY.items():
         row = re.search(rf"^\| .*`{metric}`.*$", section(text, "Logs"), re.M)

@@ -15,7 +15,7 @@ from common import (
     trajectory_logprobs,
     written_boxes,
 )
-from support.model.loops import (
+from support.model.views import (
     asked_again,
     box_in_image,
     box_in_view,

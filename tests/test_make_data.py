@@ -4,7 +4,7 @@ import random
 
 import make_data
 from common import Trajectory, draw_overlay, iou
-from support.data.traces import template_trace, trace_fault
+from support.data.teacher import template_trace, trace_fault
 from tests.small import picture
 
 import pytest

@@ -3,7 +3,8 @@
 import random
 
 from common import Trajectory, step_text
-from support.data.traces import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of, template_trace
+from support.data.teacher import template_trace
+from support.report.claims import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of
 from support.report.second_look import AGREEMENT, analyse, correlation, kept_step, turns
 from support.report.statistics import CONTROL, estimate_of, log_line, ratio
 from support.report.tables import report, summary

@@ -15,8 +15,8 @@ from speed import against_trl, benchmark
 from speed.floor import lengths, rollout_floor
 from speed.measure import Rates, Tally, take_turns
 from speed.work import Work, random_vlm
-from support.model.checkpoints import save_adapter
-from support.model.models import load_vlm, new_adapter
+from support.model.adapters import new_adapter, save_adapter
+from support.model.loading import load_vlm
 from support.running.presets import PRESETS
 from tests.small import picture
 from toy.model import make_image_processor

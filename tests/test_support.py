@@ -21,9 +21,10 @@ from common import (
     rollout,
     trajectory_logprobs,
 )
-from support import training
+from support import run
 from support.data import samples
-from support.model import checkpoints, loops, models
+from support.model import adapters, checkpoints, decoding, loading, memory
+from support.report import health
 from support.report.rows import Row, begin_row
 from support.running import errors, files, processes
 from support.running.flags import ROOT, Flag, check_path, command, flags, model_path
@@ -396,8 +397,8 @@ def test_a_run_goes_on_where_its_last_checkpoint_was(vlm, tmp_path, capsys):
     save_parts(vlm, tmp_path / "base")
 
     def start():
-        policy = models.load_vlm(args)
-        models.new_adapter(policy, 4, 8, "policy")
+        policy = loading.load_vlm(args)
+        adapters.new_adapter(policy, 4, 8, "policy")
         parameters = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.1)
         return policy, parameters, optimizer
@@ -435,8 +436,8 @@ def test_a_run_goes_on_where_its_last_checkpoint_was(vlm, tmp_path, capsys):
 
 def test_progress_is_saved_when_it_is_due(vlm, tmp_path, monkeypatch, capsys):
     base = save_parts(vlm, tmp_path / "base")
-    policy = models.load_vlm(model_args(base))
-    models.new_adapter(policy, 4, 8)
+    policy = loading.load_vlm(model_args(base))
+    adapters.new_adapter(policy, 4, 8)
     args = argparse.Namespace(out=tmp_path, save_every=3)
     optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad])
     file = tmp_path / "sft.checkpoint"
@@ -451,10 +452,10 @@ def test_progress_is_saved_when_it_is_due(vlm, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "sft").exists()
     assert saved_at(4, last=4) and checkpoints.load_checkpoint(file)["finished"]
     assert (
-        checkpoints.adapter_file(tmp_path / "sft", "")
+        adapters.adapter_file(tmp_path / "sft", "")
         == checkpoints.best_adapter(tmp_path) / "adapter_model.safetensors"
     )
-    assert "first run: python x" in one_line(checkpoints.adapter_file, tmp_path, "python x")
+    assert "first run: python x" in one_line(adapters.adapter_file, tmp_path, "python x")
     assert "stopped" not in capsys.readouterr().out
     saved_at(3)
     checkpoints.best_adapter(tmp_path)
@@ -472,30 +473,30 @@ def test_foreign_models_and_adapters_are_refused(vlm, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     args = model_args(tmp_path)
-    assert "model_type qwen3_vl" in one_line(models.load_vlm, args)
+    assert "model_type qwen3_vl" in one_line(loading.load_vlm, args)
     save_parts(vlm, tmp_path)
     foreign = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), unk_token="<unk>")
     foreign.save_pretrained(tmp_path)
-    assert re.search("tokenizer has no .*image_pad", one_line(models.load_vlm, args))
+    assert re.search("tokenizer has no .*image_pad", one_line(loading.load_vlm, args))
     vlm.tokenizer.save_pretrained(tmp_path)
 
-    one = models.load_vlm(args)
-    other = models.load_vlm(args)
-    models.new_adapter(one, 4, 8)
-    checkpoints.save_adapter(one, tmp_path / "adapter")
+    one = loading.load_vlm(args)
+    other = loading.load_vlm(args)
+    adapters.new_adapter(one, 4, 8)
+    adapters.save_adapter(one, tmp_path / "adapter")
     other.base.model.language_model.norm.weight.data.mul_(2)
-    message = one_line(models.add_adapter, other, tmp_path / "adapter", "sft")
+    message = one_line(adapters.add_adapter, other, tmp_path / "adapter", "sft")
     assert "another base model" in message
-    assert "adapter_config.json" in one_line(models.add_adapter, one, tmp_path, "sft")
-    models.add_adapter(one, tmp_path / "adapter", "sft")
-    models.add_adapter(one, tmp_path / "none", "sft")  # it is there, and is not read again
+    assert "adapter_config.json" in one_line(adapters.add_adapter, one, tmp_path, "sft")
+    adapters.add_adapter(one, tmp_path / "adapter", "sft")
+    adapters.add_adapter(one, tmp_path / "none", "sft")  # it is there, and is not read again
     assert one.model.active_adapter == "sft"
 
     for value in ("nope", "./nope", "a/b/c"):
-        message = one_line(models.load_vlm, model_args(value))
+        message = one_line(loading.load_vlm, model_args(value))
         assert f"--model {value}: no such folder, and not a hub id" in message
     file = tmp_path / "config.json"
-    assert "is no folder that can be read" in one_line(models.load_vlm, model_args(file))
+    assert "is no folder that can be read" in one_line(loading.load_vlm, model_args(file))
 
 
 def change_json(path, **changes):
@@ -554,7 +555,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_the_file(vlm, tm
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
         damage(folder)
-        message = one_line(models.load_vlm, model_args(folder))
+        message = one_line(loading.load_vlm, model_args(folder))
         assert re.search(words, message) and str(folder) in message, message
 
 
@@ -563,9 +564,9 @@ def test_a_damaged_adapter_is_refused_in_one_line_that_names_the_file(vlm, tmp_p
         return VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.image_processor)
 
     trained = plain()
-    models.new_adapter(trained, 4, 8)
+    adapters.new_adapter(trained, 4, 8)
     whole = tmp_path / "whole"
-    checkpoints.save_adapter(trained, whole)
+    adapters.save_adapter(trained, whole)
     weights = load_file(whole / "adapter_model.safetensors")
     first = sorted(weights)[0]
     config, tensors = "adapter_config.json", "adapter_model.safetensors"
@@ -599,30 +600,30 @@ def test_a_damaged_adapter_is_refused_in_one_line_that_names_the_file(vlm, tmp_p
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
         damage(folder)
-        message = one_line(models.add_adapter, plain(), folder, "policy")
+        message = one_line(adapters.add_adapter, plain(), folder, "policy")
         assert re.search(words, message) and str(folder) in message, message
         beside = plain()
-        models.new_adapter(beside, 4, 8, "other")
-        assert str(folder) in one_line(models.add_adapter, beside, folder, "policy")
+        adapters.new_adapter(beside, 4, 8, "other")
+        assert str(folder) in one_line(adapters.add_adapter, beside, folder, "policy")
 
 
 def test_a_models_fingerprint_is_computed_once(vlm, monkeypatch):
-    first = models.fingerprint(vlm)
-    monkeypatch.setattr(models.hashlib, "sha256", lambda: pytest.fail("computed again"))
-    assert models.fingerprint(vlm) == first
+    first = adapters.fingerprint(vlm)
+    monkeypatch.setattr(adapters.hashlib, "sha256", lambda: pytest.fail("computed again"))
+    assert adapters.fingerprint(vlm) == first
 
 
 def test_another_adapter_is_used_for_a_while(vlm, tmp_path):
-    both = models.load_vlm(model_args(save_parts(vlm, tmp_path)))
+    both = loading.load_vlm(model_args(save_parts(vlm, tmp_path)))
     for name in ("policy", "reference"):
-        models.new_adapter(both, *models.lora_size("toy"), name)
+        adapters.new_adapter(both, *adapters.lora_size("toy"), name)
     both.model.set_adapter("policy")
 
     def trainable():
         return {name for name, p in both.model.named_parameters() if p.requires_grad}
 
     before = trainable()
-    with pytest.raises(ZeroDivisionError), models.using(both, "reference"):
+    with pytest.raises(ZeroDivisionError), adapters.using(both, "reference"):
         assert both.model.active_adapter == "reference"
         raise ZeroDivisionError
     assert both.model.active_adapter == "policy" and trainable() == before
@@ -631,9 +632,9 @@ def test_another_adapter_is_used_for_a_while(vlm, tmp_path):
 
 def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):
     folder = save_parts(vlm, tmp_path)
-    one = models.load_vlm(model_args(folder))
+    one = loading.load_vlm(model_args(folder))
     for name in ("reference", "policy"):
-        models.new_adapter(one, 4, 8, name)
+        adapters.new_adapter(one, 4, 8, name)
     for name, p in one.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -646,7 +647,7 @@ def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):
     for adapter in ("policy", "reference"):
         one.model.set_adapter(adapter)
         beside = rollout(one, *asked, max_tokens=9)[0]
-        with pytest.raises(ZeroDivisionError), models.merged(one):
+        with pytest.raises(ZeroDivisionError), decoding.merged(one):
             changed = [not torch.equal(before[key], weight) for key, weight in weights().items()]
             assert all(changed) and len(changed) == 2 * 7
             within = rollout(one, *asked, max_tokens=9)[0]
@@ -657,22 +658,22 @@ def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):
         assert all(torch.equal(before[key], after[key]) for key in before)
         again = rollout(one, *asked, max_tokens=9)[0]
         assert again.logprob == beside.logprob  # LoRA is beside the weights again
-    with one.model.disable_adapter(), models.merged(one):  # the model before SFT, as a critic
+    with one.model.disable_adapter(), decoding.merged(one):  # the model before SFT, as a critic
         assert all(torch.equal(before[key], weight) for key, weight in weights().items())
     one.model.to(torch.bfloat16)
     before = weights()
-    with models.merged(one):
+    with decoding.merged(one):
         assert all(torch.equal(before[key], weight) for key, weight in weights().items())
 
 
 def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, capsys):
     save_parts(vlm, tmp_path)
-    one = models.load_vlm(model_args(tmp_path, quantize="nf4"))
+    one = loading.load_vlm(model_args(tmp_path, quantize="nf4"))
     asked = [picture(32, 32)], ["x"], 1
 
     def same_as_packed():
         packed = rollout(one, *asked, max_tokens=9)[0]
-        with pytest.raises(ZeroDivisionError), models.unpacked(one):
+        with pytest.raises(ZeroDivisionError), decoding.unpacked(one):
             within = rollout(one, *asked, max_tokens=9)[0]
             raise ZeroDivisionError
         assert within.target == packed.target
@@ -683,24 +684,24 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
 
     found = [same_as_packed()]
     for name in ("reference", "policy"):
-        models.new_adapter(one, 4, 8, name)
+        adapters.new_adapter(one, 4, 8, name)
     for name, p in one.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
     for adapter in ("policy", "reference"):
         one.model.set_adapter(adapter)
         found.append(same_as_packed())
-    with one.model.disable_adapter(), models.unpacked(one):
+    with one.model.disable_adapter(), decoding.unpacked(one):
         assert rollout(one, *asked, max_tokens=9)[0].logprob == found[0]
     assert found[0] != found[1] != found[2]
     layer = one.base.model.language_model.layers[0].self_attn.q_proj
     layer.lora_dropout["reference"] = torch.nn.Dropout(0.5)  # PEFT's own business
-    with models.unpacked(one):
+    with decoding.unpacked(one):
         changed = ["forward" in vars(m) for m in one.model.modules() if isinstance(m, LoraLayer)]
         assert "forward" not in vars(layer) and sum(changed) == len(changed) - 1
     layer.lora_dropout["reference"] = torch.nn.Identity()
 
-    as_it_is = loops.rollout
+    as_it_is = decoding.rollout
     projection = one.base.model.language_model.layers[0].mlp.up_proj
     tries = []
     held = []
@@ -714,11 +715,11 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
             raise torch.OutOfMemoryError
         return as_it_is(vlm, *args, **options)
 
-    monkeypatch.setattr(loops, "rollout", little_room)
-    monkeypatch.setattr(loops, "no_room", float("inf"))
-    rows = [loops.play(one, *asked, max_tokens=9)[0] for _ in range(2)]
+    monkeypatch.setattr(decoding, "rollout", little_room)
+    monkeypatch.setattr(decoding, "no_room", float("inf"))
+    rows = [decoding.play(one, *asked, max_tokens=9)[0] for _ in range(2)]
     assert tries == [True, False, False]
-    loops.play(one, [picture(32, 16)], ["x"], 1, max_tokens=2)  # a smaller one is tried
+    decoding.play(one, [picture(32, 16)], ["x"], 1, max_tokens=2)  # a smaller one is tried
     assert tries == [True, False, False, True, False]
     assert rows[0].logprob == rows[1].logprob == found[2]
     assert capsys.readouterr().out.count("no room") == 2
@@ -727,11 +728,11 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
         tries.append("once")
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(loops, "rollout", no_room_at_all)
-    monkeypatch.setattr(loops, "no_room", float("inf"))
+    monkeypatch.setattr(decoding, "rollout", no_room_at_all)
+    monkeypatch.setattr(decoding, "no_room", float("inf"))
     with one.model.disable_adapter(), pytest.raises(torch.OutOfMemoryError):  # there are no copies
-        loops.play(one, *asked, max_tokens=2)
-    assert tries.count("once") == 1 and loops.no_room == float("inf")
+        decoding.play(one, *asked, max_tokens=2)
+    assert tries.count("once") == 1 and decoding.no_room == float("inf")
 
 
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
@@ -740,8 +741,8 @@ def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
     import bitsandbytes as bnb
 
     save_parts(vlm, tmp_path)
-    quantized = models.load_vlm(model_args(tmp_path, quantize="nf4", checkpointing="on"))
-    plain = models.load_vlm(model_args(tmp_path))
+    quantized = loading.load_vlm(model_args(tmp_path, quantize="nf4", checkpointing="on"))
+    plain = loading.load_vlm(model_args(tmp_path))
     language = plain.base.model.language_model
     for name, module in quantized.base.model.language_model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -754,7 +755,7 @@ def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
     gradients = []
     for one in (quantized, plain):
         torch.manual_seed(0)
-        models.new_adapter(one, 4, 8)
+        adapters.new_adapter(one, 4, 8)
         rollout(one, [picture(32, 32)], ["x"], 1, max_tokens=4)
         images = encode_images(one, [picture(32, 32)] * 2)
         trajectory = build_trajectory(one, images, "it", TEXTS, IVT)
@@ -832,7 +833,7 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
     )
     for sample in made.values():
         images = encode_images(vlm, [samples.load_image(sample, tmp_path)])
-        assert training.image_token_count(vlm, sample) == images[0].rows * images[0].columns
+        assert memory.image_token_count(vlm, sample) == images[0].rows * images[0].columns
     weight = vlm.base.model.language_model.norm.weight.requires_grad_(True)
     probed = []
 
@@ -844,11 +845,11 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
 
     rows = [{"id": name, "traces": "x" * length} for length, name in enumerate(sizes)]
     args = argparse.Namespace(steps=2, max_tokens=7, batch_size=3, grad_accum=4, group_size=6)
-    training.probe_sft(vlm, rows, made, examples, args)
+    memory.probe_sft(vlm, rows, made, examples, args)
     assert probed == ["square"] and weight.grad is None
     assert re.search(r"forward and backward, 3 x \d+ tokens", capsys.readouterr().out)
     args.batch_size, args.val_prompts = 2, 8
-    training.probe_grpo(vlm, list(made.values()), args, tmp_path, IVT)
+    memory.probe_grpo(vlm, list(made.values()), args, tmp_path, IVT)
     weight.requires_grad_(False)
     count = int(re.search(r"2 x (\d+) tokens", capsys.readouterr().out)[1])
     assert count > 3 * (64 + 7)
@@ -861,7 +862,7 @@ def test_what_the_log_says_of_a_batch_of_rollouts():
     boxes = [[half, right], [None, right], [half, half], [half, None]]
     trajectories = [Trajectory(target=[1] * n, boxes=pair) for n, pair in enumerate(boxes, 1)]
     rewards = torch.tensor([[1.0, 0.5], [0.3, 0.3]])
-    facts = training.rollout_facts(rewards, trajectories, [truth] * 4, [0.1] * 9 + [0.6])
+    facts = health.rollout_facts(rewards, trajectories, [truth] * 4, [0.1] * 9 + [0.6])
     assert facts == {
         "reward": pytest.approx(0.525),
         "reward_std": 0.125,  # of 0.25 and 0
@@ -872,8 +873,8 @@ def test_what_the_log_says_of_a_batch_of_rollouts():
         "sampler_gap": pytest.approx(0.15),
         "sampler_gap_max": 0.6,
     }
-    training.stop_unless_finite(3, 0.5, 1.0, [truth])
-    message = one_line(training.stop_unless_finite, 3, float("nan"), 1.0, [truth])
+    run.stop_unless_finite(3, 0.5, 1.0, [truth])
+    message = one_line(run.stop_unless_finite, 3, float("nan"), 1.0, [truth])
     assert "update 3: loss nan" in message and "['1']; lower --lr" in message
 
 
@@ -881,10 +882,10 @@ def test_leaving_the_healthy_range_warns_once():
     healthy = {"kl": (0, 0.5, "lower --lr"), "valid": (0.9, 1, "x")}
     rows = [{"kl": 0.9, "valid": 1.0}] * 4
     warned = set()
-    assert training.unhealthy(rows, warned, healthy) == []
+    assert health.unhealthy(rows, warned, healthy) == []
     rows = rows + rows[:1]
     sentence = "warning: kl is 0.900 (healthy: 0 to 0.5): lower --lr"
-    assert training.unhealthy(rows, warned, healthy) == [sentence]
-    assert training.unhealthy(rows, warned, healthy) == []
+    assert health.unhealthy(rows, warned, healthy) == [sentence]
+    assert health.unhealthy(rows, warned, healthy) == []
     later = rows + [{"kl": 0.1, "valid": 1.0}] * 10  # what is long ago does not count
-    assert training.unhealthy(later, set(), healthy) == []
+    assert health.unhealthy(later, set(), healthy) == []

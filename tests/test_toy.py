@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import CORRECTION, IVT_PROMPT, SINGLE_PROMPT, encode_images, parse_box
-from support.data.traces import template_trace
-from support.model.loops import CLOSER
+from support.data.teacher import template_trace
+from support.model.views import CLOSER
 from tests.small import TEXTS, vlm
 from toy.model import make_image_processor, make_model, make_tokenizer
 from toy.questions import FRAMES, RELATED, compare, draw_frame, is_inside, view

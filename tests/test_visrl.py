@@ -20,7 +20,7 @@ from common import (
     trajectory_logprobs,
 )
 from support.data.samples import VISRL_FIELDS, read_samples
-from support.model import models
+from support.model import adapters
 from support.running.files import write_jsonl
 from tests.small import picture, vlm
 from toy import questions, world
@@ -242,7 +242,7 @@ def test_a_step_of_the_policy_does_so_too(vlm, answers):
     """On pairs of different lengths and images, each stage, the reference staying where it is."""
     own = replace(vlm, model=copy.deepcopy(vlm.base))
     for name in ("policy", "reference"):
-        models.new_adapter(own, 4, 8, name)
+        adapters.new_adapter(own, 4, 8, name)
     own.model.set_adapter("policy")
     parameters = [p for p in own.model.parameters() if p.requires_grad]
     batch = []
@@ -254,7 +254,7 @@ def test_a_step_of_the_policy_does_so_too(vlm, answers):
     steps = 1 if answers[0] is None else 2
 
     def logprobs(adapter):
-        with models.using(own, adapter):
+        with adapters.using(own, adapter):
             return pair_logprobs(trajectory_logprobs(own, batch), 2, steps)
 
     before = logprobs("reference").detach()

@@ -21,12 +21,14 @@ from common import (
     text_logits,
     trajectory_logprobs,
 )
-from support import training
 from support.data.samples import load_image
-from support.model import loops
+from support.model import decoding
 from support.model import vllm_rollout as on_vllm
-from support.model.loops import asked_again, guarded, rollouts
-from support.model.models import add_adapter, new_adapter, quiet
+from support.model.adapters import add_adapter, new_adapter
+from support.model.decoding import rollouts
+from support.model.loading import quiet
+from support.model.views import asked_again, guarded
+from support.report import health
 from tests.small import picture, vlm
 from toy.model import make_image_processor
 from toy.recipe.train import BASE
@@ -51,7 +53,7 @@ def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
     with pytest.raises(SystemExit) as error:
         rollouts(args)
     assert "pip install vllm" in error.value.code and "\n" not in error.value.code
-    assert rollouts(argparse.Namespace(engine="plain")) is loops.play
+    assert rollouts(argparse.Namespace(engine="plain")) is decoding.play
 
 
 def test_another_policy_than_the_trained_one_is_refused(monkeypatch):
@@ -316,7 +318,7 @@ def test_greedy_is_what_the_plain_rollout_writes(trained, name, adapter):
     with contextlib.nullcontext() if adapter else vlm.model.disable_adapter():
         ours = play(trained, steps, **options)
         same(ours, rollout(vlm, images, texts, steps, **options), 1e-3)
-        gaps = training.sampler_gaps(ours, trajectory_logprobs(vlm, ours).logprob)
+        gaps = health.sampler_gaps(ours, trajectory_logprobs(vlm, ours).logprob)
     assert max(gaps) < 1e-3
 
 
@@ -338,7 +340,7 @@ def test_what_is_sampled(trained):
     rows = play(trained, 1, seeds=[3, 1, 2], **options)
     engine.llm.llm_engine.step = step
     assert len(rows) == 9 and len({tuple(row.target) for row in rows[:3]}) > 1
-    gaps = training.sampler_gaps(rows, trajectory_logprobs(vlm, rows).logprob)
+    gaps = health.sampler_gaps(rows, trajectory_logprobs(vlm, rows).logprob)
     assert max(gaps) < 1e-3
     one = vlm, images[1:2], texts[1:2], engine
     alone = play(one, 1, seeds=[1], **options)

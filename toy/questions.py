@@ -5,7 +5,7 @@ Pictures, objects and frames are dicts as in world.py. All randomness comes from
 """
 
 from common import draw_overlay, iou, normalize_box
-from support.data.traces import place
+from support.data.geometry import place
 from toy.world import MARKS, SIDE, area, center
 
 from PIL import Image

@@ -23,9 +23,9 @@ import math
 import time
 
 from common import trajectory_logprobs
-from support import training
+from support import run
 from support.data import samples
-from support.model import checkpoints, models
+from support.model import adapters, checkpoints, loading, memory
 from support.running import errors, files, processes
 from support.running.flags import Flag, command, flags
 from visrl.loop import (
@@ -80,18 +80,18 @@ if origin:
     stage, _, number = origin.removeprefix("rl").partition("_")
     made = f"python -m visrl.dpo --stage {stage} --iteration {number or 1}"
     made = command(args, "python -m visrl.sft" if origin == "sft" else made)
-    inputs.append(checkpoints.adapter_file(args.out / origin, made))
+    inputs.append(adapters.adapter_file(args.out / origin, made))
 files.begin(args, name, *inputs)
 checkpoints.leave_if_finished(args, name)
 
 # Model and optimizer ------------------------------------------------------------------------------
 # Two adapters that begin as the same one, the policy (trained) and the reference (frozen)
-vlm = models.load_vlm(args)
+vlm = loading.load_vlm(args)
 for adapter in ("policy", "reference"):
     if origin:
-        models.add_adapter(vlm, args.out / origin, adapter)
+        adapters.add_adapter(vlm, args.out / origin, adapter)
     else:
-        models.new_adapter(vlm, *models.lora_size(args.preset, "visrl.sft"), adapter)
+        adapters.new_adapter(vlm, *adapters.lora_size(args.preset, "visrl.sft"), adapter)
 vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that takes gradients
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
@@ -104,7 +104,7 @@ def pictures(pair):
     return [image, *(loop.feedback(image, pair[side]["box"]) for side in ("chosen", "rejected"))]
 
 
-image_tokens = training.image_token_source(vlm, pictures)
+image_tokens = memory.image_token_source(vlm, pictures)
 
 
 def examples(pairs):
@@ -130,22 +130,22 @@ def examples(pairs):
 
 def largest(pair):
     """By size of the image, then by length of the texts."""
-    return training.image_token_count(vlm, sample_of[pair["id"]]), len(str(pair))
+    return memory.image_token_count(vlm, sample_of[pair["id"]]), len(str(pair))
 
 
 # Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, _ = checkpoints.resume(args, name, vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
 pair = max(pairs, key=largest)
-training.probe(vlm, examples([pair] * args.batch_size), sample_of[pair["id"]])
+memory.probe(vlm, examples([pair] * args.batch_size), sample_of[pair["id"]])
 processes.catch_interrupts()
 
 # Training -----------------------------------------------------------------------------------------
-bar = training.progress(name, updates, first_update)
+bar = run.progress(name, updates, first_update)
 for update in range(first_update, updates):
     # Batch ----------------------------------------------------------------------------------------
     epoch, number = divmod(update, updates_per_epoch)
-    shuffled = training.shuffled(pairs, args.seed, epoch)
+    shuffled = run.shuffled(pairs, args.seed, epoch)
     whole = shuffled[number * per_update : (number + 1) * per_update]
     mine = processes.share(whole)
 
@@ -157,7 +157,7 @@ for update in range(first_update, updates):
         part = mine[i : i + args.batch_size]
         errors.working_on([sample_of[pair["id"]] for pair in part])
         batch = examples(part)
-        with torch.no_grad(), models.using(vlm, "reference"):
+        with torch.no_grad(), adapters.using(vlm, "reference"):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
         losses, margins = dpo_loss(  # [N, K], [N, K]
@@ -178,8 +178,8 @@ for update in range(first_update, updates):
     facts = torch.tensor(processes.gather(facts))  # [pairs of the update, 4 + K]
     loss, accuracy, *margin, kl, nll = facts.mean(0).tolist()
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    training.stop_unless_finite(update + 1, loss, norm, whole)
-    rate = training.learning_rate(args, update, updates)
+    run.stop_unless_finite(update + 1, loss, norm, whole)
+    rate = run.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from common import box_iou, format_box, normalize_box
 from support.data import samples
-from support.model import models
-from support.model.loops import rollouts
+from support.model import adapters
+from support.model.decoding import rollouts
 from support.running import files, processes
 from support.running.flags import command, flags
 from visrl import report
@@ -67,7 +67,7 @@ def model_with(adapter):
         loaded.clear()  # free one model before another is loaded
         if adapter:
             files.agrees(args, adapter, "crop")
-        loaded[adapter] = models.load_with_adapter(args, adapter and args.out / adapter)
+        loaded[adapter] = adapters.load_with_adapter(args, adapter and args.out / adapter)
     return loaded[adapter]
 
 

@@ -35,8 +35,8 @@ from collections import Counter
 
 from common import format_box, iou
 from support.data import samples
-from support.model import checkpoints, models
-from support.model.loops import rollouts
+from support.model import adapters, loading
+from support.model.decoding import rollouts
 from support.running import errors, files, processes
 from support.running.flags import Flag, command, flags
 from visrl.critics import score_paths
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     actor = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
     made = f"python -m visrl.dpo --stage 2 --iteration {args.iteration - 1}"
     made = command(args, "python -m visrl.sft" if actor == "sft" else made)
-    inputs = [data / "train.jsonl", checkpoints.adapter_file(args.out / actor, made)]
+    inputs = [data / "train.jsonl", adapters.adapter_file(args.out / actor, made)]
     depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
     depends_on.append("iteration")
     files.agrees(args, actor, "crop")
@@ -148,10 +148,10 @@ if __name__ == "__main__":
     @functools.cache
     def load_model():
         """The base with two adapters, actor and (for an ablation) critic, when a step needs it."""
-        vlm = models.load_vlm(args)
+        vlm = loading.load_vlm(args)
         if args.ablation == "sft_critic":
-            models.add_adapter(vlm, args.out / "sft", "critic")
-        models.add_adapter(vlm, args.out / actor, "actor")
+            adapters.add_adapter(vlm, args.out / "sft", "critic")
+        adapters.add_adapter(vlm, args.out / actor, "actor")
         return vlm
 
     def step(name, of, work, *more):
@@ -233,7 +233,7 @@ if __name__ == "__main__":
         vlm = load_model()
         judge = vlm.model.disable_adapter()  # the model before SFT
         if args.ablation == "sft_critic":
-            judge = models.using(vlm, "critic")
+            judge = adapters.using(vlm, "critic")
         items = []
         for number, sample in batch:
             image = samples.load_image(sample, data)

@@ -17,9 +17,9 @@ import math
 import time
 
 from common import feedback_pictures, normalize_box, trajectory_logprobs
-from support import training
+from support import run
 from support.data import samples
-from support.model import checkpoints, models
+from support.model import adapters, checkpoints, loading, memory
 from support.running import errors, files, processes
 from support.running.flags import command, flags
 from visrl.loop import LOOPS, path_trajectory
@@ -50,8 +50,8 @@ files.begin(args, "sft", data / "sft.jsonl")
 checkpoints.leave_if_finished(args, "sft")
 
 # Model and optimizer ------------------------------------------------------------------------------
-vlm = models.load_vlm(args)
-models.new_adapter(vlm, args.lora_rank, args.lora_alpha)
+vlm = loading.load_vlm(args)
+adapters.new_adapter(vlm, args.lora_rank, args.lora_alpha)
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 count = sum(p.numel() for p in parameters)
@@ -63,7 +63,7 @@ def pictures(row):
     return feedback_pictures(samples.load_image(row, data), [row["box"], None], loop)
 
 
-image_tokens = training.image_token_source(vlm, pictures)
+image_tokens = memory.image_token_source(vlm, pictures)
 
 
 def examples(rows):
@@ -78,15 +78,15 @@ def examples(rows):
 # Resume, and the largest batch of the run before any work -----------------------------------------
 log, first_update, _ = checkpoints.resume(args, "sft", vlm, optimizer)
 errors.explain_out_of_memory("--max-pixels or --batch-size (and raise --grad-accum as much)")
-training.probe_sft(vlm, rows, {row["id"]: row for row in rows}, examples, args)
+memory.probe_sft(vlm, rows, {row["id"]: row for row in rows}, examples, args)
 processes.catch_interrupts()
 
 # Training -----------------------------------------------------------------------------------------
-bar = training.progress("sft", updates, first_update)
+bar = run.progress("sft", updates, first_update)
 for update in range(first_update, updates):
     # Batch ----------------------------------------------------------------------------------------
     epoch, number = divmod(update, updates_per_epoch)
-    shuffled = training.shuffled(rows, args.seed, epoch)
+    shuffled = run.shuffled(rows, args.seed, epoch)
     chosen = shuffled[number * per_update : (number + 1) * per_update]
     mine = processes.share(chosen)
     errors.working_on(mine)
@@ -104,8 +104,8 @@ for update in range(first_update, updates):
     processes.sum_gradients(parameters)
     loss = sum(processes.gather([loss]))
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    training.stop_unless_finite(update + 1, loss, norm, chosen)
-    rate = training.learning_rate(args, update, updates)
+    run.stop_unless_finite(update + 1, loss, norm, chosen)
+    rate = run.learning_rate(args, update, updates)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

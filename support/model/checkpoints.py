@@ -1,20 +1,16 @@
-"""Checkpoints of a run (one file each) and LoRA adapters (PEFT folders)."""
+"""Checkpoints of a run, one file each."""
 
 import functools
-import json
-import os
-import shutil
 from pathlib import Path
 
-from support.model.models import fingerprint
+from support.model.adapters import adapter_state, restore_adapter, save_adapter
 from support.running.errors import stop
-from support.running.files import Log, write_bytes, writing
+from support.running.files import Log, write_bytes
 from support.running.processes import RANK, barrier, interrupted, leave_if_interrupted
 
 import torch
 
 NO_BEST = (-1.0, 0)  # reward and update of a validation that is yet to come
-ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 def save_checkpoint(path, **state):
@@ -108,33 +104,6 @@ def say_if_unfinished(adapter):
         say_once(f"{adapter}: the run stopped after update {state['update']}; its best so far")
 
 
-def save_adapter(vlm, folder, name="default"):
-    """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, each moved into
-    place whole, and the fingerprint of the base model, so that it is never put on another one."""
-    if RANK:
-        return
-    folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    with writing(folder):
-        vlm.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
-        made = temporary
-        if name != "default":  # PEFT puts any other adapter into a subfolder
-            made = temporary / name
-        (made / "base.json").write_text(json.dumps(fingerprint(vlm)) + "\n")
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in ADAPTER_FILES:
-            os.replace(made / file, folder / file)
-        shutil.rmtree(temporary)
-
-
-def adapter_file(folder, command):
-    """The weights of an adapter; stops with the command that makes them when they are missing."""
-    file = Path(folder) / "adapter_model.safetensors"
-    if not file.exists():
-        stop(f"{folder} is missing; first run: {command}")
-    return file
-
-
 def best_adapter(run):
     """The folder of the run's GRPO adapter, else of its SFT adapter, else of GRPO without SFT, else
     None."""
@@ -144,18 +113,3 @@ def best_adapter(run):
             say_if_unfinished(adapter)
             return adapter
     return None
-
-
-def adapter_state(model, name="default"):
-    """name -> tensor, copies on the CPU."""
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: value.detach().cpu().clone() for key, value in state.items()}
-
-
-def restore_adapter(model, state, name="default"):
-    """Gives an adapter the weights that `adapter_state` has taken of it."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, state, adapter_name=name)

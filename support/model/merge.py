@@ -7,8 +7,9 @@ Takes the GRPO adapter of the run, else its SFT adapter. The sum is taken in flo
 weights is added to the weights in full, which are not quite those it was trained on.
 """
 
+from support.model.adapters import add_adapter
 from support.model.checkpoints import best_adapter
-from support.model.models import add_adapter, load_vlm
+from support.model.loading import load_vlm
 from support.running.errors import stop
 from support.running.files import writing
 from support.running.flags import Flag, command, flags

@@ -18,7 +18,7 @@ The update stays as it is, with an importance ratio of 1. This holds up to round
 add up in another order than the trainer's, and in bfloat16 log pi of a token may differ by some
 hundredths. `grpo.py` logs the mean and the largest |log pi_sampler - log pi_trainer| of an update
 (`sampler_gap`, `sampler_gap_max`) and warns when the mean is above the bound in
-support/training.py. Were it not to be neglected, the correction is truncated importance sampling:
+support/report/health.py. Were it not to be neglected, the correction is truncated importance sampling:
 each token's policy term is weighted by min(pi_trainer / pi_sampler, C), without gradient, with a C
 of about 2. In expectation that is the gradient under the trainer's own policy, up to what the
 truncation takes away, which bounds the variance. It is not built in: with `--dtype float32` the
@@ -47,8 +47,8 @@ from common import (
     prompt_ids,
     token_text,
 )
-from support.model.checkpoints import save_adapter
-from support.model.models import free_memory
+from support.model.adapters import save_adapter
+from support.model.loading import free_memory
 from support.running.errors import stop
 from support.running.processes import WORLD
 
@@ -76,7 +76,7 @@ class Engine:
 def player(args, trainee=None):
     """A function that plays loops as `rollout` does, on a vLLM that starts when it is needed.
 
-    trainee: see support/model/loops.py, `rollouts`. Exits without vLLM, and where it would play
+    trainee: see support/model/decoding.py, `rollouts`. Exits without vLLM, and where it would play
     another policy than the one that is trained.
     """
     import_vllm()

@@ -8,7 +8,7 @@ random in it depends on the box alone, so that a run can be repeated.
 from dataclasses import replace
 
 from common import draw_overlay
-from support.model.loops import asked_again
+from support.model.views import asked_again
 from support.report.statistics import AGAIN_GUARDED
 
 import numpy as np

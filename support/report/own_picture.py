@@ -6,9 +6,9 @@ from pathlib import Path
 
 from common import denormalize_box
 from support.data.samples import load_image
+from support.model.adapters import load_with_adapter
 from support.model.checkpoints import best_adapter
-from support.model.loops import rollouts
-from support.model.models import load_with_adapter
+from support.model.decoding import rollouts
 from support.report.page import group, with_views, write_page
 from support.report.pictures import filmstrip, write_picture
 from support.running.errors import explain_out_of_memory, stop, working_on

@@ -29,13 +29,13 @@ from urllib.parse import quote
 
 from common import box_iou, last_valid, normalize_box
 from support.data.samples import load_image
-from support.data.traces import claim_of, geometry_of, trace_of
-from support.model.loops import view_of
+from support.model.views import view_of
+from support.report.claims import claim_of, geometry_of, trace_of
+from support.report.health import HEALTHY, LAST_UPDATES
 from support.report.statistics import AGAIN, AGAIN_GUARDED, CONTROL, all_ious, log_line, strata
 from support.report.tables import report
 from support.running.files import write_jsonl, write_text
 from support.running.processes import RANK, gather
-from support.training import HEALTHY, LAST_UPDATES
 
 from PIL import Image
 

@@ -8,7 +8,7 @@ import textwrap
 
 from common import box_iou, denormalize_box
 from support.data.samples import load_image
-from support.data.traces import trace_of
+from support.report.claims import trace_of
 from support.report.statistics import METRICS, by_change
 from support.running.files import write_bytes
 

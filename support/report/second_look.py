@@ -6,7 +6,7 @@ high]. Right is an IoU of 0.5 or more.
 """
 
 from common import box_iou, last_valid, normalize_box
-from support.data.traces import CLAIMS, KEEP, claim_of, geometry_of, trace_of
+from support.report.claims import CLAIMS, KEEP, claim_of, geometry_of, trace_of
 from support.report.statistics import (
     CONTROL,
     all_ious,

@@ -4,8 +4,8 @@
 import json
 from pathlib import Path
 
-from support.data.traces import CLAIMS
 from support.report import second_look, statistics
+from support.report.claims import CLAIMS
 from support.report.second_look import AGREEMENT
 from support.report.statistics import CONTROL, METRICS, main_row, signed
 from support.running.files import write_text

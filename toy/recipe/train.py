@@ -26,7 +26,7 @@ import shutil
 import time
 from pathlib import Path
 
-from support.model.models import quiet
+from support.model.loading import quiet
 from support.running import processes
 from support.running.errors import stop
 from support.running.files import write_bytes, writing

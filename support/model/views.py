@@ -1,14 +1,10 @@
-"""The Loop that `--feedback` names, its variants in the tables of evaluate.py, and who plays
-them."""
+"""The Loop that `--feedback` names, and its variants in the tables of evaluate.py."""
 
 from dataclasses import replace
 
-from common import CORRECTION, IVT, SINGLE_PROMPT, denormalize_box, draw_overlay, iou, rollout
-from support.model.models import free_memory, merged, unpacked
-from support.running.errors import out_of_memory
+from common import CORRECTION, IVT, SINGLE_PROMPT, denormalize_box, draw_overlay, iou
 
 from PIL import Image
-from tqdm import tqdm
 
 CLOSER = "The view shows the surroundings of your last prediction, enlarged. "
 CLOSER += CORRECTION.replace("coordinates", "coordinates in this view")
@@ -19,8 +15,6 @@ SMALLEST_VIEW = 100  # a tenth of the image: a box that is wrongly tiny would sh
 # correction: refining a box that is roughly right does not need more.
 GUARD_IOU = 0.6
 GUARD_SIDES = 0.35
-
-no_room = float("inf")  # trajectories x pictures x pixels that unpacked weights left no room for
 
 # A model that was never taught to go on in its own turn is asked again by its user
 USER_TURN = (
@@ -127,47 +121,3 @@ def asked_again(surroundings):
 
     words = dict(prompt=SINGLE_PROMPT, continuation=SINGLE_PROMPT, turn=USER_TURN)
     return replace(zoom(surroundings), feedback=feedback, **words)
-
-
-def play(vlm, images, texts, steps, *, group_size=1, **options):
-    """`rollout`, with the weights as decoding likes them: LoRA a part of them where they can take
-    it, 4-bit ones unpacked where there is room.
-
-    A rollout that has no room for them is played again from 4-bit weights, and larger ones are not
-    tried.
-    """
-    global no_room
-    asked = (vlm, images, texts, steps)
-    size = (
-        len(images) * group_size * (steps + 1) * max(image.width * image.height for image in images)
-    )
-    if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:
-        has_copies = True  # or was about to, where there was no room for them alone
-        try:
-            with unpacked(vlm) as has_copies:
-                return rollout(*asked, group_size=group_size, **options)
-        except Exception as e:
-            if not (has_copies and out_of_memory(e)):
-                raise
-        no_room = size
-        free_memory()  # what the rollout held is free here, where the exception is no more
-        rows = len(images) * group_size
-        tqdm.write(
-            f"no room for unpacked weights with {rows} trajectories; going on from 4-bit ones"
-        )
-    with merged(vlm):
-        return rollout(*asked, group_size=group_size, **options)
-
-
-def rollouts(args, trainee=None):
-    """What plays the loops: `play`, or with --engine vllm a function that takes and returns the
-    same.
-
-    trainee: the model that is trained on what is played: its trajectories need their ImageTokens,
-    and the engine starts at once, beside the largest batch. Exits when there is no vLLM.
-    """
-    if args.engine == "plain":
-        return play
-    from support.model.vllm_rollout import player
-
-    return player(args, trainee)

@@ -1,0 +1,36 @@
+"""How boxes lie, in words. All boxes are in 0..1000."""
+
+
+def place(box):
+    """Where on the image a box (0..1000) lies, in words."""
+    x = (box[0] + box[2]) / 2
+    y = (box[1] + box[3]) / 2
+    row = "upper" if y < 333 else "lower" if y > 667 else ""
+    column = "left" if x < 333 else "right" if x > 667 else ""
+    return f"{row} {column}".strip() or "middle"
+
+
+def faults_of(before, truth):
+    """How a box lies to the true one, both in 0..1000, in words: its faults, and what cures them,
+    moves and sizes."""
+    width = max(truth[2] - truth[0], 1)
+    height = max(truth[3] - truth[1], 1)
+    # How far the truth's centre lies to the right and below, in sizes of the true box
+    dx = (truth[0] + truth[2] - before[0] - before[2]) / 2 / width
+    dy = (truth[1] + truth[3] - before[1] - before[3]) / 2 / height
+    wider = width / max(before[2] - before[0], 1)
+    taller = height / max(before[3] - before[1], 1)
+    rules = [  # whether it is so, the fault, the cure
+        (dx > 0.1, "too far left", "right"),
+        (dx < -0.1, "too far right", "left"),
+        (dy > 0.1, "too high", "down"),
+        (dy < -0.1, "too low", "up"),
+        (wider > 1.15, "too narrow", "wider"),
+        (wider < 0.87, "too wide", "narrower"),
+        (taller > 1.15, "too short", "taller"),
+        (taller < 0.87, "too tall", "shorter"),
+    ]
+    faults = [fault for true, fault, _ in rules if true]
+    moves = [cure for true, _, cure in rules[:4] if true]
+    sizes = [cure for true, _, cure in rules[4:] if true]
+    return faults, moves, sizes

@@ -1,0 +1,206 @@
+"""LoRA adapters (PEFT folders): made, loaded, saved, and told what base they belong to."""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.model.loading import check_weights, load_vlm, quiet, read_json
+from support.running.errors import out_of_memory, stop
+from support.running.files import writing
+from support.running.presets import PRESETS
+from support.running.processes import RANK
+
+import torch
+from safetensors import safe_open
+
+
+def fingerprint(vlm):
+    """What tells one base model from another: its shape and a hash of its norms.
+
+    4-bit loading leaves the norms as they are. Computed once for each model.
+    """
+    base = vlm.base
+    if not hasattr(base, "base_fingerprint"):
+        digest = hashlib.sha256()
+        for name, p in base.model.language_model.named_parameters():
+            if name.endswith("norm.weight"):
+                digest.update(p.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
+        text = base.config.text_config
+        base.base_fingerprint = {
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "vocab_size": text.vocab_size,
+            "norms": digest.hexdigest()[:12],
+        }
+    return base.base_fingerprint
+
+
+def lora_config(rank, alpha):
+    """LoRA on all attention and MLP projections of the language model (Section 4.1).
+
+    The vision tower stays frozen.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=(
+            r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+        ),
+    )
+
+
+def lora_size(preset, phase="sft"):
+    """(rank, alpha) of the adapters that a paper's SFT makes in this preset."""
+    settings = PRESETS[phase]
+    return tuple(getattr(settings[name], preset) for name in ("lora_rank", "lora_alpha"))
+
+
+def new_adapter(vlm, rank, alpha, name="default"):
+    """Puts a LoRA on the model that changes nothing until it is trained.
+
+    PEFT keeps its weights in float32, whatever the base is in.
+    """
+    from peft import PeftModel, get_peft_model
+
+    quiet()
+    if isinstance(vlm.model, PeftModel):
+        vlm.model.add_adapter(name, lora_config(rank, alpha))
+    else:
+        vlm.model = get_peft_model(vlm.model, lora_config(rank, alpha), adapter_name=name)
+    vlm.model.train()
+
+
+def add_adapter(vlm, folder, name):
+    """Loads a PEFT adapter folder as `name`, beside those already there, and makes it active.
+
+    It is frozen. One of this name that is there already is not loaded again. Exits when `folder` is
+    no adapter, is damaged, does not fit the model or was trained on another base (base.json; a
+    folder without it is taken on trust).
+    """
+    from peft import PeftModel
+
+    quiet()
+    if not (isinstance(vlm.model, PeftModel) and name in vlm.model.peft_config):
+        load_adapter(vlm, Path(folder), name)
+    vlm.model.set_adapter(name)
+    for p in vlm.model.parameters():
+        p.requires_grad_(False)
+    vlm.model.train()  # PEFT has just switched to eval mode; see load_vlm
+
+
+def load_adapter(vlm, folder, name):
+    from peft import PeftModel, get_peft_model_state_dict
+
+    check_adapter(vlm, folder)
+    try:
+        if isinstance(vlm.model, PeftModel):
+            vlm.model.load_adapter(str(folder), adapter_name=name)
+        else:
+            vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), adapter_name=name)
+    except Exception as e:
+        if out_of_memory(e):
+            raise
+        reason = " ".join(str(e).split())[:200]
+        stop(f"{folder} does not fit the model loaded ({reason}); give the adapter of this --model")
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        there = {key for key in file.keys() if "lora_" in key}
+    state = get_peft_model_state_dict(vlm.model, adapter_name=name, save_embedding_layers=False)
+    if there != set(state):
+        key = sorted(there ^ set(state))[0]
+        one = "only one of adapter_config.json and adapter_model.safetensors"
+        stop(f"{folder} does not fit the model loaded: {one} speaks of {key}")
+
+
+def check_adapter(vlm, folder):
+    """Stops unless `folder` holds a whole LoRA of this base model."""
+    missing = []
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).exists():
+            missing.append(file)
+    if missing:
+        stop(f"{folder} is no adapter folder: {' and '.join(missing)} not there")
+    remedy = "train it again, or copy the whole folder again"
+    config = read_json(folder / "adapter_config.json", remedy)
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
+        stop(f"{folder / 'adapter_config.json'}: peft_type is {kind}, expected LORA; {remedy}")
+    check_weights(folder / "adapter_model.safetensors", remedy)
+    if (folder / "base.json").exists():
+        then, now = read_json(folder / "base.json", remedy), fingerprint(vlm)
+        if then != now:
+            stop(
+                f"{folder} was trained on another base model: {then}; the one loaded (--model) is "
+                f"{now}"
+            )
+
+
+@contextmanager
+def using(vlm, adapter):
+    """Inside, another adapter is the active one; afterwards the one before it."""
+    before = vlm.model.active_adapter
+    vlm.model.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        vlm.model.set_adapter(before)
+
+
+def load_with_adapter(args, folder=None):
+    """The base model with the adapter in `folder`, or as it is (None), for evaluation."""
+    vlm = load_vlm(args)
+    if folder:
+        add_adapter(vlm, folder, "policy")
+    return vlm
+
+
+# Files of an adapter ------------------------------------------------------------------------------
+ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
+
+
+def save_adapter(vlm, folder, name="default"):
+    """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, each moved into
+    place whole, and the fingerprint of the base model, so that it is never put on another one."""
+    if RANK:
+        return
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    with writing(folder):
+        vlm.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
+        made = temporary
+        if name != "default":  # PEFT puts any other adapter into a subfolder
+            made = temporary / name
+        (made / "base.json").write_text(json.dumps(fingerprint(vlm)) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ADAPTER_FILES:
+            os.replace(made / file, folder / file)
+        shutil.rmtree(temporary)
+
+
+def adapter_file(folder, command):
+    """The weights of an adapter; stops with the command that makes them when they are missing."""
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.exists():
+        stop(f"{folder} is missing; first run: {command}")
+    return file
+
+
+def adapter_state(model, name="default"):
+    """name -> tensor, copies on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.detach().cpu().clone() for key, value in state.items()}
+
+
+def restore_adapter(model, state, name="default"):
+    """Gives an adapter the weights that `adapter_state` has taken of it."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, state, adapter_name=name)

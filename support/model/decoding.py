@@ -1,0 +1,142 @@
+"""What plays the loops: `rollout` with the weights as decoding likes them, or vLLM."""
+
+from contextlib import contextmanager
+from functools import partial
+
+from common import rollout
+from support.model.loading import free_memory
+from support.running.errors import out_of_memory
+
+import torch
+from torch.nn.functional import linear
+from tqdm import tqdm
+
+MERGED_BYTES = 2**30  # of the weights that are copied while LoRA is part of them
+
+
+@contextmanager
+def merged(vlm):
+    """Inside, the active LoRA is part of the weights: one product for each projection, not three.
+
+    The same policy up to rounding. Of float32 weights up to MERGED_BYTES alone: bfloat16 would
+    round much of LoRA away, and 4-bit weights cannot take it (see `unpacked`). Afterwards the
+    weights are what they were to the bit, from a copy: PEFT takes LoRA off by subtraction, which
+    drifts.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in vlm.model.modules() if isinstance(module, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers if not layer.disable_adapters]
+    is_float32 = all(weight.dtype == torch.float32 for weight in weights)
+    if not weights or not is_float32 or sum(weight.nbytes for weight in weights) > MERGED_BYTES:
+        yield
+        return
+    before = [weight.detach().clone() for weight in weights]
+    vlm.model.merge_adapter()
+    try:
+        yield
+    finally:
+        vlm.model.unmerge_adapter()
+        for weight, old in zip(weights, before):
+            weight.data.copy_(old)
+
+
+@contextmanager
+def unpacked(vlm):
+    """Inside, 4-bit projections that LoRA is active on decode from a copy of their weights in the
+    computing type, and LoRA is its two products beside it.
+
+    The same policy up to rounding, without PEFT's and bitsandbytes' work for every token
+    (speed/README.md). The copies take 2 bytes a weight, 6.8 GiB of the real model. No gradient
+    goes through them. An adapter that is more than A and B (DoRA, a bias, dropout) is left to PEFT.
+    Yields whether there are any copies.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+
+    before = {}  # layer -> its own `forward`, if it has one beside its class's
+    try:
+        for layer in vlm.model.modules():
+            if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+                continue
+            base = layer.get_base_layer()
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            if not isinstance(base, Linear4bit) or not all(is_plain(layer, n) for n in names):
+                continue
+            loras = [
+                (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+                for name in names
+            ]
+            weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
+            weight = weight.to(base.compute_dtype)
+            before[layer] = vars(layer).get("forward")
+            layer.forward = partial(project, weight=weight, bias=base.bias, loras=loras)
+        yield bool(before)
+    finally:
+        for layer, forward in before.items():
+            del layer.forward
+            if forward:
+                layer.forward = forward
+
+
+def is_plain(layer, name):
+    """Whether an adapter adds B(A(x)) times a number to this layer, and nothing else."""
+    has_bias = layer.lora_B[name].bias is not None
+    drops = not isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    return not (has_bias or drops or name in layer.lora_variant)
+
+
+def project(x, weight, bias, loras):
+    """x [..., in] -> [..., out]. loras: (A [rank, in], B [out, rank], alpha / rank) of each."""
+    out = linear(x, weight, bias)
+    for a, b, scale in loras:
+        out = out + (linear(linear(x.to(a.dtype), a), b) * scale).to(out.dtype)
+    return out
+
+
+no_room = float("inf")  # trajectories x pictures x pixels that unpacked weights left no room for
+
+
+def play(vlm, images, texts, steps, *, group_size=1, **options):
+    """`rollout`, with the weights as decoding likes them: LoRA a part of them where they can take
+    it, 4-bit ones unpacked where there is room.
+
+    A rollout that has no room for them is played again from 4-bit weights, and larger ones are not
+    tried.
+    """
+    global no_room
+    asked = (vlm, images, texts, steps)
+    size = (
+        len(images) * group_size * (steps + 1) * max(image.width * image.height for image in images)
+    )
+    if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:
+        has_copies = True  # or was about to, where there was no room for them alone
+        try:
+            with unpacked(vlm) as has_copies:
+                return rollout(*asked, group_size=group_size, **options)
+        except Exception as e:
+            if not (has_copies and out_of_memory(e)):
+                raise
+        no_room = size
+        free_memory()  # what the rollout held is free here, where the exception is no more
+        rows = len(images) * group_size
+        tqdm.write(
+            f"no room for unpacked weights with {rows} trajectories; going on from 4-bit ones"
+        )
+    with merged(vlm):
+        return rollout(*asked, group_size=group_size, **options)
+
+
+def rollouts(args, trainee=None):
+    """What plays the loops: `play`, or with --engine vllm a function that takes and returns the
+    same.
+
+    trainee: the model that is trained on what is played: its trajectories need their ImageTokens,
+    and the engine starts at once, beside the largest batch. Exits when there is no vLLM.
+    """
+    if args.engine == "plain":
+        return play
+    from support.model.vllm_rollout import player
+
+    return player(args, trainee)

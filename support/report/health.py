@@ -1,0 +1,96 @@
+"""The health of GRPO: what its log has of a batch of rollouts, and when to warn."""
+
+from common import box_iou
+from support.running.processes import gather
+
+import torch
+
+# Metrics that are watched, as means over the last updates: the healthy range (rules of thumb, ours)
+# and what to try outside it
+HEALTHY = {
+    "kl": (0, 0.5, "the policy runs from its reference; lower --lr or raise --beta"),
+    "entropy": (
+        0.01,
+        3,
+        "low: groups stop differing, raise --entropy; high: a collapse on the way, lower --lr",
+    ),
+    "no_signal": (
+        0,
+        0.7,
+        "most groups have equal rewards and teach nothing; raise --temperature or --group-size",
+    ),
+    "sampler_gap": (
+        0,
+        0.05,
+        "what samples is not the policy that is trained; look at --dtype, or --engine plain",
+    ),
+    "valid": (
+        0.9,
+        1,
+        "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished",
+    ),
+}
+
+
+LAST_UPDATES = 10
+
+
+FEWEST_UPDATES = 5  # before these a mean says little
+
+
+def unhealthy(rows, warned, healthy=HEALTHY):
+    """Sentences on the metrics whose mean over the last updates has left its range; each once.
+
+    rows: the log's rows of the updates so far, a dict each. warned: the metrics already spoken of,
+    a set, which grows. healthy: metric -> (low, high, what to try).
+    """
+    recent = rows[-LAST_UPDATES:]
+    if len(recent) < FEWEST_UPDATES:
+        return []
+    sentences = []
+    for key, (low, high, advice) in healthy.items():
+        mean = sum(row[key] for row in recent) / len(recent)
+        if key not in warned and not low <= mean <= high:
+            warned.add(key)
+            sentences.append(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
+    return sentences
+
+
+def step_ious(trajectories, owners):
+    """The mean IoU of each step, T + 1 floats, over the trajectories of all processes.
+
+    owners: the sample of each trajectory. The reward does not see these (Section 3.4, "Advantage
+    scoring"); they show whether refining helps.
+    """
+    ious = [[box_iou(box, s) for box in t.boxes] for t, s in zip(trajectories, owners)]
+    return [round(v, 4) for v in torch.tensor(gather(ious)).mean(0).tolist()]
+
+
+def sampler_gaps(trajectories, logprob):
+    """|log pi as it was sampled - log pi of the trainer (a tensor, [M])| -> M floats."""
+    sampled = torch.tensor([value for t in trajectories for value in t.logprob])  # [M]
+    return (sampled - logprob.detach().cpu()).abs().tolist()
+
+
+def rollout_facts(rewards, trajectories, owners, gaps):
+    """What the log of GRPO has of a batch of rollouts, over all processes. rewards: [P, N].
+
+    gaps: of `sampler_gaps`. no_signal: the share of groups whose rewards are all equal, which teach
+    nothing.
+    """
+    valid = [sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories]
+    valid = gather(valid)
+    lengths = gather([len(t.target) for t in trajectories])
+    sums, largest = zip(*gather([(sum(gaps), max(gaps))]))
+    rewards = torch.tensor(gather(rewards.tolist()))  # [P, N] of all processes
+    deviation = rewards.std(1, unbiased=False)  # [P]
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": deviation.mean().item(),
+        "no_signal": (deviation < 1e-6).float().mean().item(),
+        "iou": step_ious(trajectories, owners),
+        "valid": sum(valid) / len(valid),
+        "tokens": sum(lengths) / len(lengths),
+        "sampler_gap": sum(sums) / sum(lengths),
+        "sampler_gap_max": max(largest),
+    }
