@@ -155,6 +155,9 @@ def draw_overlay(image, box, color=(255, 0, 0), alpha=0.25):
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 
+WHOLE = [0, 0, 1000, 1000]  # the view of the papers' loops
+
+
 @dataclass(frozen=True)
 class Loop:
     """What differs between the methods that look at their own boxes; the rest is one rollout."""
@@ -163,11 +166,12 @@ class Loop:
     feedback: Callable  # (image, box or None) -> the picture that is shown before step t >= 1
     continuation: str  # the instruction that is injected after that picture, may hold {text} too
     ends: Callable  # (text so far, t) -> whether step t is complete
-    # A picture may be a part of the image. (box, last valid box or None) -> the same box (0..1000)
-    # relative to the image (None: it has no area there), and relative to the picture
-    to_image: Callable = lambda box, last_box: box
-    to_picture: Callable = lambda box, last_box: box
     turn: str = "\n{picture}\n{continuation}\n"  # how both are injected: the same turn goes on
+    # (the last valid box, or None) -> the part of the image that the picture shows, a box in
+    # 0..1000. The boxes of a step are relative to it
+    view: Callable = lambda last_box: WHOLE
+    # (box, the last valid box) -> whether the box is refused, so that the last one stays
+    refuses: Callable = lambda box, last_box: False
 
 
 # IVT (Section 3.1). Every overlay is drawn on the original image: a step shows one box, never two.
@@ -180,9 +184,34 @@ IVT = Loop(
 SINGLE_SHOT = replace(IVT, prompt=SINGLE_PROMPT)  # with T = 0: no loop at all
 
 
+def box_in_view(box, view):
+    """The image's 0..1000 -> the view's; beyond 0..1000 where the box reaches out of the view."""
+    x, y, right, bottom = view
+    sides = zip(box, (x, y) * 2, (right - x, bottom - y) * 2)
+    return [round((v - low) * 1000 / size) for v, low, size in sides]
+
+
+def box_in_image(box, view):
+    """The view's 0..1000 -> the image's; inverts `box_in_view`. None where no area is left."""
+    x, y, right, bottom = view
+    sides = zip(box, (x, y) * 2, (right - x, bottom - y) * 2)
+    out = [round(low + v * size / 1000) for v, low, size in sides]
+    return out if out[0] < out[2] and out[1] < out[3] else None
+
+
 def written_boxes(boxes, loop):
     """The boxes of a trajectory as they are written: each relative to the picture of its step."""
-    return [loop.to_picture(box, last_valid(boxes[:t])) for t, box in enumerate(boxes)]
+    return [box_in_view(box, loop.view(last_valid(boxes[:t]))) for t, box in enumerate(boxes)]
+
+
+def read_box(text, last_box, loop):
+    """The box (0..1000 of the image) that a step leaves behind its text, or None."""
+    box = parse_box(text)
+    if box:
+        box = box_in_image(box, loop.view(last_box))
+    if box and last_box and loop.refuses(box, last_box):
+        return last_box
+    return box
 
 
 def feedback_pictures(image, boxes, loop=IVT):
@@ -493,6 +522,17 @@ def write_step(vlm, context, rows, hidden, t, *, temperature, noise, ends):
         row.texts.append(vlm.tokenizer.decode([token for token in tokens if token != end_of_turn]))
 
 
+def begin(vlm, image, text, loop, first_text=None):
+    """A trajectory before its first token: the prompt (image: ImageTokens), and the text of step 0
+    where that is given. What is given is context, no target: it was not sampled."""
+    row = Trajectory(ids=prompt_ids(vlm, image, text, loop), images=[image])
+    if first_text is not None:
+        row.ids += vlm.encode(first_text)
+        row.texts.append(first_text)
+        row.boxes.append(read_box(first_text, None, loop))
+    return row
+
+
 @torch.no_grad()
 def rollout(
     vlm,
@@ -512,8 +552,7 @@ def rollout(
     images: PIL, RGB. texts: what fills the loop's prompt. steps: T; 0 is single-shot. max_tokens:
     per step. temperatures: at step 0 and after; 0 is greedy. seeds: P integers, needed to sample;
     what a prompt samples depends on its seed, T, N and max_tokens, not on its batch (up to
-    rounding). first_texts: P texts of step 0 that the trajectories go on from instead of sampling
-    their own; T is then 1 or more.
+    rounding). first_texts: P texts of step 0 that the trajectories go on from.
 
     Each image is encoded once, each token goes through the model once, and a group's prompt is fed
     once. Where a step gave no valid box, the last valid one is shown. Raises ValueError when it is
@@ -527,19 +566,19 @@ def rollout(
         noise.append(torch.rand(steps + 1, group_size, max_tokens, generator=generator))
     noise = torch.cat(noise, 1).to(vlm.base.device)  # [T + 1, P * N, max_tokens]
 
-    prompts = []
-    for image, text in zip(encode_images(vlm, images), texts):
-        prompts.append(Trajectory(ids=prompt_ids(vlm, image, text, loop), images=[image]))
-    context = Context(vlm, len(prompts))
-    hidden = context.catch_up(prompts, [prompt.images for prompt in prompts])  # [P, D]
-
+    rows = []
+    prompts = zip(encode_images(vlm, images), texts, first_texts or [None] * len(images))
+    for image, text, first_text in prompts:
+        rows += [begin(vlm, image, text, loop, first_text) for _ in range(group_size)]
+    context = Context(vlm, len(images))
+    first = rows[::group_size]  # of each group: its prompt is fed once
+    hidden = context.catch_up(first, [row.images for row in first])  # [P, D]
     context.repeat(group_size)
     hidden = hidden.repeat_interleave(group_size, 0)  # [P * N, D]
-    rows = [Trajectory(list(p.ids), list(p.images)) for p in prompts for _ in range(group_size)]
     originals = [image for image in images for _ in range(group_size)]
     texts = [text for text in texts for _ in range(group_size)]
 
-    for t in range(steps + 1):
+    for t in range(len(rows[0].boxes), steps + 1):
         last_boxes = [last_valid(row.boxes) for row in rows]
         if t > 0:
             # Render and inject: the picture and the instruction join the same assistant turn
@@ -549,16 +588,10 @@ def rollout(
                 row.ids += continuation_ids(vlm, image, text, loop)
                 row.images.append(image)
             hidden = context.catch_up(rows, [[image] for image in shown])  # [P * N, D]
-        if t == 0 and first_texts:
-            for i, row in enumerate(rows):
-                row.texts.append(first_texts[i // group_size])
-                row.ids += vlm.encode(row.texts[0])  # context, not targets: it was not sampled
-        else:
-            options = dict(temperature=temperatures[min(t, 1)], noise=noise[t], ends=loop.ends)
-            write_step(vlm, context, rows, hidden, t, **options)
+        options = dict(temperature=temperatures[min(t, 1)], noise=noise[t], ends=loop.ends)
+        write_step(vlm, context, rows, hidden, t, **options)
         for row, last_box in zip(rows, last_boxes):
-            box = parse_box(row.texts[-1])
-            row.boxes.append(loop.to_image(box, last_box) if box else None)
+            row.boxes.append(read_box(row.texts[-1], last_box, loop))
     return rows
 
 

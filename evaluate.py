@@ -56,8 +56,7 @@ loop = loop_of(args)
 if args.image or args.expression:  # no test samples, and no tables
     look_at(args, args.image, args.expression, loop)
     raise SystemExit
-make_data = command(args, "python make_data.py")
-test = samples.read_samples(data / "test.jsonl", make_data, args.skip_bad)
+test = samples.read_side(args, "test")
 roll = rollouts(args)
 
 # Table 1, top to bottom, and the controls that the paper lacks ------------------------------------

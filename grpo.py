@@ -21,55 +21,39 @@ each validation, log/validation/<name>_<update>.jsonl and report.html (to look a
 under --out.
 """
 
-import time
-
 from common import advantages, grpo_loss, reward, trajectory_logprobs
-from support import run
-from support.data import samples
-from support.model import adapters, checkpoints, loading, memory
+from support.data.samples import load_image, read_side
+from support.model import adapters, loading, memory
 from support.model.decoding import rollouts
 from support.model.views import loop_of
 from support.report import health, page
-from support.running import errors, files, processes
-from support.running.flags import Flag, command, flags
+from support.run import Run
+from support.running.flags import Flag
+from support.running.processes import RANK
 
 import torch
 
-args = flags(
-    "grpo",
-    __doc__,
-    init=Flag("start from the SFT adapter or from the base model", "sft", ("sft", "base")),
-)
+init = Flag("start from the SFT adapter or from the base model", "sft", ("sft", "base"))
+run = Run("grpo", __doc__, init=init)
+args, data = run.args, run.data
 loop = loop_of(args)
-processes.divides(args.grad_accum, "--grad-accum")
-processes.seed_all(args.seed)
-start = time.time()
-data = args.out / "data"
-name = "grpo" if args.steps > 0 else "grpo_single"
+run.name = "grpo" if args.steps > 0 else "grpo_single"
 if args.init == "base":
-    name = f"base_{name}"
+    run.name = f"base_{run.name}"
 
 # Data ---------------------------------------------------------------------------------------------
-make_data = command(args, "python make_data.py")
-train = samples.read_samples(data / "train.jsonl", make_data, args.skip_bad)
-val = samples.read_samples(data / "val.jsonl", make_data, args.skip_bad)[: args.val_prompts]
-inputs = [data / "train.jsonl", data / "val.jsonl"]
+train = read_side(args, "train")
+val = read_side(args, "val")[: args.val_prompts]
+origin = None
 if args.init == "sft":
-    files.agrees(args, "sft", "feedback")
-    inputs.append(adapters.adapter_file(args.out / "sft", command(args, "python sft.py")))
-files.begin(args, name, *inputs, ignore=("batch_size", "prompts_at_once"))
-checkpoints.leave_if_finished(args, name)
+    origin = run.starts_from("sft", "python sft.py", "feedback")
+run.reads(data / "train.jsonl", data / "val.jsonl", ignore=("batch_size", "prompts_at_once"))
 
 # Model and optimizer ------------------------------------------------------------------------------
 # Two adapters begin as the same one, the policy (trained) and the reference (frozen); without SFT
 # they are new ones, which change nothing until they are trained.
 vlm = loading.load_vlm(args)
-for adapter in ("policy", "reference"):
-    if args.init == "sft":
-        adapters.add_adapter(vlm, args.out / "sft", adapter)
-    else:
-        adapters.new_adapter(vlm, *adapters.lora_size(args.preset), adapter)
-vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that takes gradients
+adapters.policy_and_reference(vlm, origin, adapters.lora_size(args.preset))
 parameters = [p for p in vlm.model.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 roll = rollouts(args, vlm)
@@ -85,10 +69,10 @@ def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0)
     at_once = args.prompts_at_once * args.group_size // group_size
     for i in range(0, len(prompts), at_once):
         part = prompts[i : i + at_once]
-        errors.working_on(part)
+        run.at_work(part)
         trajectories += roll(
             vlm,
-            [samples.load_image(sample, data) for sample in part],
+            [load_image(sample, data) for sample in part],
             [sample["expression"] for sample in part],
             args.steps,
             max_tokens=args.max_tokens,
@@ -100,45 +84,32 @@ def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0)
     return trajectories
 
 
-# Resume, and the largest batch of the run before any work -----------------------------------------
-log, first_update, best = checkpoints.resume(args, name, vlm, optimizer)
-errors.explain_out_of_memory("--max-pixels, --batch-size, --prompts-at-once or --max-tokens")
-memory.probe_grpo(vlm, train, args, data, loop)
-processes.catch_interrupts()
+def validate(update):
+    """The mean greedy reward, before this update; the best adapter so far is the run's result."""
+    mine = run.share(val)
+    trajectories = sample_trajectories(mine)
+    rewards = run.gather([reward(t.boxes, sample) for t, sample in zip(trajectories, mine)])
+    mean = sum(rewards) / len(rewards)
+    run.log(update=update, val_reward=mean, val_iou=health.step_ious(trajectories, mine))
+    page.write_validation(args, run.name, update, mine, trajectories, vlm.tokenizer)
+    if mean > run.best[0]:
+        run.best = mean, update
+        adapters.save_adapter(vlm, run.adapter)
+
 
 # Training -----------------------------------------------------------------------------------------
-# Validation comes before updates 0, val_every, ... and after the last one.
-val_reward = best[0]
-recent = []
-warned = set()
-bar = run.progress(name, args.updates, first_update)
-for update in range(first_update, args.updates + 1):
-    # Validation -----------------------------------------------------------------------------------
-    # The mean greedy reward; the best adapter so far is the result of the run.
-    if update % args.val_every == 0 or update == args.updates:
-        mine = processes.share(val)
-        trajectories = sample_trajectories(mine)
-        rewards = processes.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)])
-        val_reward = sum(rewards) / len(rewards)
-        val_iou = health.step_ious(trajectories, mine)
-        log.write(update=update, val_reward=val_reward, val_iou=val_iou)
-        page.write_validation(args, name, update, mine, trajectories, vlm.tokenizer)
-        if val_reward > best[0]:
-            best = val_reward, update
-            adapters.save_adapter(vlm, args.out / name, "policy")
-        del trajectories  # a rollout needs the room of their image tokens
-    if update == args.updates:
-        break
+memory.try_largest_rollout(vlm, train, args, data, loop)
+recent, warned = [], set()
+for update in run.updates(args.updates, vlm, optimizer):
+    if update % args.val_every == 0:
+        validate(update)
 
     # Rollout --------------------------------------------------------------------------------------
     # N trajectories for each of this process's prompts. A group stays on one process, so that its
     # advantages need nothing from the others.
-    prompts = []
-    for i in range(update * args.grad_accum, (update + 1) * args.grad_accum):
-        epoch, number = divmod(i, len(train))
-        prompts.append(run.shuffled(train, args.seed, epoch)[number])
-    mine = processes.share(prompts)
-    first = update * args.grad_accum + processes.RANK * len(mine)
+    prompts = run.stream(train, args.grad_accum)
+    mine = run.share(prompts)
+    first = update * args.grad_accum + RANK * len(mine)
     temperatures = (args.temperature_first, args.temperature)
     trajectories = sample_trajectories(mine, args.group_size, temperatures, first)
     owners = [sample for sample in mine for _ in range(args.group_size)]
@@ -155,12 +126,12 @@ for update in range(first_update, args.updates + 1):
     # Update ---------------------------------------------------------------------------------------
     # One gradient step. Each term is divided by the tokens of the whole update, whichever
     # micro-batch or process they are in, so that accumulation equals one large batch.
-    tokens = sum(processes.gather([sum(len(t.target) for t in trajectories)]))
+    tokens = run.total(sum(len(t.target) for t in trajectories))
     gaps = []  # |log pi as sampled - log pi here| of each token: rounding, or something is wrong
     terms = torch.zeros(4)  # loss, policy, KL, entropy: means over the tokens of the update
     for i in range(0, len(trajectories), args.batch_size):
         batch = trajectories[i : i + args.batch_size]
-        errors.working_on(owners[i : i + args.batch_size])
+        run.at_work(owners[i : i + args.batch_size])
         with torch.no_grad(), adapters.using(vlm, "reference"):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
@@ -177,27 +148,18 @@ for update in range(first_update, args.updates + 1):
         (loss / tokens).backward()
         gaps += health.sampler_gaps(batch, policy.logprob)
         terms += torch.stack([loss, *parts]).detach().cpu() / tokens  # [4]
-    processes.sum_gradients(parameters)
-    terms = torch.tensor(processes.gather([terms.tolist()])).sum(0)  # [processes, 4] -> [4]
-    loss, policy_term, kl, entropy = terms.tolist()
+    run.sum_gradients(parameters)
+    loss, policy_term, kl, entropy = run.total(terms).tolist()  # [4], of all processes
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-    run.stop_unless_finite(update + 1, loss, norm, prompts)
+    run.check(loss, norm, prompts)
     optimizer.step()
     optimizer.zero_grad()
-
-    # Log ------------------------------------------------------------------------------------------
     row = health.rollout_facts(rewards, trajectories, owners, gaps)
     row |= dict(loss=loss, policy=policy_term, kl=kl, entropy=entropy, grad_norm=norm)
-    log.write(update=update + 1, **row)
+    run.log(**row)
     recent.append(row)
     for sentence in health.unhealthy(recent, warned):
-        bar.write(sentence)
-    numbers = dict(reward=f"{row['reward']:.3f}", val=f"{val_reward:.3f}", kl=f"{kl:.3f}")
-    bar.set_postfix(numbers, refresh=False)
-    bar.update()
-    checkpoints.save_if_due(args, name, vlm, optimizer, log, update=update + 1, best=best)
-bar.close()
-done = dict(update=args.updates, finished=True, best=best)
-checkpoints.save_progress(args, name, vlm, optimizer, log, **done)
-result = "best validation reward {:.3f}, of update {}; adapter in {}".format(*best, args.out / name)
-print(f"{result}, {processes.minutes(start)}; next: {command(args, 'python evaluate.py')}")
+        run.say(sentence)
+
+validate(args.updates)
+run.finish(then="python evaluate.py")

@@ -34,6 +34,7 @@ from common import (
     IVT,
     SINGLE_SHOT,
     answer_of,
+    box_in_view,
     box_iou,
     format_box,
     iou,
@@ -109,14 +110,34 @@ def box_before(row, t):
     return row["boxes"][t - 1] if t > 0 else None
 
 
+def in_picture(box, row, t, loop):
+    """A box as step t of a row has to write it: relative to the picture that the step sees."""
+    return box_in_view(box, loop.view(box_before(row, t)))
+
+
 def teacher_prompt(row, t, loop):
     """What the teacher is asked about step t, and told: the box that the step will write."""
-    box, last_box = row["boxes"][t], box_before(row, t)
+    box = row["boxes"][t]
     words = TEACHER_STEP if t > 0 else TEACHER_FIRST
-    if t > 0 and box == last_box:
+    if t > 0 and box == box_before(row, t):
         words = TEACHER_HOLD
-    told = format_box(loop.to_picture(box, last_box))
+    told = format_box(in_picture(box, row, t, loop))
     return words.format(expression=row["expression"], box=told)
+
+
+def ask_once(vlm, images, rows, t, seeds, *, temperature, max_tokens, loop, roll):
+    """The teacher's trace of step t for each row."""
+    trajectories = roll(
+        vlm,
+        [loop.feedback(image, box_before(row, t)) for image, row in zip(images, rows)],
+        [teacher_prompt(row, t, loop) for row in rows],
+        0,
+        max_tokens=max_tokens,
+        loop=replace(IVT, prompt="{text}"),
+        temperatures=(temperature, temperature),
+        seeds=seeds,
+    )
+    return [" ".join(answer_of(trajectory.texts[0]).split()) for trajectory in trajectories]
 
 
 def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
@@ -126,32 +147,20 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
     traces, or None when a step stayed unusable; the faults of the traces that were refused.
     """
     made = [{"id": row["id"], "traces": [], "rejected": []} for row in rows]
+    options = dict(max_tokens=max_tokens, loop=loop, roll=roll)
     for t in range(len(rows[0]["boxes"])):
         todo = [i for i, row in enumerate(made) if row["traces"] is not None]
-        for attempt in range(3):
+        # The likeliest trace first; asked again, greedy decoding would repeat it
+        for attempt, temperature in enumerate((0.0, 0.7, 0.7)):
             if not todo:
                 break
-            trajectories = roll(
-                vlm,
-                [loop.feedback(images[i], box_before(rows[i], t)) for i in todo],
-                [teacher_prompt(rows[i], t, loop) for i in todo],
-                0,
-                max_tokens=max_tokens,
-                loop=replace(IVT, prompt="{text}"),
-                # The likeliest trace first; asked again, greedy decoding would repeat it
-                temperatures=(0.0 if attempt == 0 else 0.7,) * 2,
-                seeds=[seeds[i] + attempt for i in todo],
-            )
-            refused = []
-            for i, trajectory in zip(todo, trajectories):
-                text = " ".join(answer_of(trajectory.texts[0]).split())
-                fault = trace_fault(text, rows[i]["expression"])
-                if fault:
-                    made[i]["rejected"].append(fault)
-                    refused.append(i)
-                else:
-                    made[i]["traces"].append(text)
-            todo = refused
+            part = [images[i] for i in todo], [rows[i] for i in todo]
+            again = [seeds[i] + attempt for i in todo]
+            texts = ask_once(vlm, *part, t, again, temperature=temperature, **options)
+            faults = [trace_fault(text, row["expression"]) for text, row in zip(texts, part[1])]
+            for i, text, fault in zip(todo, texts, faults):
+                made[i]["rejected" if fault else "traces"].append(fault or text)
+            todo = [i for i, fault in zip(todo, faults) if fault]
         for i in todo:
             made[i]["traces"] = None  # the trajectory is dropped
     return made
@@ -159,9 +168,8 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
 
 def geometric_trace(row, t, loop):
     """The other teacher: the trace of step t, from where the boxes lie in its picture."""
-    last_box = box_before(row, t)
-    boxes = [loop.to_picture(box, last_box) for box in row["boxes"]]
-    return template_trace(boxes, loop.to_picture(row["truth"], last_box), t)
+    boxes = [in_picture(box, row, t, loop) for box in row["boxes"]]
+    return template_trace(boxes, in_picture(row["truth"], row, t, loop), t)
 
 
 if __name__ == "__main__":

@@ -290,14 +290,9 @@ def test_a_trajectory_goes_on_from_a_given_box(vlm):
 def test_a_box_in_a_view_is_turned_back_into_the_image(vlm, monkeypatch):
     """A zoomed view needs no second loop: its boxes come in the coordinates of the view."""
 
-    def to_image(box, last_box):
-        x, y, right, bottom = last_box or [0, 0, 1000, 1000]
-        sizes = (right - x, bottom - y) * 2
-        return [round(a + v * size / 1000) for a, v, size in zip((x, y, x, y), box, sizes)]
-
     answers = iter([[200, 200, 700, 600], [0, 500, 1000, 1000], None])
     monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
-    zoom = replace(IVT, feedback=lambda image, box: image, to_image=to_image)
+    zoom = replace(IVT, view=lambda last_box: last_box or common.WHOLE)
     [row] = rollout(vlm, [picture(32, 32)], ["x"], 2, max_tokens=2, loop=zoom)
     assert row.boxes == [[200, 200, 700, 600], [200, 400, 700, 600], None]
 

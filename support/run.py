@@ -1,39 +1,211 @@
-"""The door."""
+"""The door of the training phases: what each of them repeats around its loop.
+
+`Run` has the flags, refuses a run that was made otherwise, goes on where a stopped one was, shows
+the bar, writes the log, saves, ends on Ctrl-C with all saved, shares the work among processes, and
+refuses a loss that is not finite. It is no trainer: forward, loss, backward, clip and step are the
+phase's own.
+"""
 
 import math
 import random
+import time
 
-from support.running.errors import stop
-from support.running.processes import RANK
+from support.model.adapters import adapter_state, restore_adapter, weights_of
+from support.model.checkpoints import load_checkpoint, save_checkpoint
+from support.running import errors, files, processes
+from support.running.flags import command, flags
 
 from tqdm import tqdm
 
-
-def progress(name, updates, first_update):
-    """The bar of a run: updates done, an ETA, and what `set_postfix` adds."""
-    return tqdm(total=updates, initial=first_update, desc=name, unit="update", disable=RANK > 0)
+# What the bar shows of the rows of a log
+SHOWN = ("loss", "reward", "val_reward", "accuracy", "kl")
 
 
-def learning_rate(args, update, updates):
-    """Linear warm-up over the first share --warmup of the updates, then a cosine to zero, as both
-    papers have it (IVT, Section 4.1)."""
-    warm = max(1, round(args.warmup * updates))
-    if update < warm:
-        return args.lr * (update + 1) / warm
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, updates - warm)))
+class Run:
+    """One phase of a run.
+
+    args: its flags. data: the folder of the samples. name: of its adapter, log and checkpoint under
+    --out. update: how many updates are done. epoch: the one at hand, from 1. best: the reward and
+    the update of the best validation so far.
+    """
+
+    def __init__(self, phase, doc, **own_flags):
+        self.args = flags(phase, doc, **own_flags)
+        processes.divides(self.args.grad_accum, "--grad-accum")
+        processes.seed_all(self.args.seed)
+        self.start = time.time()
+        self.data = self.args.out / "data"
+        self.name = phase.rpartition(".")[2]
+        self.update, self.epoch, self.best = 0, 1, (-1.0, 0)
+        self.shown = {}
+        self.inputs = []
+
+    def command(self, script):
+        """A script as a command on this run, with its own --preset, --model and --out."""
+        return command(self.args, script)
+
+    @property
+    def adapter(self):
+        """The folder of the result."""
+        return self.args.out / self.name
+
+    @property
+    def checkpoint(self):
+        return self.args.out / f"{self.name}.checkpoint"
+
+    def agrees(self, before, *names):
+        """Ends the program where a phase before was made with other values of these flags."""
+        files.agrees(self.args, before, *names)
+
+    def starts_from(self, before, script, *names):
+        """The folder of the adapter that a phase before made, with the same values of these flags.
+        Ends the program where it did not, or is missing: script makes it."""
+        self.inputs.append(weights_of(self.args, before, script, *names))
+        return self.args.out / before
+
+    def reads(self, *inputs, ignore=()):
+        """Ends the program where the phase is finished, or was begun with other values or other
+        input files. ignore: flags that do not change what it makes.
+
+        From here on running out of memory ends it too, with the flags to lower.
+        """
+        files.begin(self.args, self.name, *self.inputs, *inputs, ignore=ignore)
+        state = load_checkpoint(self.checkpoint, self.args.restart)
+        processes.barrier()  # with --restart the first process has removed it
+        if state and state["finished"]:
+            print(f"{self.adapter} is finished; --restart begins again")
+            raise SystemExit
+        sizes = ("max_pixels", "batch_size", "prompts_at_once", "max_tokens")
+        lower = [f"--{name.replace('_', '-')}" for name in sizes if hasattr(self.args, name)]
+        errors.explain_out_of_memory(" or ".join(lower))
+
+    # The loop -------------------------------------------------------------------------------------
+    def updates(self, count, vlm, optimizer):
+        """Yields the numbers of the updates that are left, from 0.
+
+        Gives the active adapter, the optimizer and the log what they were at the last checkpoint.
+        Saves after every --save-every updates, and on Ctrl-C, which then ends the program.
+        """
+        self.vlm, self.optimizer, self.count = vlm, optimizer, count
+        state = load_checkpoint(self.checkpoint)
+        if state:
+            restore_adapter(vlm.model, state["adapter"], vlm.model.active_adapter)
+            optimizer.load_state_dict(state["optimizer"])
+            self.update, self.best = state["update"], state["best"]
+            print(f"going on after update {self.update}")
+        log = self.args.out / f"log/{self.name}.jsonl"
+        self.lines = files.Log(log, keep=state["logged"] if state else 0)
+        processes.catch_interrupts()
+        bar = dict(total=count, initial=self.update, desc=self.name, unit="update")
+        with tqdm(**bar, disable=processes.RANK > 0) as self.bar:
+            for update in range(self.update, count):
+                yield update
+                self.update = update + 1
+                self.bar.update()
+                if self.update % self.args.save_every == 0 or processes.interrupted():
+                    self.save(finished=False)
+                    processes.leave_if_interrupted()
+
+    def epochs(self, rows, vlm, optimizer):
+        """Yields the batch of each update that is left, as many rows as --batch-size times
+        --grad-accum, fewer at the end of an epoch.
+
+        Each epoch goes through all rows in an order of its own.
+        """
+        size = self.args.batch_size * self.args.grad_accum
+        in_epoch = math.ceil(len(rows) / size)
+        print(f"{len(rows)} rows, {in_epoch * self.args.epochs} updates of {size}")
+        for update in self.updates(in_epoch * self.args.epochs, vlm, optimizer):
+            epoch, number = divmod(update, in_epoch)
+            self.epoch = epoch + 1
+            yield shuffled(rows, self.args.seed, epoch)[number * size : (number + 1) * size]
+
+    def stream(self, rows, size):
+        """The rows of the update at hand, where each takes `size` and epochs follow each other
+        without a gap."""
+        found = []
+        for i in range(self.update * size, (self.update + 1) * size):
+            epoch, number = divmod(i, len(rows))
+            found.append(shuffled(rows, self.args.seed, epoch)[number])
+        return found
+
+    def share(self, rows):
+        """This process's part of a batch, which a message on memory would name."""
+        mine = processes.share(rows)
+        self.at_work(mine)
+        return mine
+
+    def at_work(self, rows):
+        """Names the rows that a message on memory is about, from here on."""
+        errors.working_on(rows)
+
+    def total(self, number):
+        """The sum of a number over the processes."""
+        return sum(processes.gather([number]))
+
+    def gather(self, rows):
+        """The lists of all processes, one after the other."""
+        return processes.gather(rows)
+
+    def sum_gradients(self, parameters):
+        """Adds up the gradients of the processes, each of which has divided by the whole update."""
+        processes.sum_gradients(parameters)
+
+    def check(self, loss, norm, rows):
+        """Ends the program before a step that would spoil the weights. rows: of the batch."""
+        if not math.isfinite(loss + norm):
+            ids = [row["id"] for row in rows]
+            number = f"update {self.update + 1}"
+            errors.stop(f"{number}: loss {loss}, gradient norm {norm}; samples {ids}; lower --lr")
+
+    def set_rate(self, optimizer):
+        """The learning rate of the update at hand: linear warm-up over the first share --warmup of
+        the updates, then a cosine to zero, as both papers have it (IVT, Section 4.1)."""
+        warm = max(1, round(self.args.warmup * self.count))
+        rate = self.args.lr * (self.update + 1) / warm
+        if self.update >= warm:
+            part = (self.update - warm) / max(1, self.count - warm)
+            rate = self.args.lr * 0.5 * (1 + math.cos(math.pi * part))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def log(self, update=None, **row):
+        """A line of the log, by default of the update at hand, counted from 1; some of it on the
+        bar."""
+        self.lines.write(update=self.update + 1 if update is None else update, **row)
+        self.shown |= {key: value for key, value in row.items() if key in SHOWN}
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def say(self, sentence):
+        """Prints a line above the bar."""
+        self.bar.write(sentence)
+
+    # The end --------------------------------------------------------------------------------------
+    def save(self, finished):
+        """All state of the run in one file. What is drawn at random depends on the seed and the
+        number of the update or prompt alone, so there is no random state to keep."""
+        save_checkpoint(
+            self.checkpoint,
+            adapter=adapter_state(self.vlm.model, self.vlm.model.active_adapter),
+            optimizer=self.optimizer.state_dict(),
+            update=self.update,
+            best=self.best,
+            logged=self.lines.rows,
+            finished=finished,
+        )
+
+    def finish(self, then):
+        """To be called when the adapter is saved: nothing is left to do but `then`, a script."""
+        self.save(finished=True)
+        result = ", ".join(f"{key} {value:.3f}" for key, value in self.shown.items())
+        if self.best[0] >= 0:
+            result = "best validation reward {:.3f}, of update {}".format(*self.best)
+        minutes = processes.minutes(self.start)
+        print(f"{result}; adapter in {self.adapter}, {minutes}; next: {self.command(then)}")
 
 
 def shuffled(rows, seed, epoch):
-    """The rows in the order of an epoch.
-
-    It depends on the seed and the epoch alone: a run that was resumed sees what an unbroken one
-    would have seen.
-    """
+    """The rows in the order of an epoch, which depends on the seed and the epoch alone: a run that
+    was resumed sees what an unbroken one would have seen."""
     return random.Random(f"{seed} {epoch}").sample(rows, len(rows))
-
-
-def stop_unless_finite(update, loss, norm, rows):
-    """Stops before a step that would spoil the weights. rows: the dicts of the update's batch."""
-    if not math.isfinite(loss + norm):
-        ids = [row["id"] for row in rows]
-        stop(f"update {update}: loss {loss}, gradient norm {norm}; samples {ids}; lower --lr")

@@ -9,19 +9,20 @@ import make_data
 from common import (
     IVT,
     SINGLE_PROMPT,
+    box_in_image,
+    box_in_view,
     encode_images,
     format_box,
+    read_box,
     rollout,
     trajectory_logprobs,
     written_boxes,
 )
 from support.model.views import (
     asked_again,
-    box_in_image,
-    box_in_view,
     guarded,
+    implausible,
     loop_of,
-    plausible,
     view_of,
     zoom,
 )
@@ -44,11 +45,12 @@ def test_the_flags_name_the_loop():
     args.guard = "off"
     assert loop_of(args) is IVT
     args.feedback = "zoom"
-    assert loop_of(args).to_image([0, 0, 500, 500], BOX) == [300, 250, 500, 450]
+    assert loop_of(args).view(BOX) == [300, 250, 700, 650]
     args.surroundings = 1.0
-    assert loop_of(args).to_image([0, 0, 500, 500], BOX) == [400, 350, 500, 450]
+    assert loop_of(args).view(BOX) == [400, 350, 600, 550]
+    assert not loop_of(args).refuses([0, 0, 500, 500], BOX)
     args.guard = "on"
-    assert loop_of(args).to_image([0, 0, 500, 500], BOX) == BOX
+    assert loop_of(args).refuses([0, 0, 500, 500], BOX)
 
 
 # Views: the surroundings of a box, and coordinates there and back ---------------------------------
@@ -101,12 +103,12 @@ def test_the_zoomed_loop_shows_the_surroundings_of_the_box():
     assert shown.size == image.size
     assert shown.getpixel((1, 1)) == shown.getpixel((398, 198)) == (0, 0, 255)
     assert shown.getpixel((200, 100)) != (0, 0, 255)  # under the box, which is in the middle
-    assert loop.to_picture(box, box) == [252, 252, 752, 752]
+    assert box_in_view(box, loop.view(box)) == [252, 252, 752, 752]
     assert shown.getpixel((101, 100)) == (255, 0, 0)  # its outline, at 0.252 of 400
     # Before there is a box: the whole image, in its own coordinates
     assert loop.feedback(image, None).tobytes() == image.tobytes()
-    assert loop.to_image(box, None) == loop.to_picture(box, None) == box
-    assert loop.to_image([0, 0, 1, 1], [0, 0, 10, 10]) is None  # no area in the image
+    assert read_box(format_box(box), None, loop) == box_in_view(box, loop.view(None)) == box
+    assert read_box("[0, 0, 1, 1]", [0, 0, 10, 10], loop) is None  # no area in the image
 
 
 def test_the_zoomed_loop_is_one_rollout(vlm, monkeypatch):
@@ -147,14 +149,14 @@ def test_the_zoomed_loop_is_one_rollout(vlm, monkeypatch):
     ],
 )
 def test_the_guard_refuses_what_differs_too_much(box, taken):
-    assert plausible(box, BOX) == taken
-    assert guarded(IVT).to_image(box, BOX) == (box if taken else BOX)
+    assert implausible(box, BOX) != taken
+    assert read_box(format_box(box), BOX, guarded(IVT)) == (box if taken else BOX)
 
 
 def test_the_guard_needs_a_box_before():
     far = [0, 0, 10, 10]
-    assert guarded(IVT).to_image(far, None) == far
-    assert guarded(zoom(2.0)).to_image([0, 0, 1, 1], [0, 0, 90, 90]) is None  # no area: no box
+    assert read_box(format_box(far), None, guarded(IVT)) == far
+    assert read_box("[0, 0, 1, 1]", [0, 0, 90, 90], guarded(zoom(2.0))) is None  # no area: no box
 
 
 def test_a_refused_box_leaves_the_last_one_in_the_trajectory(vlm, monkeypatch):

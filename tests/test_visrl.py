@@ -185,15 +185,6 @@ def test_sums_of_each_step_by_hand():
     scores = token_scores((0, 0, -1.0), (0, 0, -2.0), (0, 1, -4.0), (1, 0, -8.0), (1, 1, -16.0))
     assert step_logprobs(scores, 2, 2).tolist() == [[-3.0, -4.0], [-8.0, -16.0]]
     assert pair_logprobs(scores, 1, 2).tolist() == [[[-3.0, -4.0], [-8.0, -16.0]]]
-    # With a third trajectory, the rejected answer after the chosen box, that answer is the one
-    crossed = token_scores(
-        (0, 0, -1.0), (0, 1, -2.0), (1, 0, -3.0), (2, 0, -5.0), (2, 1, -7.0),
-        (3, 0, -11.0), (3, 1, -13.0), (4, 0, -17.0), (5, 0, -19.0), (5, 1, -23.0),
-    )  # fmt: skip
-    assert pair_logprobs(crossed, 2, 2).tolist() == [
-        [[-1.0, -2.0], [-3.0, -7.0]],
-        [[-11.0, -13.0], [-17.0, -23.0]],
-    ]
 
 
 def test_the_loss_of_each_stage_by_hand():
@@ -275,26 +266,26 @@ def test_the_other_box_lies_outside_and_is_as_large():
     for _ in range(200):
         first = [100, 100, rng.randint(200, 700), rng.randint(200, 700)]
         second = [150, 120, 150 + rng.randint(1, 300), 120 + rng.randint(1, 300)]
-        box = make_pairs.box_outside(rng, first, second, 0.4)
+        box = make_pairs.box_outside(rng, first, second)
         if box:
             assert iou(box, first) == 0 and 0 <= min(box) and max(box) <= 1000
             areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, second)]
             assert abs(areas[0] - areas[1]) <= 0.4 * areas[1]
-    assert make_pairs.box_outside(rng, [0, 0, 1000, 1000], [1, 1, 9, 9], 0.4) is None
+    assert make_pairs.box_outside(rng, [0, 0, 1000, 1000], [1, 1, 9, 9]) is None
 
 
 def test_only_boxes_that_overlap_are_replaced():
     near, far = [0, 0, 200, 200], [500, 500, 600, 700]
     everywhere = [0, 0, 1000, 1000]
     boxes = [near, far, near, near, None, far, far, None, everywhere, near]
-    kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.05, 0.4)
+    kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.05)
     assert kept[:3] == [near, far, near] and iou(kept[3], near) == 0 and len(kept) == 6
     # [0, 0, 1000, 1000] and near have an IoU of 0.04: above no threshold, so both stay
     assert kept[4:] == [everywhere, near]
     assert counts == {"second boxes replaced": 1, "attempts lost: invalid box": 2}
-    kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.03, 0.4)
+    kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.03)
     assert len(kept) == 4 and counts["attempts lost: no room for another box"] == 1
-    kept, counts = make_pairs.controlled(random.Random(0), boxes, None, 0.4)  # the ablation
+    kept, counts = make_pairs.controlled(random.Random(0), boxes, None)  # the ablation
     assert kept == [near, far, near, near, everywhere, near]
     assert "second boxes replaced" not in counts
 

@@ -203,7 +203,6 @@ def test_the_loop_is_that_of_the_plain_rollout(vlm, stand_in, loop, monkeypatch)
     ):
         answers = iter(boxes * 6)
         monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
-        monkeypatch.setattr(on_vllm, "parse_box", lambda text: next(answers))
         played.append(play(pictures(), TEXTS, 2, **options))
     plain, ours = played
     same(ours, plain, 1e-4)

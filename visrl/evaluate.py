@@ -21,7 +21,7 @@ from support.data import samples
 from support.model import adapters
 from support.model.decoding import rollouts
 from support.running import files, processes
-from support.running.flags import command, flags
+from support.running.flags import flags
 from visrl import report
 from visrl.loop import ASK, LOOPS, is_right, named
 
@@ -51,9 +51,7 @@ args = flags("visrl.evaluate", __doc__)
 processes.seed_all(args.seed)
 start = time.time()
 data = args.out / "data"
-make_data = command(args, "python -m visrl.make_data")
-fields = samples.VISRL_FIELDS
-test = samples.read_samples(data / "test.jsonl", make_data, args.skip_bad, fields)
+test = samples.read_side(args, "test", "python -m visrl.make_data", samples.VISRL_FIELDS)
 loop = LOOPS[args.crop]
 roll = rollouts(args)
 

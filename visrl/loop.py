@@ -126,15 +126,8 @@ def step_logprobs(scores, count, steps):
 
 
 def pair_logprobs(scores, count, steps):
-    """TokenScores of N pairs' trajectories, pair after pair -> [N, 2, K]: chosen, rejected.
-
-    A pair has two trajectories, chosen and rejected. With three the rejected answer is that of the
-    last one, which goes on from the chosen box (`--condition chosen`), and the box the second's.
-    """
-    total = int(scores.row.max()) + 1
-    sums = step_logprobs(scores, total, steps).view(count, -1, steps)  # [N, 2 or 3, K]
-    rejected = torch.cat([sums[:, 1, :1], sums[:, -1, 1:]], 1)  # [N, K]
-    return torch.stack([sums[:, 0], rejected], 1)
+    """TokenScores of N pairs' trajectories, pair after pair -> [N, 2, K]: chosen, rejected."""
+    return step_logprobs(scores, 2 * count, steps).view(count, 2, steps)
 
 
 def dpo_loss(policy, reference, beta):
@@ -151,14 +144,8 @@ def dpo_loss(policy, reference, beta):
 
 
 def chosen_nll(scores, count):
-    """TokenScores of N = `count` pairs -> [N]: mean -log pi of the tokens of the chosen path.
-
-    A pair's first trajectory is the chosen one, whether it has two or three of them.
-    """
-    per_pair = (int(scores.row.max()) + 1) // count
-    means = []
-    for pair in range(count):
-        means.append(-scores.logprob[scores.row == pair * per_pair].mean())
+    """TokenScores of N = `count` pairs -> [N]: mean -log pi of the tokens of the chosen path."""
+    means = [-scores.logprob[scores.row == 2 * pair].mean() for pair in range(count)]
     return torch.stack(means)
 
 

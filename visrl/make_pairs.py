@@ -34,35 +34,37 @@ import time
 from collections import Counter
 
 from common import format_box, iou
-from support.data import samples
+from support.data.samples import VISRL_FIELDS, load_image, read_side
 from support.model import adapters, loading
 from support.model.decoding import rollouts
 from support.running import errors, files, processes
-from support.running.flags import Flag, command, flags
+from support.running.flags import Flag, flags
 from visrl.critics import score_paths
 from visrl.loop import END, LOOPS, named
 
-
 # The diversity controller (Eq. 3) -----------------------------------------------------------------
-def box_outside(rng, first, second, tolerance):
+TOLERANCE = 0.4  # share of the area; the authors' code
+
+
+def box_outside(rng, first, second):
     """A random box (0..1000) without overlap with `first`, of an area that differs from that of
-    `second` by no more than this share of it; None when 100 tries find none."""
+    `second` by no more than TOLERANCE; None when 100 tries find none."""
     width, height = second[2] - second[0], second[3] - second[1]
     for _ in range(100):
-        size, shape = rng.uniform(1 - tolerance, 1 + tolerance), rng.uniform(2 / 3, 3 / 2)
+        size, shape = rng.uniform(1 - TOLERANCE, 1 + TOLERANCE), rng.uniform(2 / 3, 3 / 2)
         w = round(width * (size * shape) ** 0.5)
         h = round(height * (size / shape) ** 0.5)
         if not (1 <= w <= 1000 and 1 <= h <= 1000):
             continue
         x, y = rng.randint(0, 1000 - w), rng.randint(0, 1000 - h)
         box = [x, y, x + w, y + h]
-        close = abs(w * h - width * height) <= tolerance * width * height  # rounding moves it
+        close = abs(w * h - width * height) <= TOLERANCE * width * height  # rounding moves it
         if close and iou(box, first) == 0:
             return box
     return None
 
 
-def controlled(rng, boxes, iou_max, tolerance):
+def controlled(rng, boxes, iou_max):
     """The boxes of all attempts, two each -> (boxes of the paths, Counter of what happened).
 
     iou_max: tau; None leaves all boxes as they are (the ablation).
@@ -74,7 +76,7 @@ def controlled(rng, boxes, iou_max, tolerance):
             counts["attempts lost: invalid box"] += 1
             continue
         if iou_max is not None and iou(first, second) > iou_max:
-            second = box_outside(rng, first, second, tolerance)
+            second = box_outside(rng, first, second)
             if second is None:
                 counts["attempts lost: no room for another box"] += 1
                 continue
@@ -131,19 +133,15 @@ if __name__ == "__main__":
     data = args.out / "data"
     loop = LOOPS[args.crop]
     roll = rollouts(args)
-    make_data = command(args, "python -m visrl.make_data")
-    train = samples.read_samples(
-        data / "train.jsonl", make_data, args.skip_bad, samples.VISRL_FIELDS
-    )
+    train = read_side(args, "train", "python -m visrl.make_data", VISRL_FIELDS)
     for sample in train:
         sample.pop("bbox", None)  # from here on nothing can look at it
     actor = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
     made = f"python -m visrl.dpo --stage 2 --iteration {args.iteration - 1}"
-    made = command(args, "python -m visrl.sft" if actor == "sft" else made)
-    inputs = [data / "train.jsonl", adapters.adapter_file(args.out / actor, made)]
+    made = "python -m visrl.sft" if actor == "sft" else made
+    inputs = [data / "train.jsonl", adapters.weights_of(args, actor, made, "crop")]
     depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
     depends_on.append("iteration")
-    files.agrees(args, actor, "crop")
 
     @functools.cache
     def load_model():
@@ -172,7 +170,7 @@ if __name__ == "__main__":
     def sample_boxes(batch):
         trajectories = roll(
             load_model(),
-            [samples.load_image(sample, data) for _, sample in batch],
+            [load_image(sample, data) for _, sample in batch],
             [sample["question"] for _, sample in batch],
             0,
             max_tokens=args.max_tokens,
@@ -196,7 +194,7 @@ if __name__ == "__main__":
     for sample, row in zip(train, boxes):
         tau = None if args.ablation == "no_controller" else args.iou_max
         rng = random.Random(f"{args.seed} {args.iteration} {sample['id']}")
-        controls.append(controlled(rng, row["boxes"], tau, args.tolerance))
+        controls.append(controlled(rng, row["boxes"], tau))
 
     def sample_answers(batch):
         flat = []  # (number of the question, sample, box) of each path
@@ -210,7 +208,7 @@ if __name__ == "__main__":
         if flat:
             trajectories = roll(
                 load_model(),
-                [samples.load_image(sample, data) for _, sample, _ in flat],
+                [load_image(sample, data) for _, sample, _ in flat],
                 [sample["question"] for _, sample, _ in flat],
                 1,
                 max_tokens=args.max_tokens,
@@ -226,7 +224,7 @@ if __name__ == "__main__":
                 paths[number].append({"box": box, "answer": answer})
         return [{"id": sample["id"], "paths": paths[number]} for number, sample in batch]
 
-    paths = step("paths", ("no_controller",), sample_answers, "iou_max", "tolerance", "crop")
+    paths = step("paths", ("no_controller",), sample_answers, "iou_max", "crop")
 
     # 4. Critics -----------------------------------------------------------------------------------
     def score(batch):
@@ -236,7 +234,7 @@ if __name__ == "__main__":
             judge = adapters.using(vlm, "critic")
         items = []
         for number, sample in batch:
-            image = samples.load_image(sample, data)
+            image = load_image(sample, data)
             items += [(image, sample, path) for path in paths[number]["paths"]]
         made = []
         if items:

@@ -230,7 +230,7 @@ def prepare(args, data):
     checked = {}
     for side, fields in (("sft", BOXED), ("train", VISRL_FIELDS), ("test", VISRL_FIELDS)):
         path = data / f"{side}.jsonl"
-        checked[side] = read_samples(path, "python -m visrl.make_data", args.skip_bad, fields)
+        checked[side] = read_samples(path, "python -m visrl.make_data", fields)
     return checked
 
 
@@ -242,7 +242,7 @@ def make_sides(args, data):
         sides = split(samples, shares_of_table_7(sizes), args.seed)
         return sides | split(test, {"test": equal_shares(test, sizes["test"])}, args.seed)
     if args.data:
-        samples = read_samples(args.data, "", args.skip_bad, VISRL_FIELDS)
+        samples = read_samples(args.data, "", VISRL_FIELDS, args.skip_bad)
         for sample in samples:
             sample["image"] = str((Path(args.data).parent / sample["image"]).resolve())
     else:

@@ -20,7 +20,7 @@ VISRL_FIELDS = {**FIELDS, "question": str, "answer": str}
 PROBLEMS_SHOWN = 20
 
 
-def read_samples(path, command, skip_bad=False, fields=IVT_FIELDS):
+def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False):
     """The samples of a .jsonl file, every line and every image checked.
 
     Fields: id, source, image (path relative to the file), width, height, the texts of `fields`,
@@ -67,24 +67,25 @@ def read_samples(path, command, skip_bad=False, fields=IVT_FIELDS):
     return samples
 
 
-def read_trajectories(args, data):
-    """What SFT learns from: the trajectories of data/sft.jsonl (id, expression, T + 1 boxes and
-    traces), those of a sample that is there, and {id: sample}.
+def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
+    """The samples of one side of a run, such as "train" or "test". made_by: the script for a
+    message."""
+    return read_samples(args.out / f"data/{side}.jsonl", command(args, made_by), fields)
 
-    Exits when there are none, or not with --steps.
-    """
-    make_data = command(args, "python make_data.py")
-    train = read_samples(data / "train.jsonl", make_data, args.skip_bad)
-    sample_of = {sample["id"]: sample for sample in train}
+
+def read_trajectories(args, data):
+    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces), each with
+    all that its sample says. Exits when there are none, or not with --steps."""
+    sample_of = {sample["id"]: sample for sample in read_side(args, "train")}
     path = data / "sft.jsonl"
-    rows = read_jsonl(path, make_data)
-    rows = [row for row in rows if row["id"] in sample_of]  # --skip-bad leaves some samples out
+    rows = read_jsonl(path, command(args, "python make_data.py"))
+    rows = [{**sample_of[row["id"]], **row} for row in rows if row["id"] in sample_of]
     if not rows:
-        stop(f"{path} has no trajectory of a sample in train.jsonl; {make_data}")
+        stop(f"{path} has no trajectory of a sample in train.jsonl; make it again")
     count = len(rows[0]["boxes"])
     if count != args.steps + 1:
         stop(f"{path} holds {count} boxes a trajectory; run make_data.py with --steps {args.steps}")
-    return rows, sample_of
+    return rows
 
 
 def parse_sample(line, folder, fields):

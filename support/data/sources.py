@@ -86,14 +86,14 @@ def prepare(args, data, make_toy_samples):
     checked = {}
     for side in SIDES:
         path = data / f"{side}.jsonl"
-        checked[side] = read_samples(path, "python make_data.py", args.skip_bad)
+        checked[side] = read_samples(path, "python make_data.py")
     print("samples: " + ", ".join(f"{side} {len(rows)}" for side, rows in checked.items()))
     return checked["train"]
 
 
 def own_samples(path, skip_bad):
     """The samples of a file of your own, with absolute paths of their images."""
-    samples = read_samples(path, "python make_data.py --data FILE.jsonl", skip_bad)
+    samples = read_samples(path, "python make_data.py --data FILE.jsonl", skip_bad=skip_bad)
     for sample in samples:
         sample["image"] = str((Path(path).parent / sample["image"]).resolve())
     return samples

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from support.model.loading import check_weights, load_vlm, quiet, read_json
 from support.running.errors import out_of_memory, stop
-from support.running.files import writing
+from support.running.files import agrees, writing
+from support.running.flags import command
 from support.running.presets import PRESETS
 from support.running.processes import RANK
 
@@ -75,6 +76,20 @@ def new_adapter(vlm, rank, alpha, name="default"):
     else:
         vlm.model = get_peft_model(vlm.model, lora_config(rank, alpha), adapter_name=name)
     vlm.model.train()
+
+
+def policy_and_reference(vlm, folder, size):
+    """Two adapters that begin as the same one: the policy, which is active and takes gradients, and
+    the reference, which is frozen.
+
+    folder: of that adapter; None: both are new, of `size` (rank, alpha), and change nothing yet.
+    """
+    for name in ("policy", "reference"):
+        if folder:
+            add_adapter(vlm, folder, name)
+        else:
+            new_adapter(vlm, *size, name)
+    vlm.model.set_adapter("policy")  # in PEFT the active adapter is also the one that is trained
 
 
 def add_adapter(vlm, folder, name):
@@ -164,12 +179,14 @@ def load_with_adapter(args, folder=None):
 ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
 
 
-def save_adapter(vlm, folder, name="default"):
-    """A PEFT adapter folder: adapter_config.json and adapter_model.safetensors, each moved into
-    place whole, and the fingerprint of the base model, so that it is never put on another one."""
+def save_adapter(vlm, folder, name=None):
+    """The adapter of this name (default: the active one) as a PEFT folder: adapter_config.json and
+    adapter_model.safetensors, each moved into place whole, and the fingerprint of the base model,
+    so that it is never put on another one."""
     if RANK:
         return
     folder = Path(folder)
+    name = name or vlm.model.active_adapter
     temporary = folder.with_name(folder.name + ".tmp")
     with writing(folder):
         vlm.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
@@ -183,11 +200,13 @@ def save_adapter(vlm, folder, name="default"):
         shutil.rmtree(temporary)
 
 
-def adapter_file(folder, command):
-    """The weights of an adapter; stops with the command that makes them when they are missing."""
-    file = Path(folder) / "adapter_model.safetensors"
+def weights_of(args, before, script, *names):
+    """The weights file of the adapter that a phase before has made in --out. Ends the program where
+    it was made with other values of these flags, or is missing: script makes it."""
+    agrees(args, before, *names)
+    file = args.out / before / "adapter_model.safetensors"
     if not file.exists():
-        stop(f"{folder} is missing; first run: {command}")
+        stop(f"{file.parent} is missing; first run: {command(args, script)}")
     return file
 
 

@@ -35,22 +35,20 @@ def probe(vlm, trajectories, sample, pictures=0):
     print(f"largest batch, forward and backward, {size}{memory}")
 
 
-def probe_sft(vlm, rows, samples, examples, args):
-    """`probe` of the row whose sequence is longest.
-
-    rows: of data/sft.jsonl. samples: id -> sample. examples: makes the trajectories of rows.
-    """
+def try_largest(vlm, rows, examples, args, kept=None):
+    """`probe` of the row whose sequences are longest. examples: makes the trajectories of rows.
+    kept: batches whose image tokens are held together (default: those of an update)."""
 
     def size(row):
-        return image_token_count(vlm, samples[row["id"]]), len(str(row))
+        return image_token_count(vlm, row), len(str(row))
 
     largest = max(rows, key=size)
-    batch = examples([largest]) * args.batch_size
-    pictures = len(batch) * args.grad_accum // WORLD * len(batch[0].images)
-    probe(vlm, batch, samples[largest["id"]], pictures)
+    batch = examples([largest] * args.batch_size)
+    kept = kept or args.grad_accum // WORLD
+    probe(vlm, batch, largest, len(batch) * kept * len(batch[0].images))
 
 
-def probe_grpo(vlm, samples, args, data, loop):
+def try_largest_rollout(vlm, samples, args, data, loop):
     """`probe` of what the rollout may sample at most: the largest image, all steps full.
 
     data: the folder that the samples' images are relative to.

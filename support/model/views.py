@@ -2,7 +2,16 @@
 
 from dataclasses import replace
 
-from common import CORRECTION, IVT, SINGLE_PROMPT, denormalize_box, draw_overlay, iou
+from common import (
+    CORRECTION,
+    IVT,
+    SINGLE_PROMPT,
+    WHOLE,
+    box_in_view,
+    denormalize_box,
+    draw_overlay,
+    iou,
+)
 
 from PIL import Image
 
@@ -42,22 +51,11 @@ def view_of(box, surroundings):
     a box (None) it is the whole image.
     """
     if box is None:
-        return [0, 0, 1000, 1000]
+        return WHOLE
     x1, y1, x2, y2 = box
     side = min(1000, max(SMALLEST_VIEW, round(surroundings * max(x2 - x1, y2 - y1))))
     x, y = (min(1000 - side, max(0, (a + b - side) // 2)) for a, b in ((x1, x2), (y1, y2)))
     return [x, y, x + side, y + side]
-
-
-def box_in_view(box, view):
-    """The image's 0..1000 -> the view's; beyond 0..1000 where the box reaches out of the view."""
-    return [round((v - low) * 1000 / (view[2] - view[0])) for v, low in zip(box, view[:2] * 2)]
-
-
-def box_in_image(box, view):
-    """The view's 0..1000 -> the image's; inverts `box_in_view`. None where no area is left."""
-    out = [round(low + v * (view[2] - view[0]) / 1000) for v, low in zip(box, view[:2] * 2)]
-    return out if out[0] < out[2] and out[1] < out[3] else None
 
 
 def enlarge(image, view):
@@ -77,36 +75,25 @@ def zoom(surroundings):
         view = view_of(box, surroundings)
         return draw_overlay(enlarge(image, view), box and box_in_view(box, view))
 
-    def to_image(box, last_box):
-        return box_in_image(box, view_of(last_box, surroundings))
+    def view(last_box):
+        return view_of(last_box, surroundings)
 
-    def to_picture(box, last_box):
-        return box_in_view(box, view_of(last_box, surroundings))
-
-    places = dict(to_image=to_image, to_picture=to_picture)
-    return replace(IVT, feedback=feedback, continuation=CLOSER, **places)
+    return replace(IVT, feedback=feedback, continuation=CLOSER, view=view)
 
 
-def plausible(box, last_box):
-    """Whether a box agrees with the last one: an IoU of GUARD_IOU or more, width and height changed
-    by a share GUARD_SIDES at most."""
+def implausible(box, last_box):
+    """Whether a box disagrees with the last one: an IoU below GUARD_IOU, or width or height changed
+    by more than a share GUARD_SIDES."""
     changes = []
     for low, high in ((0, 2), (1, 3)):
         before = last_box[high] - last_box[low]
         changes.append(abs(box[high] - box[low] - before) / before)
-    return iou(box, last_box) >= GUARD_IOU and max(changes) <= GUARD_SIDES
+    return iou(box, last_box) < GUARD_IOU or max(changes) > GUARD_SIDES
 
 
 def guarded(loop):
-    """The loop, in which a box that is not plausible is refused: the last one stays."""
-
-    def to_image(box, last_box):
-        found = loop.to_image(box, last_box)
-        if found and last_box and not plausible(found, last_box):
-            return last_box
-        return found
-
-    return replace(loop, to_image=to_image)
+    """The loop, in which a box that is implausible is refused: the last one stays."""
+    return replace(loop, refuses=implausible)
 
 
 def asked_again(surroundings):

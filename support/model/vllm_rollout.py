@@ -38,12 +38,11 @@ from pathlib import Path
 from common import (
     IVT,
     ImageTokens,
-    Trajectory,
+    begin,
     continuation_ids,
     encode_images,
     last_valid,
-    parse_box,
-    prompt_ids,
+    read_box,
     token_text,
 )
 from support.model.adapters import save_adapter
@@ -269,15 +268,15 @@ def vllm_rollout(
     row_seeds = []  # [P * N][T + 1]
     for i, (image, text) in enumerate(zip(images, texts)):
         picture, tokens = fitted(vlm, image)
-        ids = prompt_ids(vlm, tokens, text, loop)
-        rows += [Trajectory(list(ids), [tokens]) for _ in range(group_size)]
+        first_text = first_texts[i] if first_texts else None
+        rows += [begin(vlm, tokens, text, loop, first_text) for _ in range(group_size)]
         shown += [[picture] for _ in range(group_size)]
         seen += [[image] for _ in range(group_size)]
         originals += [image] * group_size
         generator = torch.Generator().manual_seed(seeds[i] if seeds else 0)
         row_seeds += torch.randint(2**31, (group_size, steps + 1), generator=generator).tolist()
 
-    for t in range(steps + 1):
+    for t in range(len(rows[0].boxes), steps + 1):
         last_boxes = [last_valid(row.boxes) for row in rows]
         if t > 0:
             pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
@@ -287,26 +286,20 @@ def vllm_rollout(
                 row.ids += continuation_ids(vlm, tokens, texts[i // group_size], loop)
                 row.images.append(tokens)
                 shown[i].append(picture)
-        if t == 0 and first_texts:
-            for i, row in enumerate(rows):
-                row.texts.append(first_texts[i // group_size])
-                row.ids += vlm.encode(row.texts[0])
-        else:
-            write_step(
-                engine,
-                vlm,
-                rows,
-                shown,
-                t,
-                temperature=temperatures[min(t, 1)],
-                seeds=[own[t] for own in row_seeds],
-                max_tokens=max_tokens,
-                ends=loop.ends,
-                lora=lora,
-            )
+        write_step(
+            engine,
+            vlm,
+            rows,
+            shown,
+            t,
+            temperature=temperatures[min(t, 1)],
+            seeds=[own[t] for own in row_seeds],
+            max_tokens=max_tokens,
+            ends=loop.ends,
+            lora=lora,
+        )
         for row, last_box in zip(rows, last_boxes):
-            box = parse_box(row.texts[-1])
-            row.boxes.append(loop.to_image(box, last_box) if box else None)
+            row.boxes.append(read_box(row.texts[-1], last_box, loop))
     if encode:
         put_in_image_tokens(vlm, rows, seen, group_size)
     return rows

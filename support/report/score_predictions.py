@@ -11,7 +11,7 @@ folder under --out that is named as the file, so that the run's own results stay
 import json
 from pathlib import Path
 
-from support.data.samples import read_samples
+from support.data.samples import read_side
 from support.report import second_look
 from support.report.page import group, result_curves, write_page
 from support.report.pictures import write_figures
@@ -19,7 +19,7 @@ from support.report.statistics import CONTROL, analyse, main_row
 from support.report.tables import report, write_results
 from support.running.errors import stop
 from support.running.files import read_lines
-from support.running.flags import Flag, command, flags
+from support.running.flags import Flag, flags
 
 LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 
@@ -110,8 +110,7 @@ if __name__ == "__main__":
     if not args.predictions:
         stop("give the file to score: --predictions theirs.jsonl")
     data = args.out / "data"
-    make_data = command(args, "python make_data.py")
-    samples = read_samples(data / "test.jsonl", make_data, args.skip_bad)
+    samples = read_side(args, "test")
     try:
         rows_of = read_predictions(args.predictions, samples)
     except ValueError as e:
