@@ -370,9 +370,10 @@ def recompute_activations(vlm):
 
 
 def hidden_states(vlm, ids, positions, mask, images, cache=None):
-    """ids [B, K], positions [3, B, K], mask [B, cached + K] (True: a token) -> [B, K, D].
+    """ids [B, K], positions [3, B, K], mask [B, cached + K] (0: padding) -> [B, K, D].
 
-    images: the ImageTokens of all rows, row after row. A cache receives the K new tokens.
+    images: the ImageTokens of all rows, row after row. A cache receives the K new tokens. Without a
+    mask each token sees all before it: enough where rows are padded at their end.
     """
     base = vlm.base
     recompute_activations(vlm)
@@ -390,7 +391,7 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
     language = base.model.language_model
     # The cache goes by its place: transformers 5.5 names it past_key_values, later ones cache
     out = language(
-        None, mask.long(), positions, cache, embeds, use_cache=cache is not None, **visual
+        None, mask, positions, cache, embeds, use_cache=cache is not None, **visual
     )
     return out.last_hidden_state
 
@@ -436,7 +437,7 @@ class Context:
     def __init__(self, vlm, count):
         self.vlm = vlm
         self.cache = DynamicCache(config=vlm.base.config.text_config)
-        self.mask = torch.zeros(count, 0, dtype=torch.bool, device=vlm.base.device)  # [B, cached]
+        self.mask = torch.zeros(count, 0, dtype=torch.long, device=vlm.base.device)  # [B, cached]
         self.offsets = [0] * count  # the next M-RoPE position of each row; padding does not move it
         self.cached = [0] * count  # how many tokens of each row are in the cache
 
@@ -450,7 +451,7 @@ class Context:
         images = images or [[]] * len(rows)
         ids, positions, is_token, self.offsets = pad_pieces(self.vlm, pieces, images, self.offsets)
         # Rows that end a step early are padded inside the cache; the mask hides the padding
-        self.mask = torch.cat([self.mask, is_token], 1)
+        self.mask = torch.cat([self.mask, is_token.long()], 1)
         self.cached = [len(row.ids) for row in rows]
         shown = sum(images, [])
         hidden = hidden_states(self.vlm, ids, positions, self.mask, shown, self.cache)  # [B, K, D]
@@ -619,12 +620,13 @@ def trajectory_logprobs(vlm, trajectories):
     """TokenScores of a batch, in one pass over its sequences.
 
     Logits exist at the targets alone, and a part at a time: a vocabulary of 152k times every image
-    token would be most of the memory.
+    token would be most of the memory. Rows are padded at their end, where no token of theirs looks,
+    so there is no mask, and PyTorch may choose its fastest attention.
     """
     sequences = [t.ids for t in trajectories]
     images = [t.images for t in trajectories]
-    ids, positions, mask, _ = pad_pieces(vlm, sequences, images, [0] * len(trajectories))
-    hidden = hidden_states(vlm, ids, positions, mask, sum(images, []))  # [B, L, D]
+    ids, positions, _, _ = pad_pieces(vlm, sequences, images, [0] * len(trajectories))
+    hidden = hidden_states(vlm, ids, positions, None, sum(images, []))  # [B, L, D]
 
     def flat(lists):  # B lists of integers -> [M]
         values = [value for one in lists for value in one]

@@ -337,6 +337,18 @@ def test_logits_a_part_at_a_time_give_the_same_gradient(vlm, monkeypatch):
     assert torch.allclose(whole, parts, atol=1e-4)
 
 
+def test_padding_at_the_end_changes_nothing(vlm):
+    """No mask hides it: rows of a batch have the log-probabilities that they have alone."""
+    images = encode_images(vlm, [picture(96, 80), picture(48, 64, 1)])
+    batch = [build_trajectory(vlm, images[:n], "it " * n, TEXTS[:n], IVT) for n in (1, 2, 1)]
+    together = trajectory_logprobs(vlm, batch)
+    alone = [trajectory_logprobs(vlm, [t]) for t in batch]
+    assert len({len(t.ids) for t in batch}) == 2
+    for name in ("logprob", "entropy"):
+        values = torch.cat([getattr(scores, name) for scores in alone])
+        assert torch.allclose(getattr(together, name), values, atol=1e-5)
+
+
 def test_accumulation_equals_one_large_batch(vlm):
     images = encode_images(vlm, [picture(32, 32), picture(48, 64, 1)])
     batch = [build_trajectory(vlm, images[:n], "it", TEXTS[:n], IVT) for n in (1, 2, 2, 1)]
