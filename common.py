@@ -5,13 +5,11 @@ Iterative Visual Thinking (IVT, arXiv:2606.13156) draws the box on the image and
 one. Boxes, pictures, sequences, the model, the rollout (Section 3.1), log-probabilities, reward and
 loss (Sections 3.3 and 3.4) follow in this order.
 
-Two conventions hold throughout:
-
-- a box is four integers [x1, y1, x2, y2] in 0..1000 relative to the image, except where a name says
-  `bbox`, which is the ground truth in float pixels; `normalize_box` is the one way from pixels;
-- in shapes, P is prompts, N trajectories of a prompt, B sequences of a batch, L tokens of a
-  sequence, K tokens appended to the cache, M generated tokens, D the width of the language model,
-  V its vocabulary, T the number of refinement steps after step 0.
+A box is four integers [x1, y1, x2, y2] in 0..1000 relative to the image, except where a name says
+`bbox`, which is the ground truth in float pixels; `normalize_box` is the one way from pixels. In
+shapes, P is prompts, N trajectories of a prompt, B sequences of a batch, L tokens of a sequence, K
+tokens appended to the cache, M generated tokens, D the width of the language model, V its
+vocabulary, T the number of refinement steps after step 0.
 """
 
 import functools
@@ -22,11 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-# Threads that spin on while they wait slow training many times beside another busy process; threads
-# that never spin slow decoding. These spin for a moment. OpenMP (GNU's) reads it when torch is
-# loaded, so it stands before that import.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Threads that wait soon sleep, instead of spinning beside other programs. OpenMP reads this when
+# torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 from PIL import Image, ImageDraw
@@ -53,11 +49,8 @@ CORRECTION = (
 
 # Boxes (Section 3.1, "Box representation") --------------------------------------------------------
 def normalize_box(bbox, width, height):
-    """Pixels -> integers in 0..1000: floor(x * 1000 / W), clamped to the image.
-
-    `width` and `height` are those of the original image, so that the resize inside the image
-    processor never matters.
-    """
+    """Pixels -> integers in 0..1000: floor(x * 1000 / W), clamped to the image. The size is that of
+    the original image, so that the resize inside the image processor never matters."""
     sizes = (width, height, width, height)
     return [min(1000, max(0, math.floor(v * 1000 / size))) for v, size in zip(bbox, sizes)]
 
@@ -107,10 +100,10 @@ def answer_of(text):
 
 
 def parse_box(text):
-    """The first box of the answer, or None. Never raises, on any string.
+    """The first box of the answer, not of the reasoning, or None. Never raises, on any string.
 
-    Numbers and boxes in the reasoning do not count. Reversed corners are sorted. A number outside
-    0..1000 or with a fraction, and a box without area, make no valid box.
+    Reversed corners are sorted. A number outside 0..1000 or with a fraction, and a box without
+    area, make no valid box.
     """
     match = _BOX.search(answer_of(text))
     if not match:
@@ -275,8 +268,8 @@ class Trajectory:
 def encode_images(vlm, images):
     """A list of PIL images -> a list of ImageTokens, in one pass of the vision tower.
 
-    LoRA does not touch the vision tower, so these are constants: they need no gradient, and one
-    encoding serves the rollout, the policy and the reference.
+    LoRA does not touch the tower, so these are constants: they need no gradient, and one encoding
+    serves the rollout, the policy and the reference.
     """
     batch = vlm.image_processor(images=images, return_tensors="pt")
     tower = vlm.base.model.visual
@@ -318,9 +311,8 @@ def mrope_positions(ids, images, image_token_id, start=0):
 
     The positions are L triples (time, row, column). Text counts 1 per token on all three. An image
     holds time still, spans its rows and columns, and moves the offset on by the larger of the two
-    (arXiv:2409.12191, Section 2.1).
-    Thanks to the running offset a continuation needs nothing but its own tokens: the model's own
-    `rope_deltas`, which go stale between calls, are never used.
+    (arXiv:2409.12191, Section 2.1). So a continuation needs nothing but its own tokens: the model's
+    own `rope_deltas`, which go stale between calls, are never used.
     """
     positions = []
     images = iter(images)
@@ -343,9 +335,8 @@ def build_trajectory(vlm, images, text, written, loop):
     """The training sequence of Section 3.2.
 
     images: T + 1 ImageTokens, the picture of each step. text: what fills the loop's prompt.
-    written: T + 1 texts, what the model is to write.
-    Targets are the tokens of what is written. Prompt, image tokens and instructions are context
-    (the paper's labels of -100), which is known here, while the sequence is put together.
+    written: T + 1 texts, what the model is to write: their tokens are the targets, and all else is
+    context (the paper's labels of -100).
     """
     out = Trajectory(ids=prompt_ids(vlm, images[0], text, loop), images=list(images))
     for t, words in enumerate(written):
@@ -390,9 +381,7 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
         )
     language = base.model.language_model
     # The cache goes by its place: transformers 5.5 names it past_key_values, later ones cache
-    out = language(
-        None, mask, positions, cache, embeds, use_cache=cache is not None, **visual
-    )
+    out = language(None, mask, positions, cache, embeds, use_cache=cache is not None, **visual)
     return out.last_hidden_state
 
 
@@ -551,13 +540,12 @@ def rollout(
     """Runs N = group_size trajectories for each of P (image, text) pairs; returns P * N of them.
 
     images: PIL, RGB. texts: what fills the loop's prompt. steps: T; 0 is single-shot. max_tokens:
-    per step. temperatures: at step 0 and after; 0 is greedy. seeds: P integers, needed to sample;
-    what a prompt samples depends on its seed, T, N and max_tokens, not on its batch (up to
-    rounding). first_texts: P texts of step 0 that the trajectories go on from.
+    per step. temperatures: at step 0 and after; 0 is greedy. seeds: P integers, needed to sample
+    (else ValueError); what a prompt samples depends on its seed, T, N and max_tokens, not on its
+    batch (up to rounding). first_texts: P texts of step 0 that the trajectories go on from.
 
     Each image is encoded once, each token goes through the model once, and a group's prompt is fed
-    once. Where a step gave no valid box, the last valid one is shown. Raises ValueError when it is
-    to sample without seeds.
+    once. Where a step gave no valid box, the last valid one is shown.
     """
     if max(temperatures) > 0 and not seeds:
         raise ValueError("sampling takes a seed for each prompt")
@@ -629,14 +617,13 @@ def trajectory_logprobs(vlm, trajectories):
     hidden = hidden_states(vlm, ids, positions, None, sum(images, []))  # [B, L, D]
 
     def flat(lists):  # B lists of integers -> [M]
-        values = [value for one in lists for value in one]
-        return torch.tensor(values, dtype=torch.long, device=ids.device)
+        return torch.tensor(sum(lists, []), dtype=torch.long, device=ids.device)
 
     row = flat([[i] * len(t.target) for i, t in enumerate(trajectories)])  # [M]
     at_targets = hidden[row, flat([t.predictor for t in trajectories])]  # [M, D]
     target = flat([t.target for t in trajectories])  # [M]
-    # Computed again in the backward pass: kept for the 2,880 targets of six trajectories of the
-    # paper preset, each copy of the logits would be 1.75 GB.
+    # Computed again in the backward pass: of six trajectories of the paper preset, each copy of the
+    # logits would be 1.75 GB
     part = LOGITS_AT_ONCE // vlm.base.lm_head.out_features
     parts = []
     for h, y in zip(at_targets.split(part), target.split(part)):
@@ -671,10 +658,10 @@ def grpo_loss(logprob, ref_logprob, advantage, entropy, *, beta, entropy_weight,
     Each batch of rollouts is used for one update, so the policy that is updated is the one that
     sampled: the importance ratio is 1 and there is nothing to clip. (Steps >= 1 are sampled at
     temperature 0.7 and log pi is taken at 1; like the paper's Eq. 2, this leaves that aside.) The
-    paper's KL term is mean |log pi - log ref|; `k3` is the unbiased, never negative estimator
-    exp(log ref - log pi) - (log ref - log pi) - 1 (Schulman, "Approximating KL divergence", 2020).
-    In bfloat16 the two differ by rounding as soon as the adapters do: the paper's term has a
-    gradient of full size for that, of either sign, and k3 one in proportion.
+    paper's KL term is mean |log pi - log ref|; `k3` is the unbiased, never negative estimator of
+    Schulman, "Approximating KL divergence", 2020. In bfloat16 log pi and log ref differ by rounding
+    as soon as the adapters do: the paper's term has a gradient of full size for that, of either
+    sign, and k3 one in proportion.
     """
     policy = -(logprob * advantage).sum()
     difference = ref_logprob - logprob  # [M]

@@ -42,13 +42,15 @@ from common import (
     rollout,
     written_boxes,
 )
-from support.data import samples, sources
+from support.data import sources
+from support.data.samples import load_image
 from support.data.teacher import template_trace, trace_fault
-from support.model import loading
 from support.model.decoding import rollouts
+from support.model.loading import load_vlm
 from support.model.views import loop_of
-from support.running import errors, files, processes
-from support.running.flags import command, flags
+from support.running.errors import stop
+from support.running.files import resumable
+from support.running.flags import flags
 from toy import world
 
 
@@ -66,6 +68,32 @@ def in_view(boxes, loop):
     return all(0 <= v <= 1000 for box in written_boxes(boxes, loop) for v in box)
 
 
+def boxes_to_the_truth(sample, prediction, args, loop):
+    """Of a training sample and the student's prediction: the row of data/sft.jsonl that holds the
+    T + 1 boxes, without traces yet; or why there is none, in words.
+
+    The student's own errors are where GRPO's rollouts will begin; from boxes perturbed at random
+    the model learns to imitate bad starts (Section 3.2, "sandbagging").
+    """
+    truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
+    first = prediction["box"]
+    if first is None:
+        return "no valid box"
+    # Rounding down to thousandths may leave a tiny true box without an area
+    if truth[0] == truth[2] or truth[1] == truth[3]:
+        return "true box below a thousandth of the image"
+    # The paper keeps 934 of 2,400: a nearly perfect start has nothing to correct
+    if prediction["iou"] > args.iou_max:
+        return f"IoU above {args.iou_max}"
+    if args.start == "perturbed":
+        first = perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
+    boxes = interpolate(first, truth, args.steps)
+    if not in_view(boxes, loop):
+        return "next box outside the view"
+    words = {"id": sample["id"], "expression": sample["expression"]}
+    return {**words, "iou": box_iou(first, sample), "truth": truth, "boxes": boxes}
+
+
 def perturb(rng, box, iou_max):
     """The box (0..1000), its sides moved at random: an IoU of 0.1 to iou_max with the original.
 
@@ -79,7 +107,7 @@ def perturb(rng, box, iou_max):
         out = [min(1000, max(0, round(v))) for v in moved]
         if 0.1 < iou(out, box) <= iou_max:
             return out
-    errors.stop(f"no box with an IoU of 0.1 to {iou_max} with {box}; raise --iou-max")
+    stop(f"no box with an IoU of 0.1 to {iou_max} with {box}; raise --iou-max")
 
 
 # The teacher, a VLM that is told the next box and may not say so ----------------------------------
@@ -175,7 +203,6 @@ def geometric_trace(row, t, loop):
 if __name__ == "__main__":
     args = flags("make_data", __doc__, **sources.FLAGS)
     loop = loop_of(args)
-    processes.seed_all(args.seed)
     start = time.time()
     data = args.out / "data"
     sources.begin_data(args, data)
@@ -186,97 +213,58 @@ if __name__ == "__main__":
 
     # 2. The student's predictions -----------------------------------------------------------------
     # Greedy and single-shot: the errors that this model makes, not those that we would think of.
-    vlm = loading.load_vlm(args)
+    vlm = load_vlm(args)
     roll = rollouts(args)
 
     def predict(batch):
         part = [sample for _, sample in batch]
-        trajectories = roll(
-            vlm,
-            [samples.load_image(sample, data) for sample in part],
-            [sample["expression"] for sample in part],
-            0,
-            max_tokens=args.max_tokens,
-            loop=SINGLE_SHOT,
-        )
+        images = [load_image(sample, data) for sample in part]
+        texts = [sample["expression"] for sample in part]
+        trajectories = roll(vlm, images, texts, 0, max_tokens=args.max_tokens, loop=SINGLE_SHOT)
         rows = []
         for sample, trajectory in zip(part, trajectories):
             [box] = trajectory.boxes
             rows.append({"id": sample["id"], "box": box, "iou": box_iou(box, sample)})
         return rows
 
-    path = data / "student.jsonl"
-    student = files.resumable(path, train, args.batch_size, "student", predict)
+    student = resumable(data / "student.jsonl", train, args.batch_size, "student", predict)
     sources.show_student(train, student)
 
     # 3. and 4. Filter and trajectories of boxes ---------------------------------------------------
-    # The student's own errors are where GRPO's rollouts will begin; from boxes perturbed at random
-    # the model learns to imitate bad starts (Section 3.2, "sandbagging").
     rows = []
     dropped = Counter()
-    for sample, row in zip(train, student):
-        truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
-        if row["box"] is None:
-            dropped["no valid box"] += 1
-            continue
-        # Rounding down to thousandths may leave a tiny true box without an area
-        if truth[0] == truth[2] or truth[1] == truth[3]:
-            dropped["true box below a thousandth of the image"] += 1
-            continue
-        # The paper keeps 934 of 2,400: a nearly perfect start has nothing to correct
-        if row["iou"] > args.iou_max:
-            dropped[f"IoU above {args.iou_max}"] += 1
-            continue
-        first = row["box"]
-        if args.start == "perturbed":
-            rng = random.Random(f"{args.seed} {sample['id']}")
-            first = perturb(rng, truth, args.iou_max)
-        boxes = interpolate(first, truth, args.steps)
-        if not in_view(boxes, loop):
-            dropped["next box outside the view"] += 1
-            continue
-        kept = {"id": sample["id"], "expression": sample["expression"]}
-        rows.append({**kept, "iou": box_iou(first, sample), "truth": truth, "boxes": boxes})
+    for sample, prediction in zip(train, student):
+        row = boxes_to_the_truth(sample, prediction, args, loop)
+        if isinstance(row, str):
+            dropped[row] += 1
+        else:
+            rows.append(row)
     reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
     print(f"filter: {len(rows)} of {len(train)} kept; dropped: {reasons}")
 
     # 5. Traces ------------------------------------------------------------------------------------
     # The teacher sees at each step what the student will see there, and knows the next box besides.
     if args.teacher == "template":
-        steps = range(args.steps + 1)
         for row in rows:
-            row["traces"] = [geometric_trace(row, t, loop) for t in steps]
+            row["traces"] = [geometric_trace(row, t, loop) for t in range(args.steps + 1)]
     else:
         if args.teacher_model:
             vlm = None  # free it before another model is loaded
-            vlm = loading.load_vlm(args, args.teacher_model)
+            vlm = load_vlm(args, args.teacher_model)
 
         def teach(batch):
             numbers, part = zip(*batch)
-            images = [samples.load_image(row, data) for row in part]
+            images = [load_image(row, data) for row in part]
             seeds = [args.seed * 1_000_003 + 3 * number for number in numbers]
             options = dict(max_tokens=args.max_tokens, loop=loop, roll=roll)
             return vlm_traces(vlm, images, part, seeds, **options)
 
         sample_of = {sample["id"]: sample for sample in train}
         todo = [{**sample_of[row["id"]], **row} for row in rows]
-        path = data / "traces.jsonl"
-        taught = files.resumable(path, todo, args.batch_size, "teacher", teach)
-        rejections = Counter()
-        for row, made in zip(rows, taught):
-            row["traces"] = made["traces"]
-            rejections.update(made["rejected"])
+        taught = resumable(data / "traces.jsonl", todo, args.batch_size, "teacher", teach)
+        rejections = Counter(fault for made in taught for fault in made["rejected"])
+        rows = [{**row, "traces": made["traces"]} for row, made in zip(rows, taught)]
         unusable = sum(row["traces"] is None for row in rows)
         print(f"teacher: rejected traces: {dict(rejections) or 'none'}; {unusable} rows dropped")
-        rows = [row for row in rows if row["traces"] and None not in row["traces"]]
-    if not rows:
-        errors.stop(
-            "no trajectory is left for phase 1: the student is right or invalid on every sample "
-            "(--iou-max), or no trace of the teacher was usable (the counts are above)"
-        )
-    files.write_jsonl(data / "sft.jsonl", rows)
-    print("one trajectory:")
-    for box, text in zip(rows[0]["boxes"], rows[0]["traces"]):
-        print(f"  {box}  {text}")
-    count = f"{len(rows)} trajectories in {data / 'sft.jsonl'}"
-    print(f"{count}, {processes.minutes(start)}; next: {command(args, 'python sft.py')}")
+        rows = [row for row in rows if row["traces"]]
+    sources.write_trajectories(args, rows, start)

@@ -7,8 +7,8 @@ from support.data import datasets
 from support.data.samples import read_samples
 from support.running.errors import stop
 from support.running.files import begin, write_jsonl
-from support.running.flags import Flag
-from support.running.processes import RANK, barrier
+from support.running.flags import Flag, command
+from support.running.processes import RANK, barrier, minutes, seed_all
 
 import torch
 
@@ -30,6 +30,7 @@ def begin_data(args, data):
 
     With --restart, what was made before goes, so that all of it is made anew.
     """
+    seed_all(args.seed)
     folders = {name: getattr(args, name) for name in datasets.DATASETS}
     if args.data and any(folders.values()):
         stop("--data is for samples of your own, the folders are for the paper's; give one of them")
@@ -117,3 +118,20 @@ def show_student(samples, predictions):
             "warning: the student hardly ever hits; are its boxes in 0..1000, and is the ground "
             "truth in pixels?"
         )
+
+
+def write_trajectories(args, rows, start):
+    """data/sft.jsonl, one of its trajectories, and what to run next. start: a time.time(). Exits
+    when there are no rows."""
+    if not rows:
+        stop(
+            "no trajectory is left for phase 1: the student is right or invalid on every sample "
+            "(--iou-max), or no trace of the teacher was usable (the counts are above)"
+        )
+    path = args.out / "data/sft.jsonl"
+    write_jsonl(path, rows)
+    print("one trajectory:")
+    for box, text in zip(rows[0]["boxes"], rows[0]["traces"]):
+        print(f"  {box}  {text}")
+    then = command(args, "python sft.py")
+    print(f"{len(rows)} trajectories in {path}, {minutes(start)}; next: {then}")
