@@ -17,8 +17,7 @@ that does best on 64 of the validation samples is the result.
 
 Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ for --init
 base): a PEFT adapter, the best by validation reward; log/<name>.jsonl, <name>.checkpoint and, at
-each validation, log/validation/<name>_<update>.jsonl and report.html (to look at while it trains)
-under --out.
+each validation, report.html (to look at while it trains) under --out.
 """
 
 from common import advantages, grpo_loss, reward, trajectory_logprobs
@@ -44,9 +43,7 @@ if args.init == "base":
 # Data ---------------------------------------------------------------------------------------------
 train = read_side(args, "train")
 val = read_side(args, "val")[: args.val_prompts]
-origin = None
-if args.init == "sft":
-    origin = run.starts_from("sft", "python sft.py", "feedback")
+origin = run.starts_from("sft", "python sft.py", "feedback") if args.init == "sft" else None
 run.reads(data / "train.jsonl", data / "val.jsonl", ignore=("batch_size", "prompts_at_once"))
 
 # Model and optimizer ------------------------------------------------------------------------------
@@ -99,7 +96,6 @@ def validate(update):
 
 # Training -----------------------------------------------------------------------------------------
 memory.try_largest_rollout(vlm, train, args, data, loop)
-recent, warned = [], set()
 for update in run.updates(args.updates, vlm, optimizer):
     if update % args.val_every == 0:
         validate(update)
@@ -157,9 +153,7 @@ for update in run.updates(args.updates, vlm, optimizer):
     row = health.rollout_facts(rewards, trajectories, owners, gaps)
     row |= dict(loss=loss, policy=policy_term, kl=kl, entropy=entropy, grad_norm=norm)
     run.log(**row)
-    recent.append(row)
-    for sentence in health.unhealthy(recent, warned):
-        run.say(sentence)
+    health.warn(run)
 
 validate(args.updates)
 run.finish(then="python evaluate.py")

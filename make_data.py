@@ -1,25 +1,21 @@
 """Phase 0: samples, the student's predictions, and the trajectories that phase 1 learns from.
 
     python make_data.py                        the toy's world of scenes
-    python make_data.py --data my.jsonl        your own samples (README, "Your own data")
+    python make_data.py --data my.jsonl        your own samples (docs/your_gpu.md)
     python make_data.py --preset paper --refcocog DIR --refadv DIR --refl4 DIR --coco DIR
-                                               the paper's data (docs/paper_preset.md)
 
 Section 3.2, in five steps:
 
 1. Samples: a 1:1:1 mixture of the sources, split by image into train, val and test.
 2. Student: the base model's greedy single-shot box for every training sample, a realistic error.
-3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve. A prediction
-   without a valid box is no start, and dropped too.
+3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve.
 4. Trajectory: T + 1 boxes on a straight line from the student's box (`--start perturbed`: from a
-   box at random) to the truth. With `--feedback zoom` a box can only be written while it lies in
-   the view of the one before; the rest is dropped.
+   box at random) to the truth. In a zoomed view, a box outside the view cannot be written.
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
-   step 0, the overlay of box t - 1 (or the view of it) at step t.
+   step 0, the picture of box t - 1 at step t.
 
 A departure from the paper, toy preset: `--teacher template` (support/data/teacher.py) computes the
-traces from the geometry of the boxes, since no small model can write them; `--teacher vlm` is the
-paper's.
+traces from the boxes, since no small model can write them; `--teacher vlm` is the paper's.
 
 Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl (and, for a VLM
 teacher, data/traces.jsonl) under --out.

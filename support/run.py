@@ -26,7 +26,7 @@ class Run:
 
     args: its flags. data: the folder of the samples. name: of its adapter, log and checkpoint under
     --out. update: how many updates are done. epoch: the one at hand, from 1. best: the reward and
-    the update of the best validation so far.
+    the update of the best validation so far. rows: what this process has logged of updates.
     """
 
     def __init__(self, phase, doc, **own_flags):
@@ -37,7 +37,7 @@ class Run:
         self.data = self.args.out / "data"
         self.name = phase.rpartition(".")[2]
         self.update, self.epoch, self.best = 0, 1, (-1.0, 0)
-        self.shown = {}
+        self.shown, self.rows, self.warned = {}, [], set()
         self.inputs = []
 
     def command(self, script):
@@ -174,6 +174,8 @@ class Run:
         """A line of the log, by default of the update at hand, counted from 1; some of it on the
         bar."""
         self.lines.write(update=self.update + 1 if update is None else update, **row)
+        if update is None:
+            self.rows.append(row)
         self.shown |= {key: value for key, value in row.items() if key in SHOWN}
         self.bar.set_postfix(self.shown, refresh=False)
 

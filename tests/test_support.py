@@ -876,16 +876,3 @@ def test_what_the_log_says_of_a_batch_of_rollouts():
     run.stop_unless_finite(3, 0.5, 1.0, [truth])
     message = one_line(run.stop_unless_finite, 3, float("nan"), 1.0, [truth])
     assert "update 3: loss nan" in message and "['1']; lower --lr" in message
-
-
-def test_leaving_the_healthy_range_warns_once():
-    healthy = {"kl": (0, 0.5, "lower --lr"), "valid": (0.9, 1, "x")}
-    rows = [{"kl": 0.9, "valid": 1.0}] * 4
-    warned = set()
-    assert health.unhealthy(rows, warned, healthy) == []
-    rows = rows + rows[:1]
-    sentence = "warning: kl is 0.900 (healthy: 0 to 0.5): lower --lr"
-    assert health.unhealthy(rows, warned, healthy) == [sentence]
-    assert health.unhealthy(rows, warned, healthy) == []
-    later = rows + [{"kl": 0.1, "valid": 1.0}] * 10  # what is long ago does not count
-    assert health.unhealthy(later, set(), healthy) == []

@@ -38,22 +38,16 @@ LAST_UPDATES = 10
 FEWEST_UPDATES = 5  # before these a mean says little
 
 
-def unhealthy(rows, warned, healthy=HEALTHY):
-    """Sentences on the metrics whose mean over the last updates has left its range; each once.
-
-    rows: the log's rows of the updates so far, a dict each. warned: the metrics already spoken of,
-    a set, which grows. healthy: metric -> (low, high, what to try).
-    """
-    recent = rows[-LAST_UPDATES:]
+def warn(run):
+    """Says which metrics' means over the last updates of a Run have left their range; each once."""
+    recent = run.rows[-LAST_UPDATES:]
     if len(recent) < FEWEST_UPDATES:
-        return []
-    sentences = []
-    for key, (low, high, advice) in healthy.items():
+        return
+    for key, (low, high, advice) in HEALTHY.items():
         mean = sum(row[key] for row in recent) / len(recent)
-        if key not in warned and not low <= mean <= high:
-            warned.add(key)
-            sentences.append(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
-    return sentences
+        if key not in run.warned and not low <= mean <= high:
+            run.warned.add(key)
+            run.say(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
 
 
 def step_ious(trajectories, owners):
