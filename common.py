@@ -366,20 +366,17 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
     images: the ImageTokens of all rows, row after row. A cache receives the K new tokens. Without a
     mask each token sees all before it: enough where rows are padded at their end.
     """
-    base = vlm.base
+    language = vlm.base.model.language_model
     recompute_activations(vlm)
-    embeds = base.model.language_model.embed_tokens(ids)  # [B, K, D]
+    embeds = language.embed_tokens(ids)  # [B, K, D]
     visual = {}
     if images:
-        is_image = ids == base.config.image_token_id  # [B, K]
+        is_image = ids == vlm.base.config.image_token_id  # [B, K]
         features = torch.cat([image.embeds for image in images])  # [image tokens, D]
         embeds = embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
         levels = zip(*(image.deepstack for image in images))
-        visual = dict(
-            visual_pos_masks=is_image,
-            deepstack_visual_embeds=[torch.cat(level) for level in levels],
-        )
-    language = base.model.language_model
+        deepstack = [torch.cat(level) for level in levels]
+        visual = dict(visual_pos_masks=is_image, deepstack_visual_embeds=deepstack)
     # The cache goes by its place: transformers 5.5 names it past_key_values, later ones cache
     out = language(None, mask, positions, cache, embeds, use_cache=cache is not None, **visual)
     return out.last_hidden_state
@@ -405,18 +402,16 @@ def pad_rows(rows, value, device):
 def pad_pieces(vlm, pieces, images, offsets):
     """Pieces of sequence of different lengths, one per row, beginning at these M-RoPE offsets.
 
-    -> ids [B, K], positions [3, B, K], is_token [B, K] (False: padding), the B next offsets.
+    -> ids [B, K], positions [3, B, K], mask [B, K] (0: padding), the B next offsets.
     """
     base = vlm.base
     ids = pad_rows(pieces, 0, base.device)
-    is_token = pad_rows([[True] * len(piece) for piece in pieces], False, base.device)
-    placed = [
-        mrope_positions(piece, row_images, base.config.image_token_id, offset)
-        for piece, row_images, offset in zip(pieces, images, offsets)
-    ]
-    positions, ends = zip(*placed)
+    mask = pad_rows([[1] * len(piece) for piece in pieces], 0, base.device)
+    image_token = base.config.image_token_id
+    rows = zip(pieces, images, offsets)
+    positions, ends = zip(*(mrope_positions(p, shown, image_token, at) for p, shown, at in rows))
     positions = pad_rows(positions, (0, 0, 0), base.device).permute(2, 0, 1)
-    return ids, positions, is_token, ends
+    return ids, positions, mask, ends
 
 
 # The rollout: Section 3.1 over a key-value cache, for a batch at once -----------------------------
@@ -438,13 +433,13 @@ class Context:
         """
         pieces = [row.ids[n:] for row, n in zip(rows, self.cached)]
         images = images or [[]] * len(rows)
-        ids, positions, is_token, self.offsets = pad_pieces(self.vlm, pieces, images, self.offsets)
+        ids, positions, mask, self.offsets = pad_pieces(self.vlm, pieces, images, self.offsets)
         # Rows that end a step early are padded inside the cache; the mask hides the padding
-        self.mask = torch.cat([self.mask, is_token.long()], 1)
+        self.mask = torch.cat([self.mask, mask], 1)
         self.cached = [len(row.ids) for row in rows]
         shown = sum(images, [])
         hidden = hidden_states(self.vlm, ids, positions, self.mask, shown, self.cache)  # [B, K, D]
-        return hidden[torch.arange(len(rows)), is_token.sum(1) - 1]  # [B, D]
+        return hidden[torch.arange(len(rows)), mask.sum(1) - 1]  # [B, D]
 
     def repeat(self, n):
         """Each row n times, side by side: the trajectories of a group share their prompt."""
@@ -642,8 +637,8 @@ def reward(boxes, sample):
 def advantages(rewards, eps=1e-4):
     """Eq. 1, rewards [P, N] -> [P, N]: each against the mean and deviation of its group of N.
 
-    A group of equal rewards has advantage 0 and teaches nothing. The paper leaves eps open; with
-    this one a group whose rewards differ by rounding alone is not blown up.
+    A group of equal rewards has advantage 0 and teaches nothing. The paper leaves eps open; this
+    one does not blow up rewards that differ by rounding alone.
     """
     deviation = rewards.std(1, keepdim=True, unbiased=False)  # [P, 1]
     return (rewards - rewards.mean(1, keepdim=True)) / (deviation + eps)
