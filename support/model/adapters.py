@@ -7,7 +7,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.model.loading import check_weights, load_vlm, quiet, read_json
+from support.model.loading import load_vlm, quiet
 from support.running.errors import out_of_memory, stop
 from support.running.files import agrees, writing
 from support.running.flags import command
@@ -15,6 +15,13 @@ from support.running.presets import PRESETS
 from support.running.processes import RANK
 
 import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import safe_open
 
 
@@ -40,21 +47,9 @@ def fingerprint(vlm):
 
 
 def lora_config(rank, alpha):
-    """LoRA on all attention and MLP projections of the language model (Section 4.1).
-
-    The vision tower stays frozen.
-    """
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=(
-            r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-        ),
-    )
+    """LoRA on all attention and MLP projections of the language model (Section 4.1)."""
+    projections = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=projections)
 
 
 def lora_size(preset, phase="sft"):
@@ -68,8 +63,6 @@ def new_adapter(vlm, rank, alpha, name="default"):
 
     PEFT keeps its weights in float32, whatever the base is in.
     """
-    from peft import PeftModel, get_peft_model
-
     quiet()
     if isinstance(vlm.model, PeftModel):
         vlm.model.add_adapter(name, lora_config(rank, alpha))
@@ -99,8 +92,6 @@ def add_adapter(vlm, folder, name):
     no adapter, is damaged, does not fit the model or was trained on another base (base.json; a
     folder without it is taken on trust).
     """
-    from peft import PeftModel
-
     quiet()
     if not (isinstance(vlm.model, PeftModel) and name in vlm.model.peft_config):
         load_adapter(vlm, Path(folder), name)
@@ -111,49 +102,40 @@ def add_adapter(vlm, folder, name):
 
 
 def load_adapter(vlm, folder, name):
-    from peft import PeftModel, get_peft_model_state_dict
-
-    check_adapter(vlm, folder)
+    """PEFT's own loading, and what it passes over in silence: another base, and keys that only one
+    of the adapter's two files speaks of."""
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).exists():  # PEFT would look for it on the hub
+            stop(f"{folder} is no adapter folder: {file} is not there")
     try:
+        check_base(vlm, folder / "base.json")
         if isinstance(vlm.model, PeftModel):
             vlm.model.load_adapter(str(folder), adapter_name=name)
         else:
             vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), adapter_name=name)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            there = {key for key in file.keys() if "lora_" in key}
     except Exception as e:
         if out_of_memory(e):
             raise
-        reason = " ".join(str(e).split())[:200]
-        stop(f"{folder} does not fit the model loaded ({reason}); give the adapter of this --model")
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        there = {key for key in file.keys() if "lora_" in key}
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        stop(
+            f"{folder} cannot be loaded on this --model ({reason}); give its own adapter, "
+            "or train it again"
+        )
     state = get_peft_model_state_dict(vlm.model, adapter_name=name, save_embedding_layers=False)
-    if there != set(state):
-        key = sorted(there ^ set(state))[0]
+    if not there or there != set(state):
+        key = min(there ^ set(state), default="no LoRA")
         one = "only one of adapter_config.json and adapter_model.safetensors"
         stop(f"{folder} does not fit the model loaded: {one} speaks of {key}")
 
 
-def check_adapter(vlm, folder):
-    """Stops unless `folder` holds a whole LoRA of this base model."""
-    missing = []
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).exists():
-            missing.append(file)
-    if missing:
-        stop(f"{folder} is no adapter folder: {' and '.join(missing)} not there")
-    remedy = "train it again, or copy the whole folder again"
-    config = read_json(folder / "adapter_config.json", remedy)
-    if config.get("peft_type") != "LORA":
-        kind = config.get("peft_type")
-        stop(f"{folder / 'adapter_config.json'}: peft_type is {kind}, expected LORA; {remedy}")
-    check_weights(folder / "adapter_model.safetensors", remedy)
-    if (folder / "base.json").exists():
-        then, now = read_json(folder / "base.json", remedy), fingerprint(vlm)
+def check_base(vlm, file):
+    """Stops where base.json names another base model. Without the file it is taken on trust."""
+    if file.exists():
+        then, now = json.loads(file.read_text()), fingerprint(vlm)
         if then != now:
-            stop(
-                f"{folder} was trained on another base model: {then}; the one loaded (--model) is "
-                f"{now}"
-            )
+            stop(f"{file.parent} was trained on another base model: {then}; --model is {now}")
 
 
 @contextmanager
@@ -212,14 +194,10 @@ def weights_of(args, before, script, *names):
 
 def adapter_state(model, name="default"):
     """name -> tensor, copies on the CPU."""
-    from peft import get_peft_model_state_dict
-
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: value.detach().cpu().clone() for key, value in state.items()}
 
 
 def restore_adapter(model, state, name="default"):
     """Gives an adapter the weights that `adapter_state` has taken of it."""
-    from peft import set_peft_model_state_dict
-
     set_peft_model_state_dict(model, state, adapter_name=name)

@@ -1,19 +1,24 @@
 """Base models: loaded, checked, refused with one clear line."""
 
 import gc
-import json
 import logging
 import os
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 
 from common import VLM
 from support.running.errors import out_of_memory, stop
 from support.running.processes import device
 
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLForConditionalGeneration,
+)
 
 SPECIAL_TOKENS = ("<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
@@ -23,8 +28,6 @@ AGAIN = "a download may have been cut short: get it again"
 
 def quiet():
     """No library chatter in normal runs; our own messages are printed, not logged."""
-    import transformers
-
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("transformers", "peft", "bitsandbytes", "huggingface_hub"):
@@ -44,17 +47,10 @@ def load_vlm(args, name=None, quantize=None):
     kernel takes padding at the left alone, and a rollout pads inside the cache. Exits when the
     checkpoint is damaged or of another kind.
     """
-    from transformers import (
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        Qwen2VLImageProcessorPil,
-        Qwen3VLForConditionalGeneration,
-    )
-
     quiet()
     free_memory()
     name = name or args.model
-    check_checkpoint(name)
+    check_kind(name)
     dtype = getattr(torch, args.dtype)
     options = {}
     if (quantize or args.quantize) == "nf4":
@@ -82,11 +78,11 @@ def load_vlm(args, name=None, quantize=None):
     # By its class: Qwen3-VL's own processor, and early AutoImageProcessors, need torchvision.
     with loading(name, "preprocessor_config.json"):
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        smallest = min(image_processor.size["shortest_edge"], args.max_pixels)
+        image_processor.size = {"shortest_edge": smallest, "longest_edge": args.max_pixels}  # areas
     check_tokenizer(name, tokenizer)
     check_image_processor(name, image_processor, model.config.vision_config)
     model.requires_grad_(False)
-    smallest = min(image_processor.size["shortest_edge"], args.max_pixels)
-    image_processor.size = {"shortest_edge": smallest, "longest_edge": args.max_pixels}  # areas
     if args.checkpointing == "on":
         # The name in transformers 5.5, then the later one
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -106,85 +102,28 @@ def free_memory():
 
 @contextmanager
 def loading(name, files):
-    """Around the loading of a part of a checkpoint: whatever fails ends with a message."""
+    """Around the loading of a part of a checkpoint: whatever the library raises, from damage to no
+    network, ends with a message."""
     try:
         yield
-    except Exception as e:  # no network, no such repository; damage that no check foresaw
+    except Exception as e:
         if out_of_memory(e):
             raise
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        remedy = ""
-        if os.path.isdir(name):
-            remedy = f"; look at its {files}, or get them again"
-        stop(f"--model {name} cannot be loaded: {reason}{remedy}")
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        where = f"; look at its {files}, or get them again" if os.path.isdir(name) else ""
+        stop(f"--model {name} cannot be loaded: {reason}{where}")
 
 
-def read_json(path, remedy):
-    """The JSON object in a file, a dict; anything else ends the program."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        stop(f"{path} cannot be read as JSON ({e}); {remedy}")
-    if not isinstance(content, dict):
-        stop(f"{path} holds no JSON object; {remedy}")
-    return content
-
-
-def check_checkpoint(name):
-    """Of a folder, its config.json, weights and preprocessor_config.json; of a hub id, its form."""
-    folder = Path(name)
-    if not os.path.isdir(name):
-        if os.path.lexists(name):
-            stop(f"--model {name}: is no folder that can be read; give a folder or a hub id")
-        if name.startswith((".", "/")) or name.count("/") != 1:
-            example = "Qwen/Qwen3-VL-4B-Instruct"
-            stop(f"--model {name}: no such folder, and not a hub id such as {example}")
-        return
-    kind = None
-    if (folder / "config.json").exists():
-        kind = read_json(folder / "config.json", AGAIN).get("model_type")
-    expected = "expected a folder with a config.json of model_type qwen3_vl and *.safetensors"
+def check_kind(name):
+    """Stops unless a folder or hub id is a Qwen3-VL by its config.json, before its weights are
+    read, or fetched."""
+    if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") != 1):
+        example = "Qwen/Qwen3-VL-4B-Instruct"
+        stop(f"--model {name}: no such folder, and not a hub id such as {example}")
+    with loading(name, "config.json"):
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if kind != "qwen3_vl":
-        stop(f"--model {name}: {expected}; found model_type {kind}")
-    weights = weight_files(folder)
-    if not weights:
-        stop(f"--model {name}: {expected}; found no *.safetensors")
-    for file in weights:
-        check_weights(file)
-    sizes = folder / "preprocessor_config.json"
-    if not sizes.exists():
-        stop(f"{sizes} is missing; {AGAIN}")
-    size = read_json(sizes, AGAIN).get("size")
-    if not isinstance(size, dict):
-        size = {}
-    areas = [size.get("shortest_edge"), size.get("longest_edge")]
-    if not all(type(area) is int and area > 0 for area in areas):
-        expected = "expected shortest_edge and longest_edge, two areas in pixels"
-        stop(f"{sizes}: its size has {areas}; {expected}; {AGAIN}")
-
-
-def weight_files(folder):
-    """The files that hold a folder's weights; one that the index names may be missing."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return []
-    shards = read_json(index, AGAIN).get("weight_map")
-    if not isinstance(shards, dict):
-        stop(f"{index} has no weight_map; {AGAIN}")
-    return [folder / str(shard) for shard in sorted(set(map(str, shards.values())))]
-
-
-def check_weights(file, remedy=AGAIN):
-    """Stops unless the header of a safetensors file fits its length."""
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except FileNotFoundError:
-        stop(f"{file} is missing; {remedy}")
-    except (OSError, SafetensorError) as e:
-        stop(f"{file} is damaged ({e}); {remedy}")
+        stop(f"--model {name}: its model_type is {kind}; a qwen3_vl is expected")
 
 
 def check_report(name, report):
