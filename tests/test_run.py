@@ -1,0 +1,90 @@
+"""The door of the training phases: resuming, saving, Ctrl-C, the order of the samples, the rate."""
+
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+from support.model.adapters import adapter_state
+from support.run import Run, shuffled
+from support.running import errors, files, flags, processes
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+ROWS = [{"id": str(n), "width": 20, "height": 10} for n in range(9)]  # an epoch is 4 + 4 + 1
+FLAGS = "--epochs 2 --batch-size 2 --grad-accum 2 --save-every 2 --warmup 0.5 --lr 0.1"
+LORA = LoraConfig(target_modules=["0"])
+
+
+@pytest.fixture
+def phase(monkeypatch, tmp_path):
+    """phase(more flags) -> (Run, a stand-in for the model, optimizer), begun as sft.py begins."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(flags, "lock", lambda folder: None)  # it would last as long as pytest
+    handler = signal.getsignal(signal.SIGINT)
+
+    def begin(*more):
+        monkeypatch.setattr(processes, "_interrupt_asked", False)
+        monkeypatch.setattr(sys, "argv", ["sft.py", "--out", str(tmp_path), *FLAGS.split(), *more])
+        run = Run("sft", "A phase.")
+        run.reads()
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), LORA)
+        return run, SimpleNamespace(model=model), torch.optim.AdamW(model.parameters())
+
+    yield begin
+    signal.signal(signal.SIGINT, handler)
+
+
+def train(run, vlm, optimizer):
+    """Yields the ids of each batch when its step is made, and not yet saved."""
+    for batch in run.epochs(ROWS, vlm, optimizer):
+        vlm.model(torch.ones(1, 3)).square().sum().backward()
+        run.log(epoch=run.epoch, lr=run.set_rate(optimizer))
+        optimizer.step()
+        optimizer.zero_grad()
+        run.best = max(run.best, (1 / (1 + run.update), run.update))
+        yield [row["id"] for row in batch]
+
+
+def test_a_stopped_run_goes_on_as_one_that_never_stopped(phase, capsys):
+    seen = [ids for _, ids in zip(range(4), train(*phase()))][:2]  # killed: two are not saved
+    with pytest.raises(SystemExit) as ended:
+        for ids in train(*phase()):
+            seen.append(ids)
+            os.kill(os.getpid(), signal.SIGINT)
+    assert ended.value.code == 130 and "stopped; to go on: " in capsys.readouterr().out
+    run, vlm, _ = begun = phase()
+    seen += train(*begun)
+    log, best, state = run.lines.path.read_bytes(), run.best, adapter_state(vlm.model)
+    run.finish(then="python grpo.py")
+    with pytest.raises(SystemExit):
+        phase()
+    assert "sft is finished; --restart begins again" in capsys.readouterr().out
+    run, vlm, _ = begun = phase("--restart")
+    assert list(train(*begun)) == seen and run.best == best
+    assert run.lines.path.read_bytes() == log
+    assert all(torch.equal(value, state[key]) for key, value in adapter_state(vlm.model).items())
+
+
+def test_the_order_and_the_rate_of_each_update(phase):
+    run, *_ = begun = phase()
+    seen = sum(train(*begun), [])
+    epochs = shuffled(ROWS, 0, 0), shuffled(ROWS, 0, 1)  # of a seed and an epoch
+    assert seen == [row["id"] for epoch in epochs for row in epoch]
+    assert epochs[0] != epochs[1] and set(seen[:9]) == set(seen[9:]) == set("012345678")
+    run.update = 2  # of an endless stream, four a time
+    assert run.stream(ROWS, 4) == [epochs[0][8], *epochs[1][:3]]
+    rates = [row["lr"] for row in files.read_jsonl(run.lines.path, "")]
+    # Three of six warm it up, then a cosine to zero
+    assert rates == pytest.approx([0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.075, 0.025], abs=1e-6)
+
+
+def test_a_batch_is_shared_and_named_where_it_would_spoil_the_weights(phase, monkeypatch):
+    run, *_ = phase()
+    with pytest.raises(SystemExit, match=r"^error: update 1: loss nan.*\['0', '1'\]; lower --lr"):
+        run.check(float("nan"), 1.0, ROWS[:2])
+    monkeypatch.setattr(processes, "WORLD", 2)
+    monkeypatch.setattr(processes, "RANK", 1)
+    assert run.share(ROWS) == errors._at_work["samples"] == ROWS[5:]
