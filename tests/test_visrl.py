@@ -1,5 +1,4 @@
-"""VisRL: the crop, the loop, the controller, the critics, the pairs, the loss, the data, the
-report."""
+"""VisRL: its crop, loop and loss, the controller, the critics, the pairs, the data, the report."""
 
 import copy
 import json
@@ -53,28 +52,19 @@ BOXES = [[100, 100, 500, 480], [0, 0, 900, 170]]
 
 
 # The crop -----------------------------------------------------------------------------------------
-def test_a_crop_is_cut_out_of_the_full_size_image():
-    image = picture(640, 480)
-    assert (
-        crop(image, [250, 500, 500, 1000]).tobytes() == image.crop((160, 240, 320, 480)).tobytes()
-    )
-    assert crop(image, [0, 0, 1000, 1000]).tobytes() == image.tobytes()
-    assert crop(image, None).tobytes() == image.tobytes()  # no valid box, nothing is left out
-    # Rounded outwards: 100.2 to 200.4 and 50.1 to 150.3 pixels
-    assert crop(picture(1002, 501), [100, 100, 200, 300]).size == (101, 101)
-
-
 @pytest.mark.parametrize(
     "size, box, expected",
     [
+        ((640, 480), [250, 500, 500, 1000], (160, 240, 320, 480)),
+        ((640, 480), None, (0, 0, 640, 480)),  # no valid box, nothing is left out
+        ((1002, 501), [100, 100, 200, 300], (100, 50, 201, 151)),  # rounded outwards
         ((640, 480), [500, 500, 501, 501], (306, 226, 335, 255)),  # one unit, grown to 28 pixels
         ((640, 480), [999, 999, 1000, 1000], (612, 452, 640, 480)),  # moved into the image
         ((20, 10), [0, 0, 1, 1], (0, 0, 20, 10)),  # an image that is smaller than that
-        ((4200, 30), [0, 400, 1000, 401], (0, 0, 4200, 30)),  # a hair's breadth across
         ((4200, 420), [0, 500, 1000, 501], (0, 189, 4200, 232)),  # no longer than 100 to 1
     ],
 )
-def test_degenerate_crops(size, box, expected):
+def test_a_crop_is_cut_out_of_the_full_size_image(size, box, expected):
     image = picture(*size)
     assert crop(image, box).tobytes() == image.crop(expected).tobytes()
 
@@ -139,50 +129,23 @@ def test_a_box_ends_step_0_and_the_turn_step_1():
     assert not ASK.ends("anything", 0)
 
 
-@pytest.mark.parametrize("crop", list(LOOPS))
-def test_the_cache_agrees_with_one_full_pass(vlm, monkeypatch, crop):
-    """Crops of odd sizes and of the whole image, answers that end early and late."""
-    boxes = iter([[100, 100, 101, 1000], [0, 0, 333, 77], None, [3, 3, 999, 998]] * 2)
-    images = [picture(131, 77), picture(48, 144, 1)]
-    monkeypatch.setattr(common, "parse_box", lambda text: next(boxes))
-    options = dict(group_size=2, temperatures=(1.0, 1.0), seeds=[3, 4])
-    rows = rollout(
-        vlm, images, ["x", "a longer question"], 1, max_tokens=24, loop=LOOPS[crop], **options
-    )
-    assert len({(t.images[1].rows, t.images[1].columns) for t in rows}) > 2
-    assert len({len(t.target) for t in rows}) > 1
-    scores = trajectory_logprobs(vlm, rows)
-    sampled = torch.tensor([logprob for t in rows for logprob in t.logprob])
-    assert (scores.logprob - sampled).abs().max() < 1e-4
-
-
-def test_a_replaced_box_is_context_in_the_rollout_and_a_target_of_its_pair(vlm):
-    """The answers of make_pairs go on from given boxes; stage 1 then learns these boxes."""
+def test_an_answer_goes_on_from_a_given_box_as_its_pair_is_learnt(vlm):
     image = picture(160, 160)
     texts = [format_box(box) for box in BOXES]
     options = dict(temperatures=(1.0, 1.0), seeds=[0, 1], first_texts=texts, loop=VISRL)
     rows = rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, **options)
     for row, box in zip(rows, BOXES):
-        assert row.boxes[0] == box and set(row.step) == {1}
         images = encode_images(vlm, [image, VISRL.feedback(image, box)])
         pair = path_trajectory(vlm, "q", images, box, "")
         assert row.ids[: len(pair.ids) - 1] == pair.ids[:-1]  # up to where the answer begins
-        targets = [token for token, step in zip(pair.target, pair.step) if step == 0]
-        assert targets == vlm.encode(format_box(box))
-    scores = trajectory_logprobs(vlm, rows)
-    sampled = torch.tensor([logprob for t in rows for logprob in t.logprob])
-    assert (scores.logprob - sampled).abs().max() < 1e-4
+        assert row.boxes[0] == box and set(row.step) == {1}  # the box was not sampled
 
 
 # Step-level DPO -----------------------------------------------------------------------------------
-def token_scores(*rows):
-    """Rows of (trajectory, step, log-probability)."""
-    row, step, logprob = (torch.tensor(column) for column in zip(*rows))
-    return TokenScores(logprob, torch.zeros(len(rows)), row, step)
-
-
 def test_sums_of_each_step_by_hand():
-    scores = token_scores((0, 0, -1.0), (0, 0, -2.0), (0, 1, -4.0), (1, 0, -8.0), (1, 1, -16.0))
+    row, step = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 1]])
+    logprob = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
+    scores = TokenScores(logprob, torch.zeros(5), row, step)
     assert step_logprobs(scores, 2, 2).tolist() == [[-3.0, -4.0], [-8.0, -16.0]]
     assert pair_logprobs(scores, 1, 2).tolist() == [[[-3.0, -4.0], [-8.0, -16.0]]]
 
@@ -205,15 +168,6 @@ def test_the_loss_of_each_stage_by_hand():
     assert losses.mean(1).item() == pytest.approx((loss_of(0.15) + loss_of(0.3)) / 2)
 
 
-def test_the_loss_raises_the_chosen_and_lowers_the_rejected():
-    policy = torch.zeros(2, 2, 2, requires_grad=True)
-    losses, _ = dpo_loss(policy, torch.zeros(2, 2, 2), 0.1)
-    losses.mean(1).sum().backward()
-    # At a margin of 0, d loss / d margin = -1/2; times beta, and one half for each step
-    assert torch.allclose(policy.grad[:, 0], torch.full((2, 2), -0.1 / 4))
-    assert torch.allclose(policy.grad[:, 1], torch.full((2, 2), 0.1 / 4))
-
-
 def test_the_chosen_paths_own_loss_by_hand():
     """--nll: each pair weighs the same, whatever its length or batch; no rejected token has a
     gradient."""
@@ -223,19 +177,14 @@ def test_the_chosen_paths_own_loss_by_hand():
     chosen_nll(scores, 2).sum().backward()
     assert chosen_nll(scores, 2).tolist() == [1.5, 9.0]
     assert logprob.grad.tolist() == [-0.5, -0.5, 0, -1, 0, 0]
-    # A pair of three trajectories (--condition chosen): the chosen one is still the first
-    three = token_scores((0, 0, -1.0), (0, 1, -3.0), (1, 0, -8.0), (2, 0, -8.0), (2, 1, -8.0))
-    assert chosen_nll(three, 1).tolist() == [2.0]
 
 
 @pytest.mark.parametrize("answers", [(None, None), ("a dot", "not a dot, but a ring")])
-def test_a_step_of_the_policy_does_so_too(vlm, answers):
-    """On pairs of different lengths and images, each stage, the reference staying where it is."""
+def test_a_step_raises_the_chosen_against_the_rejected(vlm, answers):
+    """On pairs of different lengths and images, each stage; the reference stays where it is."""
     own = replace(vlm, model=copy.deepcopy(vlm.base))
-    for name in ("policy", "reference"):
-        adapters.new_adapter(own, 4, 8, name)
-    own.model.set_adapter("policy")
-    parameters = [p for p in own.model.parameters() if p.requires_grad]
+    adapters.policy_and_reference(own, None, (4, 8))
+    optimizer = torch.optim.AdamW([p for p in own.model.parameters() if p.requires_grad], lr=0.01)
     batch = []
     for seed, size in ((0, (96, 80)), (1, (48, 144))):
         image = picture(*size, seed)
@@ -249,12 +198,8 @@ def test_a_step_of_the_policy_does_so_too(vlm, answers):
             return pair_logprobs(trajectory_logprobs(own, batch), 2, steps)
 
     before = logprobs("reference").detach()
-    losses, _ = dpo_loss(logprobs("policy"), before, 0.1)
-    assert losses.tolist() == [[pytest.approx(math.log(2))] * steps] * 2
-    losses.mean().backward()
-    with torch.no_grad():
-        for p in parameters:
-            p -= 0.05 * p.grad / p.grad.norm().clamp(min=1e-12)
+    dpo_loss(logprobs("policy"), before, 0.1)[0].mean().backward()
+    optimizer.step()
     change = (logprobs("policy") - before).detach()
     assert (change[:, 0] - change[:, 1] > 0).all(), change
     assert torch.equal(logprobs("reference").detach(), before)
@@ -297,16 +242,10 @@ def test_only_boxes_that_overlap_are_replaced():
         ('{"score": 0.8}', 0.8),
         ('Here:\n```json\n{"score": 1}\n```', 1.0),
         ("```\n0.25\n```", 0.25),
-        (" 0.5\n", 0.5),
-        ("1", 1.0),
         ('{"score": 1.5}', None),
         ('{"score": true}', None),
-        ('{"score": "0.8"}', None),
         ('{"score": NaN}', None),
-        ("NaN", None),
-        ("[0.8]", None),
         ("The score is 0.8", None),
-        ("", None),
         ("[" * 100_000, None),
     ],
 )
@@ -314,81 +253,49 @@ def test_what_a_critic_may_reply(text, score):
     assert critics.parse_score(text) == score
 
 
-ITEM_SAMPLE = {"question": "What mark?", "answer": "a dot", "bbox": [123.25, 7.0, 200.5, 77.75]}
-
-
-class Blind(dict):
-    """A sample whose true box nobody may look at."""
-
-    def __getitem__(self, key):
-        assert key != "bbox"
-        return super().__getitem__(key)
-
-    get = __getitem__
-
-
-def items_of(image, sample):
+def items_of(image):
+    """Without a true box: no critic may look at one."""
+    sample = {"question": "What mark?", "answer": "a dot"}
     paths = [{"box": BOXES[0], "answer": "A dot."}, {"box": BOXES[1], "answer": "a ring"}]
     return [(image, sample, path) for path in paths]
 
 
-def test_the_prompted_critics_see_crop_or_image_and_never_the_true_box(vlm):
+def test_the_prompted_critics_see_crop_or_image(vlm):
     calls = []
     replies = iter(['{"score": 0.9}', "no idea", "0.75", '{"score": 0}'])
 
     def answer(vlm, images, prompts, steps, **options):
-        calls.append((images, prompts, options))
+        calls.append((images, prompts))
+        assert options == dict(max_tokens=9, loop=ASK)  # greedy
         return [Trajectory(texts=[next(replies)]) for _ in prompts]
 
     image = picture(90, 60)
     options = dict(critic="prompted", crop=crop, max_tokens=9, roll=answer)
-    scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
+    scored = critics.score_paths(vlm, items_of(image), **options)
     assert [(p["box_score"], p["response_score"]) for p in scored] == [(0.9, 0.75), (None, 0.0)]
-    (crops, of_box, how), (images, of_response, _) = calls
+    (crops, of_box), (images, of_response) = calls
     assert [c.tobytes() for c in crops] == [crop(image, box).tobytes() for box in BOXES]
     assert all(one is image for one in images)
-    assert how.get("temperatures", (0.0, 0.0)) == (0.0, 0.0) and how["loop"] is ASK
-    for prompt in of_box + of_response:
-        assert "What mark?" in prompt and "a dot" in prompt and "123" not in prompt
+    assert all("What mark?" in prompt and "a dot" in prompt for prompt in of_box + of_response)
     assert "a ring" in of_response[1] and "a ring" not in "".join(of_box)
 
 
 def test_the_likelihood_of_an_answer_by_hand(vlm):
     image = picture(90, 60)
-    options = dict(critic="likelihood", crop=crop, max_tokens=9)
-    scored = critics.score_paths(vlm, items_of(image, Blind(ITEM_SAMPLE)), **options)
+    scored = critics.score_paths(vlm, items_of(image), critic="likelihood", crop=crop, max_tokens=9)
     assert [path["response_score"] for path in scored] == [1.0, 0.0]
-    shown = encode_images(vlm, [crop(image, BOXES[0])])[0]
-    ids = common.prompt_ids(vlm, shown, "What mark?", ASK)
-    by_hand = 0.0
-    for token in vlm.encode("a dot" + END):
-        positions, _ = common.mrope_positions(ids, [shown], vlm.base.config.image_token_id)
-        positions = torch.tensor(positions).T[:, None]
-        tensor = torch.tensor([ids])
-        hidden = common.hidden_states(
-            vlm, tensor, positions, torch.ones_like(tensor).bool(), [shown]
-        )
-        by_hand += common.text_logits(vlm, hidden[0, -1]).log_softmax(-1)[token].item()
-        ids = ids + [token]
-    assert scored[0]["box_score"] == pytest.approx(math.exp(by_hand), rel=1e-3)
+    [shown] = encode_images(vlm, [crop(image, BOXES[0])])
+    true_answer = answer_trajectory(vlm, "What mark?", shown, "a dot")
+    by_hand = trajectory_logprobs(vlm, [true_answer]).logprob.sum().exp().item()
+    assert scored[0]["box_score"] == pytest.approx(by_hand, rel=1e-3)
     assert scored[0]["box_score"] != scored[1]["box_score"]
 
 
-@pytest.mark.parametrize(
-    "response, answer, right",
-    [
-        ("a dot", "a dot", True),
-        (" A  Dot.", "dot", True),
-        ("the ring", "a ring", True),
-        ("A", "a", True),
-        ("dots", "dot", False),
-        ("a dot or a ring", "a dot", False),
-        ("", "a", False),
-        ("zwölf", "Zwölf!", True),
-    ],
-)
-def test_when_an_answer_is_right(response, answer, right):
-    assert is_right(response, answer) is right
+def test_when_an_answer_is_right():
+    for response, answer in ((" A  Dot.", "dot"), ("A", "a"), ("zwölf", "Zwölf!")):
+        assert is_right(response, answer)
+    for response, answer in (("dots", "dot"), ("a dot or a ring", "a dot"), ("", "a")):
+        assert not is_right(response, answer)
 
 
 # Filter and pairs ---------------------------------------------------------------------------------
@@ -407,7 +314,6 @@ def scored(*scores):
         ([(0.8, 0.8), (0.2, 0.2)], (0, 1)),  # the thresholds belong to both sets
         ([(0.9, None), (0.1, 0.1)], "no winning path"),
         ([(None, None)], "no path with scores"),
-        ([], "no path with scores"),
         ([(0.9, 1.0), (0.9, 1.0), (0.0, 0.0), (0.0, 0.0)], (0, 2)),  # of equals the first
     ],
 )
@@ -586,7 +492,7 @@ def log_lines(right, hit=None):
     return lines
 
 
-def test_the_findings_are_judged_by_their_intervals(tmp_path, capsys):
+def test_the_findings_are_judged_by_their_intervals():
     rows = {
         report.BASE: log_lines(20),
         report.SFT: log_lines(10, 10),
@@ -607,30 +513,11 @@ def test_the_findings_are_judged_by_their_intervals(tmp_path, capsys):
     # A box is right above 0.5, not from there on; a control's box is not the policy's
     assert results["boxes"][report.SFT]["a"][0] == pytest.approx(5 / 20)
     assert report.control_name(report.RL2, "true") not in results["boxes"]
-    words = {sentence: word for sentence, _, word in results["findings"]}
-    expected = {
-        "SFT answers less": "holds",
-        "RL1 raises box accuracy": "holds",
-        "In answers SFT < SFT + RL1": "holds",
-        "The whole training": "holds",
-        "RL2 only lies between": "NOT SETTLED",
-        "Looking beats plain DPO": "holds",
-        "A second iteration": "NOT SETTLED",
-        "The pipeline has more right pairs": "holds",
-    }
-    for begin, word in expected.items():
-        [found] = [v for sentence, v in words.items() if sentence.startswith(begin)]
-        assert found == word, begin
+    found = {sentence[:8]: word for sentence, _, word in results["findings"]}
+    assert len(found) == 8 and set(found.values()) == {"holds", "NOT SETTLED"}
+    assert [key for key in found if found[key] != "holds"] == ["RL2 only", "A second"]
     worse = report.analyse(SAMPLES, {**rows, report.RL1: log_lines(20, 2)}, {})
     assert "DOES NOT HOLD" in {w for s, _, w in worse["findings"] if s.startswith("RL1 raises")}
-
-    report.write({"n": 40, "seed": 0, "model": "m", **results}, tmp_path)
-    text = (tmp_path / "results.md").read_text()
-    printed = capsys.readouterr().out
-    for name in (*rows, "holds: RL1 raises box accuracy"):
-        assert name in text and name in printed, name
-    assert all(name in text for name in (*pairs, "WP-LN"))
-    assert json.loads((tmp_path / "results.json").read_text())["pairs"][report.WHOLE]["n"] == 40
 
 
 def test_pairs_are_judged_by_the_boxes_that_training_never_saw(tmp_path):
@@ -651,16 +538,3 @@ def test_pairs_are_judged_by_the_boxes_that_training_never_saw(tmp_path):
     assert [shares[kind][0] for kind in kinds] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
     write_jsonl(tmp_path / "train.jsonl", [{"id": "0"}])
     assert report.read_pairs(tmp_path) == {}
-
-
-def test_filmstrips_show_image_crop_and_answer(tmp_path):
-    picture(20, 10).save(tmp_path / "a.png")
-    rows = {report.SFT: log_lines(10, 10), report.RL2: log_lines(30, 20)}
-    shown = report.filmstrips(SAMPLES, rows, tmp_path, tmp_path, VISRL.feedback, 3)
-    assert shown == report.RL2
-    sizes = {}
-    for name in ("gains", "losses", "first"):
-        with Image.open(tmp_path / f"figures/{name}.png") as image:
-            sizes[name] = image.size
-    assert sizes["gains"] == sizes["first"] and sizes["losses"][1] < sizes["gains"][1]
-    assert report.filmstrips(SAMPLES, {}, tmp_path, tmp_path, VISRL.feedback, 3) == "nothing"
