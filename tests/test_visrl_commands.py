@@ -2,16 +2,12 @@
 questions have no boxes."""
 
 import json
-import os
-import random
-import re
-import signal
-import time
 
-from tests.test_commands import lines, run, start
+from tests.test_commands import kill_at_random, lines, run, unbroken
 
 import pytest
 
+pytestmark = pytest.mark.slow
 # With these thresholds a base without skill gives pairs
 PAIRS = "-m visrl.make_pairs --attempts 2 --batch-size 4 --max-tokens 24 --win 0 --lose 1"
 DPO = "-m visrl.dpo --epochs 1 --batch-size 2 --save-every 2"
@@ -22,10 +18,10 @@ SMALL = {  # a step of the main job -> its command, in the order of visrl/README
     "no_controller": f"{PAIRS} --ablation no_controller",
     "rl1": f"{DPO} --stage 1",
     "rl2": f"{DPO} --stage 2",
-    "rl2_only": f"{DPO} --stage 2 --init sft --condition chosen",
+    "rl2_only": f"{DPO} --stage 2 --init sft",
     "plain_dpo": f"{DPO} --stage answers",
     "pairs_2": f"{PAIRS} --iteration 2",
-    "evaluate": "-m visrl.evaluate --max-tokens 24 --pictures 2",
+    "evaluate": "-m visrl.evaluate --max-tokens 24",
 }
 
 
@@ -35,31 +31,18 @@ def command(step, out, *more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Each step started once and never stopped: (run folder, seconds of each)."""
+    """(run folder, seconds of each step)."""
     out = tmp_path_factory.mktemp("visrl") / "run"
     status, printed = command("pairs", out)
     assert status == 1 and "first run: python -m visrl.make_data" in printed
-    seconds = {}
-    for step in SMALL:
-        began = time.time()
-        status, printed = command(step, out)
-        seconds[step] = time.time() - began
-        assert status == 0, printed
-        assert not re.search(r"warn|Traceback|deprecat|failed", printed, re.I), printed
-    return out, seconds
+    return out, unbroken(SMALL, out)
 
 
 def test_the_main_job(whole):
     out, _ = whole
     report = (out / "results.md").read_text()
-    for name in (
-        "Base, no box",
-        "SFT + RL1 + RL2, shown the true box",
-        "SFT + RL2 only",
-        "Plain DPO",
-        "without the diversity controller",
-    ):
-        assert name in report, name
+    names = ["Base, no box", "RL2, shown the true box", "RL2 only", "Plain DPO", "iteration 2"]
+    assert all(name in report for name in [*names, "without the diversity controller"])
     assert (out / "figures/first.png").exists()
     for name, steps in (("rl1", 1), ("rl2", 2), ("rl2_only", 2), ("plain_dpo", 1)):
         first, *later = lines(out / f"log/{name}.jsonl")
@@ -79,44 +62,32 @@ def test_the_main_job(whole):
 
 
 @pytest.mark.parametrize(
-    "step, flags, status, words",
+    "step, flags, words",
     [
-        ("make_data", "", 0, "is finished"),
-        ("rl1", "", 0, "is finished"),
-        ("rl1", "--beta 0.2", 1, "beta: 0.1 then, 0.2 now"),
-        ("rl1", "--init sft", 1, "--init sft is for --stage 2"),
-        ("rl2", "--iteration 3", 1, "first run: python -m visrl.make_pairs --iteration 3 --out"),
-        ("pairs", "--steps 2", 2, "--steps"),
-        ("pairs", "--temperature 2", 1, "temperature: 1.0 then, 2.0 now"),
-        ("make_data", "--preset paper --out other", 1, "--viscot DIR"),
+        ("rl1", "--beta 0.2", "beta: 0.1 then, 0.2 now"),
+        ("rl1", "--init sft", "--init sft is for --stage 2"),
+        ("rl2", "--iteration 3", "first run: python -m visrl.make_pairs --iteration 3 --out"),
+        ("pairs", "--temperature 2", "temperature: 1.0 then, 2.0 now"),
+        ("make_data", "--preset paper --out other", "--viscot DIR"),
     ],
 )
-def test_mistakes_end_with_one_clear_message(whole, step, flags, status, words):
-    ended, printed = command(step, whole[0], *flags.split())
-    assert ended == status and words in printed and "Traceback" not in printed, printed
+def test_mistakes_end_with_one_clear_message(whole, step, flags, words):
+    status, printed = command(step, whole[0], *flags.split())
+    assert status == 1 and words in printed and "Traceback" not in printed, printed
 
 
 def test_a_stopped_run_without_boxes_ends_as_one_that_never_stopped(whole, tmp_path):
     """Every phase killed at a random moment, and every true box taken out of the questions before
     the first pair is made: the same pairs, the same adapters, to the byte."""
-    unbroken, seconds = whole
+    one, seconds = whole
     out = tmp_path / "run"
-    seed = random.randrange(10**6)
-    print("seed", seed)
-    rng = random.Random(seed)
     for step in ("make_data", "sft", "pairs", "rl1", "rl2"):
         if step == "pairs":
             questions = lines(out / "data/train.jsonl")
             assert all(row.pop("bbox") for row in questions)
             text = "".join(json.dumps(row) + "\n" for row in questions)
             (out / "data/train.jsonl").write_text(text)
-        process = start([*SMALL[step].split(), "--out", str(out)], tmp_path)
-        moment = time.time() + rng.uniform(0, 0.9) * seconds[step]
-        while process.is_alive() and time.time() < moment:
-            time.sleep(0.001)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        kill_at_random([*SMALL[step].split(), "--out", str(out)], tmp_path, seconds[step])
         status, printed = command(step, out)
         assert status == 0, printed
     files = [file for kind in ("jsonl", "safetensors") for file in out.rglob(f"*.{kind}")]
@@ -124,4 +95,4 @@ def test_a_stopped_run_without_boxes_ends_as_one_that_never_stopped(whole, tmp_p
     for file in files:
         name = file.relative_to(out)
         if name.name != "train.jsonl":
-            assert file.read_bytes() == (unbroken / name).read_bytes(), f"{name}, seed {seed}"
+            assert file.read_bytes() == (one / name).read_bytes(), name
