@@ -27,12 +27,12 @@ import time
 
 from common import SINGLE_SHOT
 from support.data import samples
-from support.model import adapters
 from support.model.decoding import rollouts
 from support.model.views import asked_again, guarded, loop_of
-from support.report import overlays, page, pictures, statistics, tables
+from support.report import page, pictures, statistics, tables
+from support.report.overlays import ablation_rows
 from support.report.own_picture import look_at
-from support.report.rows import Row, begin_row
+from support.report.rows import Row, is_trained, log_line, model_of, play_row
 from support.running import files, processes
 from support.running.flags import Flag, command, flags
 
@@ -64,37 +64,37 @@ roll = rollouts(args)
 T = args.steps
 closer = asked_again(args.surroundings)
 grpo, single_step = "python grpo.py", "python grpo.py --steps 0"
-refined = dict(loop=loop, refuses=args.guard == "on")
+refined = dict(loop=loop, drawn=args.feedback != "again")
 longest = max(T, args.longest)
+AGAIN = Row(
+    "Base, asked again, zoomed and guarded", "base_closer_guarded", guarded(closer), T, drawn=False
+)
 ROWS = [
-    Row("Base (single-shot)", "base", SINGLE_SHOT, 0),
+    Row("Base (single-shot)", "base", SINGLE_SHOT),
     # A best-of column rewards having several boxes: what do as many samples without a loop reach?
-    Row(statistics.CONTROL, "base_samples", SINGLE_SHOT, 0, samples=T + 1),
+    Row(
+        "Base (single-shot), T + 1 samples",
+        "base_samples",
+        SINGLE_SHOT,
+        samples=T + 1,
+        ordered=False,
+    ),
     # Do new pixels help without any training? The question again, on the enlarged surroundings
-    Row(statistics.AGAIN, "base_closer", closer, T),
-    Row(statistics.AGAIN_GUARDED, "base_closer_guarded", guarded(closer), T, refuses=True),
+    Row("Base, asked again on the zoomed view", "base_closer", closer, T, drawn=False),
+    AGAIN,
     Row(statistics.UNTRAINED, "base_ivt", steps=T, **refined),
-    Row("SFT + IVT", "sft", steps=longest, **refined, adapter="sft", command="python sft.py"),
+    Row(statistics.SFT, "sft", steps=longest, **refined, adapter="sft", command="python sft.py"),
     # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
     Row("SFT + GRPO (single-step)", "grpo_single", loop, 0, "grpo_single", command=single_step),
-    Row("SFT + GRPO + IVT", "grpo", steps=longest, **refined, adapter="grpo", command=grpo),
+    Row(statistics.GRPO, "grpo", steps=longest, **refined, adapter="grpo", command=grpo),
     Row(statistics.WITHOUT_SFT, "base_grpo", steps=longest, **refined, adapter="base_grpo"),
 ]
 if args.feedback == "again":  # the untrained loop is the control itself
     ROWS = [row for row in ROWS if row.name != statistics.UNTRAINED]
+CONTROL_TEMPERATURE = 1.0  # of the sampled answers
 
 # One row on all test samples ----------------------------------------------------------------------
-loaded = {}  # the adapter whose model is loaded -> the model
-
-
-def model_with(adapter):
-    """The base model with this adapter (None: as it is), loaded when a row needs it."""
-    if adapter not in loaded:
-        loaded.clear()  # free one model before another is loaded
-        if adapter:
-            files.agrees(args, adapter, "feedback")
-        loaded[adapter] = adapters.load_with_adapter(args, adapter and args.out / adapter)
-    return loaded[adapter]
+loaded = {}
 
 
 def play(row):
@@ -102,7 +102,7 @@ def play(row):
 
     def work(batch):
         numbers, part = zip(*batch)
-        vlm = model_with(row.adapter)
+        vlm = model_of(args, row, loaded, "feedback")
         trajectories = roll(
             vlm,
             [samples.load_image(sample, data) for sample in part],
@@ -111,48 +111,49 @@ def play(row):
             max_tokens=args.max_tokens,
             loop=row.loop,
             group_size=row.samples,
-            temperatures=(args.control_temperature if row.samples > 1 else 0.0,) * 2,
+            temperatures=(CONTROL_TEMPERATURE if row.samples > 1 else 0.0,) * 2,
             seeds=[args.seed * 1_000_003 + number for number in numbers],  # of the control alone
         )
         lines = []
         for i, sample in enumerate(part):
             group = trajectories[i * row.samples : (i + 1) * row.samples]
-            lines.append(statistics.log_line(sample, group, vlm.tokenizer, row.refuses))
+            lines.append(log_line(sample, group, vlm.tokenizer, row.guarded))
         return lines
 
-    same = begin_row(args, row, data)
-    path = args.out / f"log/evaluate_{row.log}.jsonl"
-    restart = args.restart and not same
-    return files.resumable(path, test, args.batch_size, row.name, work, restart=restart)
+    depends_on = ["seed"] if row.samples > 1 else []
+    if row.steps:
+        depends_on += ["feedback", "surroundings", "guard"]
+    size = {"samples": row.samples, "longest": row.steps}
+    return play_row(args, row, test, work, *depends_on, **size)
 
 
 # All rows, on the same samples --------------------------------------------------------------------
 # A policy that is not trained yet is left out, so that a run can be looked at after any phase.
 lines_of = {}
 for row in ROWS:
-    adapter = row.adapter and args.out / row.adapter
-    if adapter is None or (adapter / "adapter_model.safetensors").exists():
-        lines_of[row.name] = play(row)
+    if is_trained(args, row):
+        lines_of[row] = play(row)
     elif row.command:
         to_add = command(args, row.command)
-        print(f"{row.name}: left out, {adapter} is missing; to add it: {to_add}")
+        print(f"{row.name}: left out, {args.out / row.adapter} is missing; to add it: {to_add}")
+shown = statistics.main_row(lines_of)
 
 # Does the box in the picture matter? The same model, shown something else -------------------------
 others = {}
 if args.ablations:
-    shown = statistics.main_row(lines_of)
-    for row, other in overlays.ablation_rows(args, ROWS, shown):
-        others[f"{row.name}, {other.name}"] = play(other)
+    for row in (shown, AGAIN):
+        for word, other in ablation_rows(args, row).items():
+            others[row, word] = play(other)
 
 # Report -------------------------------------------------------------------------------------------
-results = tables.results_of(args, test, lines_of, others, {row.name: row.log for row in ROWS})
-tables.write_results(results, args.out)
+results = tables.results_of_run(args, test, ROWS, lines_of, others)
+tables.write_results(results, args.out, tables.summary(results), tables.report(results))
 report = page.write_evaluation(args, results, test, lines_of)
 if args.predictions:
-    rows = [{"method": name, **line} for name, lines in lines_of.items() for line in lines]
+    rows = []
+    for row, lines in lines_of.items():
+        rows += [{"method": row.name, "ordered": row.ordered, **line} for line in lines]
     files.write_jsonl(args.predictions, rows)
-drawn = lines_of[results["shown"]]
-charts = pictures.write_figures(results, test, drawn, data, args.out, args.pictures)
+pictures.write_figures(shown, test, lines_of[shown], T, data, args.out)
 places = f"tables in {args.out / 'results.md'}, trajectories to look at in {report}"
-more = "" if charts else "; with matplotlib installed, charts too"
-print(f"{places}, {processes.minutes(start)}{more}")
+print(f"{places}, {processes.minutes(start)}")

@@ -9,12 +9,9 @@ from dataclasses import replace
 
 from common import draw_overlay
 from support.model.views import asked_again
-from support.report.statistics import AGAIN_GUARDED
 
 import numpy as np
 from PIL import ImageDraw, ImageFont
-
-RED = (255, 0, 0)
 
 
 def no_overlay(image, box):
@@ -32,7 +29,7 @@ def random_text(image, box):
     for _ in range(12):
         at = rng.integers(0, [image.width, image.height]).tolist()
         word = "".join(rng.choice(letters, 5))
-        pen.text(at, word, fill=RED, font=font, anchor="mm")
+        pen.text(at, word, fill=(255, 0, 0), font=font, anchor="mm")
     return image
 
 
@@ -56,21 +53,22 @@ OVERLAYS = {
 }
 
 
-def ablation_rows(args, rows, shown):
-    """The row named `shown` and the guarded control of `rows` (rows.Row), each with the same model
-    shown something else: a list of (row, that row)."""
-    named = {row.name: row for row in rows}
-    main, again = named[shown], named[AGAIN_GUARDED]
-    instead = OVERLAYS
-    if args.feedback != "overlay":
-        instead = {"a view elsewhere": elsewhere(main.loop.feedback)}
-    if args.feedback == "zoom":
+def shown_instead(args, row):
+    """What a row's own boxes are compared with: name -> feedback. A row of views is shown other
+    views."""
+    if row.drawn and args.feedback == "overlay":
+        return OVERLAYS
+    instead = {"a view elsewhere": elsewhere(row.loop.feedback)}
+    if row.drawn:
         instead["no box drawn"] = asked_again(args.surroundings).feedback
-    shown_instead = [(main, word, feedback) for word, feedback in instead.items()]
-    shown_instead.append((again, "a view elsewhere", elsewhere(again.loop.feedback)))
-    pairs = []
-    for row, word, feedback in shown_instead:
+    return instead
+
+
+def ablation_rows(args, row):
+    """The same row with the same model, shown something else: what is shown -> Row."""
+    rows = {}
+    for word, feedback in shown_instead(args, row).items():
         log = f"{row.log}_{word.replace(' ', '_')}"
-        other = replace(row, name=word, log=log, loop=replace(row.loop, feedback=feedback))
-        pairs.append((row, other))
-    return pairs
+        loop = replace(row.loop, feedback=feedback)
+        rows[word] = replace(row, name=word, log=log, loop=loop)
+    return rows

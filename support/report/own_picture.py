@@ -9,8 +9,9 @@ from support.data.samples import load_image
 from support.model.adapters import load_with_adapter
 from support.model.checkpoints import best_adapter
 from support.model.decoding import rollouts
-from support.report.page import group, with_views, write_page
-from support.report.pictures import filmstrip, write_picture
+from support.report.page import group, write_page
+from support.report.pictures import ROWS, filmstrip, write_picture
+from support.report.rows import Row
 from support.running.errors import explain_out_of_memory, stop, working_on
 from support.running.files import agrees, read_lines
 from support.running.flags import command
@@ -47,28 +48,20 @@ def look_at(args, image, expression, loop):
     for i in range(0, len(samples), args.batch_size):
         part = samples[i : i + args.batch_size]
         working_on(part)
-        trajectories = roll(
-            vlm,
-            [load(sample, "/") for sample in part],
-            [sample["expression"] for sample in part],
-            args.steps,
-            max_tokens=args.max_tokens,
-            loop=loop,
-        )
-        for sample, trajectory in zip(part, trajectories):
-            lines.append({"boxes": trajectory.boxes, "texts": trajectory.texts})
-            if len(samples) > 1:
-                print(f"{sample['id']}: {sample['expression']}")
-            show(sample, trajectory)
+        images = [load(sample, "/") for sample in part]
+        words = [sample["expression"] for sample in part]
+        options = dict(max_tokens=args.max_tokens, loop=loop)
+        for sample, t in zip(part, roll(vlm, images, words, args.steps, **options)):
+            lines.append({"boxes": t.boxes, "texts": t.texts})
+            show(sample, t)
     place = args.out / f"figures/{Path(image).stem}"
-    first = list(zip(samples, lines))[: args.pictures]
-    items = [(sample, load(sample, "/"), line) for sample, line in first]
+    items = [(sample, load(sample, "/"), line) for sample, line in zip(samples[:ROWS], lines)]
     write_picture(place.with_name(f"{place.name}.png"), filmstrip(items, adapter.name))
-    lines = with_views(args, adapter.name, lines)
+    row = Row(adapter.name, loop=loop, drawn=args.feedback != "again")
     page = write_page(
         place.with_name(f"{place.name}.html"),
         title=f"{Path(image).name} · {args.out.name}, {adapter.name}",
-        groups=[group("your own", samples, {adapter.name: lines}, args.steps)],
+        groups=[group("your own", samples, {row: lines}, args.steps)],
         data=Path("/"),
         load=load,
     )
@@ -76,6 +69,7 @@ def look_at(args, image, expression, loop):
 
 
 def show(sample, trajectory):
+    print(f"{sample['id']}: {sample['expression']}")
     for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
         where = "no valid box"
         if box:

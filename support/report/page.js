@@ -1,13 +1,11 @@
 "use strict";
-// The script inside a page (support/report/page.py). It reads the two blocks of JSON beside it, and nothing
-// else. What comes from data is set as text or as the value of an attribute, never as markup.
+// The script inside a page (page.py). It reads the two blocks of JSON beside it, and nothing else.
+// What comes from data is set as text or as the value of an attribute, never as markup.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PICTURES = JSON.parse(document.getElementById("pictures").textContent);
 
-// ------------------------------------------------------------------------------------------------
-// Elements
-// ------------------------------------------------------------------------------------------------
+// Elements ----------------------------------------------------------------------------------------
 // make("p", {class: "facts"}, "text", otherElement); "svg:rect" is an element of SVG.
 function make(name, attributes = {}, ...children) {
   const svg = name.startsWith("svg:");
@@ -15,9 +13,9 @@ function make(name, attributes = {}, ...children) {
     ? document.createElementNS("http://www.w3.org/2000/svg", name.slice(4))
     : document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (value !== null) element.setAttribute(key, value);
+    element.setAttribute(key, value);
   }
-  element.append(...children.filter((child) => child !== null));
+  element.append(...children);
   return element;
 }
 
@@ -29,14 +27,9 @@ function short(number) {
   return String(Number(number.toPrecision(4)));
 }
 
-function signed(number) {
-  return (number < 0 ? "" : "+") + number.toFixed(2);
-}
-
-// ------------------------------------------------------------------------------------------------
-// Curves: {title, x, y, series: [{name, style, faint, points: [[x, y] or [x, y, low, high]]}],
-// healthy: [low, high] or null, mark: an x or null}
-// ------------------------------------------------------------------------------------------------
+// Curves ------------------------------------------------------------------------------------------
+// {title, x, y, series: [{name, style, faint, points: [[x, y] or [x, y, low, high]]}],
+// healthy: [low, high] or null}
 const BOX = { width: 360, height: 200, left: 44, right: 350, top: 8, bottom: 170 };
 
 function ticks(low, high) {
@@ -69,21 +62,14 @@ function chart(spec) {
   const svg = make("svg:svg", {
     viewBox: `0 0 ${BOX.width} ${BOX.height}`,
     role: "img",
-    tabindex: "0",
-    "aria-label": `${spec.title}; left and right arrow read its points`,
+    "aria-label": spec.title,
   });
   if (spec.healthy) svg.append(...healthyBand(spec.healthy, low, high, toY));
   const whole = xs.every(Number.isInteger);
   const xTicks = ticks(left, right).filter((x) => !whole || Number.isInteger(x));
   svg.append(...axes(spec, xTicks, ticks(low, high), toX, toY));
-  if (spec.mark !== null) svg.append(upright("guide", toX(spec.mark)));
-  for (const series of spec.series) svg.append(curve(series, toX, toY));
-
-  const figure = make("figure", { class: "chart" }, make("h3", {}, spec.title), svg);
-  const readout = make("output");
-  figure.append(keys(spec), readout);
-  readPoints(svg, readout, spec, xs, toX);
-  return figure;
+  for (const series of spec.series) svg.append(curve(spec, series, toX, toY));
+  return make("figure", { class: "chart" }, make("h3", {}, spec.title), svg, keys(spec));
 }
 
 function healthyBand([from, to], low, high, toY) {
@@ -91,10 +77,6 @@ function healthyBand([from, to], low, high, toY) {
   if (bottom >= top) return [];
   const size = { x: BOX.left, y: toY(top), width: BOX.right - BOX.left };
   return [make("svg:rect", { class: "healthy", ...size, height: toY(bottom) - toY(top) })];
-}
-
-function upright(name, x) {
-  return make("svg:line", { class: name, x1: x, x2: x, y1: BOX.top, y2: BOX.bottom });
 }
 
 function axes(spec, xTicks, yTicks, toX, toY) {
@@ -114,7 +96,7 @@ function axes(spec, xTicks, yTicks, toX, toY) {
   return out;
 }
 
-function curve(series, toX, toY) {
+function curve(spec, series, toX, toY) {
   const group = make("svg:g", { class: `style${series.style}` });
   const line = (points) => points.map(([x, y]) => `${toX(x).toFixed(1)},${toY(y).toFixed(1)}`);
   const banded = series.points.filter((point) => point.length === 4);
@@ -125,64 +107,31 @@ function curve(series, toX, toY) {
   }
   const name = series.faint ? "curve faint" : "curve";
   group.append(make("svg:polyline", { class: name, points: line(series.points).join(" ") }));
-  if (series.points.length <= 40) {
-    for (const [x, y] of series.points) {
-      group.append(make("svg:circle", { class: "dot", cx: toX(x), cy: toY(y), r: 2.5 }));
-    }
+  const dot = series.points.length > 40 ? "dot unseen" : "dot";
+  for (const [x, y, ...interval] of series.points) {
+    const own = interval.length ? ` [${interval.map(short).join(", ")}]` : "";
+    const words = `${series.name}, ${spec.x} ${short(x)}: ${short(y)}${own}`;
+    const place = { class: dot, cx: toX(x), cy: toY(y), r: 3 };
+    group.append(make("svg:circle", place, make("svg:title", {}, words)));
   }
   return group;
 }
 
 function keys(spec) {
   const list = make("ul", { class: "keys" });
+  const add = (sign, words) => {
+    const size = { viewBox: "0 0 30 10", "aria-hidden": "true" };
+    list.append(make("li", {}, make("svg:svg", size, sign), words));
+  };
   for (const series of spec.series.filter((series) => !series.faint)) {
     const line = make("svg:line", { class: "curve", x1: 0, x2: 30, y1: 5, y2: 5 });
-    const sign = make("svg:svg", { viewBox: "0 0 30 10", "aria-hidden": "true" });
-    sign.append(make("svg:g", { class: `style${series.style}` }, line));
-    list.append(make("li", {}, sign, series.name));
+    add(make("svg:g", { class: `style${series.style}` }, line), series.name);
   }
   if (spec.healthy) {
-    const sign = make("svg:svg", { viewBox: "0 0 30 10", "aria-hidden": "true" });
-    sign.append(make("svg:rect", { class: "healthy", width: 30, height: 10 }));
-    list.append(make("li", {}, sign, `healthy: ${spec.healthy[0]} to ${spec.healthy[1]}`));
+    const band = make("svg:rect", { class: "healthy", width: 30, height: 10 });
+    add(band, `healthy: ${spec.healthy.join(" to ")}`);
   }
   return list;
-}
-
-// The pointer, or the arrow keys where the chart has the focus, choose an x; its values are read out.
-function readPoints(svg, readout, spec, xs, toX) {
-  const guide = upright("guide", toX(xs[0]));
-  let at = -1;
-
-  function read(index) {
-    at = Math.max(0, Math.min(xs.length - 1, index));
-    const parts = [];
-    for (const series of spec.series) {
-      const point = series.points.find(([x]) => x === xs[at]);
-      if (!point) continue;
-      const interval = point.length === 4 ? ` [${short(point[2])}, ${short(point[3])}]` : "";
-      parts.push(`${series.name} ${short(point[1])}${interval}`);
-    }
-    readout.textContent = `${spec.x} ${short(xs[at])}: ${parts.join(", ")}`;
-    guide.setAttribute("x1", toX(xs[at]));
-    guide.setAttribute("x2", toX(xs[at]));
-    svg.append(guide);
-  }
-
-  svg.addEventListener("pointermove", (event) => {
-    const bounds = svg.getBoundingClientRect();
-    const x = ((event.clientX - bounds.left) / bounds.width) * BOX.width;
-    const distances = xs.map((value) => Math.abs(toX(value) - x));
-    read(distances.indexOf(Math.min(...distances)));
-  });
-  svg.addEventListener("focus", () => read(at < 0 ? xs.length - 1 : at));
-  svg.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    event.stopPropagation();
-    read(at + step);
-  });
 }
 
 function showCurves() {
@@ -193,22 +142,15 @@ function showCurves() {
   }
 }
 
-// ------------------------------------------------------------------------------------------------
-// The state of the view, which the address keeps
-// ------------------------------------------------------------------------------------------------
+// The state of the view, which the address keeps --------------------------------------------------
 const START = {
   group: "", // a set of samples; empty: the first
   method: "", // the method that filters and order are about; empty: the group's own choice
   beside: "", // a second one; empty: none
-  source: "",
-  stratum: "",
   outcome: "",
-  trace: "",
   sort: "",
   search: "",
   id: "",
-  beyond: "", // "1": steps beyond the T of the tables too
-  numbers: "", // "1": log-probability and cost
 };
 const state = { ...START };
 
@@ -241,18 +183,9 @@ function view() {
   return { group, method, beside, rows: chosenRows(group, method) };
 }
 
-// ------------------------------------------------------------------------------------------------
-// Filters and order
-// ------------------------------------------------------------------------------------------------
-function ends(line) {
-  const first = line.steps[0].iou;
-  const last = line.steps[line.last].iou;
-  return first === undefined || last === undefined ? null : [first, last];
-}
-
+// Filters and order -------------------------------------------------------------------------------
 function gain(line) {
-  const pair = ends(line);
-  return pair ? pair[1] - pair[0] : 0;
+  return line.gain ?? 0;
 }
 
 function firstIou(line) {
@@ -266,63 +199,20 @@ const ORDERS = {
   id: ["id", (a, b) => a.sample.id.localeCompare(b.sample.id, "en", { numeric: true })],
 };
 
-// Whether the line's traces tell the truth, of the steps that were judged: "true", "false" or null
-function judged(line) {
-  const said = line.steps.slice(0, line.last + 1).map((step) => step.honest);
-  if (said.includes(false)) return "false";
-  return said.includes(true) ? "true" : null;
-}
-
 function chosenRows(group, method) {
   const words = state.search.toLowerCase();
   const rows = group.samples.map((sample, i) => ({ sample, i, line: method.lines[i] }));
   const chosen = rows.filter(
     ({ sample, line }) =>
-      line &&
-      (!state.source || sample.source === state.source) &&
-      (!state.stratum || line.strata.includes(state.stratum)) &&
       (!state.outcome || line.outcome.includes(state.outcome)) &&
-      (!state.trace || judged(line) === state.trace) &&
       (!words || sample.text.toLowerCase().includes(words)),
   );
   const order = Object.hasOwn(ORDERS, state.sort) ? ORDERS[state.sort] : null;
   return order ? chosen.sort(order[1]) : chosen;
 }
 
-// ------------------------------------------------------------------------------------------------
-// Controls
-// ------------------------------------------------------------------------------------------------
-const fields = {}; // a key of the state -> its field
-
-function field(label, key, element) {
-  element.name = key;
-  const isTick = element.type === "checkbox";
-  element.addEventListener("input", () => {
-    change({ [key]: isTick ? (element.checked ? "1" : "") : element.value });
-  });
-  fields[key] = element;
-  const parts = isTick ? [element, label] : [label, element];
-  byId("controls").append(make("label", { class: isTick ? "tick" : null }, ...parts));
-}
-
-function makeControls() {
-  field("samples", "group", make("select"));
-  field("method", "method", make("select"));
-  field("beside it", "beside", make("select"));
-  field("source", "source", make("select"));
-  field("stratum", "stratum", make("select"));
-  field("outcome", "outcome", make("select"));
-  field("trace", "trace", make("select"));
-  field("order", "sort", make("select"));
-  field("search", "search", make("input", { type: "search" }));
-  field("steps beyond T", "beyond", make("input", { type: "checkbox" }));
-  field("log-probabilities", "numbers", make("input", { type: "checkbox" }));
-  const clear = make("button", { type: "button" }, "clear filters");
-  const filters = { source: "", stratum: "", outcome: "", trace: "", search: "" };
-  clear.addEventListener("click", () => change(filters));
-  byId("controls").append(clear);
-  byId("controls").addEventListener("submit", (event) => event.preventDefault());
-}
+// Controls ----------------------------------------------------------------------------------------
+const fields = byId("controls").elements; // a key of the state -> its field
 
 // Options as [value, words]; a field with nothing to choose from is hidden.
 function fill(key, options, value) {
@@ -334,35 +224,20 @@ function fill(key, options, value) {
   select.parentElement.hidden = options.length < 2;
 }
 
-function any(values) {
-  const several = values.length > 1 ? values : [];
-  return [["", "all"], ...several.map((value) => [value, value])];
-}
-
 function showControls({ group, method, beside }) {
   const names = group.methods.map(({ name }) => [name, name]);
-  const lines = method.lines.filter((line) => line);
-  const outcomes = new Set(lines.flatMap((line) => line.outcome));
-  const traces = [["", "all"]];
-  if (lines.some(judged)) traces.push(["true", "tells the truth"], ["false", "does not"]);
+  const found = new Set(method.lines.flatMap((line) => line.outcome));
+  const outcomes = DATA.outcomes.filter((name) => found.has(name)).map((name) => [name, name]);
+  const orders = Object.entries(ORDERS).map(([key, [words]]) => [key, words]);
   fill("group", DATA.groups.map(({ name }) => [name, name]), group.name);
   fill("method", names, method.name);
-  fill("beside", names.length < 2 ? [] : [["", "none"], ...names], beside ? beside.name : "");
-  fill("source", any(group.sources), state.source);
-  fill("stratum", any(method.strata), state.stratum);
-  fill("outcome", any(DATA.outcomes.filter((name) => outcomes.has(name))), state.outcome);
-  fill("trace", traces, state.trace);
-  const orders = Object.entries(ORDERS).map(([key, [words]]) => [key, words]);
+  fill("beside", names.length < 2 ? [] : [["", "none"], ...names], beside?.name ?? "");
+  fill("outcome", [["", "all"], ...outcomes], state.outcome);
   fill("sort", [["", "as in the file"], ...orders], state.sort);
   if (fields.search.value !== state.search) fields.search.value = state.search;
-  for (const key of ["beyond", "numbers"]) fields[key].checked = state[key] === "1";
-  const longer = lines.some((line) => line.steps.length > line.last + 1);
-  fields.beyond.parentElement.hidden = !longer;
 }
 
-// ------------------------------------------------------------------------------------------------
-// Pictures: boxes are drawn over one picture, in the pixels of the sample's image
-// ------------------------------------------------------------------------------------------------
+// Pictures: boxes are drawn over one picture, in the pixels of the sample's image -----------------
 function rectangle(name, [x1, y1, x2, y2]) {
   return make("svg:rect", { class: name, x: x1, y: y1, width: x2 - x1, height: y2 - y1 });
 }
@@ -381,16 +256,12 @@ function picture(sample, view = [0, 0, 1000, 1000]) {
   const svg = make("svg:svg", { class: "picture", ...part });
   const inner = make("svg:svg", { ...part, x, y, width: x2 - x, height: y2 - y });
   svg.append(inner);
-  const address = PICTURES[sample.picture];
   const size = { width: sample.width, height: sample.height };
-  if (!address) {
-    inner.append(make("svg:rect", { class: "empty", ...size }));
-    return svg;
-  }
-  const name = sample.width < 200 ? "small" : null;
-  const image = { class: name, href: address, preserveAspectRatio: "none" };
+  const name = sample.width < 200 ? "small" : "large";
+  const image = { class: name, preserveAspectRatio: "none", ...size };
+  const href = PICTURES[sample.picture];
   inner.append(make("svg:rect", { class: "paper", ...size })); // behind what is transparent
-  inner.append(make("svg:image", { ...image, ...size }));
+  if (href) inner.append(make("svg:image", { href, ...image }));
   return svg;
 }
 
@@ -401,22 +272,20 @@ function draw(svg, name, box) {
 function thumbnail(sample, line) {
   const svg = picture(sample);
   svg.setAttribute("aria-hidden", "true");
-  if (sample.truth) draw(svg, "truth", sample.truth);
-  const first = line.steps[0].box;
-  const last = line.steps[line.last].box;
+  if (sample.bbox) draw(svg, "truth", sample.bbox);
+  const [first, last] = [line.steps[0].box, line.steps.at(-1).box];
   if (first) svg.firstChild.append(rectangle("before", inPixels(sample, first)));
   if (last) svg.firstChild.append(rectangle("box", inPixels(sample, last)));
   return svg;
 }
 
-// ------------------------------------------------------------------------------------------------
-// The list of samples
-// ------------------------------------------------------------------------------------------------
+// The list of samples -----------------------------------------------------------------------------
 function numbers(line) {
-  const pair = ends(line) ?? [line.steps[0].iou];
-  if (pair[0] === undefined) return "";
-  const words = pair.length > 1 && line.last ? pair.map((v) => v.toFixed(2)).join(" → ") : pair[0].toFixed(2);
-  return ["IoU " + words, ...line.outcome].join(", ");
+  const [first, last] = [line.steps[0].iou, line.steps.at(-1).iou];
+  if (first === undefined) return "";
+  const ends = line.gain === undefined ? [first] : [first, last];
+  const ious = ends.map((iou) => iou.toFixed(2)).join(" → ");
+  return [`IoU ${ious}`, ...line.outcome].join(", ");
 }
 
 function listRow({ sample, line }) {
@@ -443,32 +312,24 @@ function showList({ group, method, rows }, at) {
   if (!button) return;
   button.setAttribute("aria-current", "true");
   // Only the list is scrolled; scrollIntoView would move the page
-  const row = list.children[at].getBoundingClientRect();
-  const frame = list.getBoundingClientRect();
-  if (row.top < frame.top) list.scrollTop -= frame.top - row.top;
-  if (row.bottom > frame.bottom) list.scrollTop += row.bottom - frame.bottom;
+  const { offsetTop, offsetHeight } = button.parentElement;
+  const lowest = offsetTop + offsetHeight - list.clientHeight;
+  list.scrollTop = Math.min(offsetTop, Math.max(lowest, list.scrollTop));
 }
 
-// ------------------------------------------------------------------------------------------------
-// One sample, and what one or two methods do with it
-// ------------------------------------------------------------------------------------------------
-function panel(sample, step, t, method, last) {
+// One sample, and what one or two methods do with it ----------------------------------------------
+function panel(sample, step) {
   const svg = picture(sample, step.view);
   if (step.seen) svg.firstChild.append(rectangle("seen", inPixels(sample, step.seen)));
-  if (sample.truth) draw(svg, "truth", sample.truth);
+  if (sample.bbox) draw(svg, "truth", sample.bbox);
   if (step.box) draw(svg, "box", inPixels(sample, step.box));
-  let words = step.name ?? `${method.word} ${t}`;
+  let words = step.name;
   if (step.box === null) words += ": no valid box";
   else if (step.iou !== undefined) words += `: IoU ${step.iou.toFixed(2)}`;
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", words);
-  const name = t > last ? "panel beyond" : "panel";
-  const figure = make("figure", { class: name }, svg, make("figcaption", {}, words));
-  figure.append(...trace(step.text));
-  if (step.honest === true) figure.append(make("p", { class: "more" }, "✓ tells the truth"));
-  if (step.honest === false) figure.append(make("p", { class: "more" }, "✗ does not tell the truth"));
-  if (state.numbers === "1") figure.append(make("p", { class: "more" }, cost(step)));
-  return figure;
+  const caption = make("figcaption", {}, words);
+  return make("figure", { class: "panel" }, svg, caption, ...trace(step.text));
 }
 
 // The reasoning and the answer apart, where the text has this form; else the text as it is
@@ -482,33 +343,21 @@ function trace(text) {
   ];
 }
 
-function cost(step) {
-  const parts = [];
-  if (step.logprob !== undefined) parts.push(`log-probability ${step.logprob.toFixed(2)}`);
-  if (step.read !== undefined) parts.push(`${step.read} tokens read`);
-  return parts.join(", ") || "not logged";
-}
-
 function methodStrip(sample, method, i) {
   const line = method.lines[i];
-  const head = make("h3", {}, method.name);
-  const section = make("section", { class: "method" }, head);
-  if (!line) {
-    section.append(make("p", {}, "has no line of this sample"));
-    return section;
+  const chips = [...line.outcome];
+  if (line.gain !== undefined) {
+    chips.push(`IoU ${line.gain < 0 ? "" : "+"}${line.gain.toFixed(2)}`);
   }
-  for (const name of line.outcome) head.append(make("span", { class: "chip" }, name));
-  if (method.refines && ends(line)) {
-    head.append(make("span", { class: "chip" }, `IoU ${signed(gain(line))}`));
-  }
-  for (const [name, value] of Object.entries(line.scores ?? {})) {
-    head.append(make("span", { class: "chip" }, `${name} ${value}`));
-  }
-  const count = state.beyond === "1" ? line.steps.length : line.last + 1;
-  const steps = line.steps.slice(0, count);
-  const panels = steps.map((step, t) => panel(sample, step, t, method, line.last));
-  section.append(make("div", { class: "strip" }, ...panels));
-  return section;
+  for (const [name, value] of Object.entries(line.scores ?? {})) chips.push(`${name} ${value}`);
+  const spans = chips.map((words) => make("span", { class: "chip" }, words));
+  const panels = line.steps.map((step) => panel(sample, step));
+  return make(
+    "section",
+    { class: "method" },
+    make("h3", {}, method.name, ...spans),
+    make("div", { class: "strip" }, ...panels),
+  );
 }
 
 function showDetail({ group, method, beside, rows }, at) {
@@ -518,22 +367,18 @@ function showDetail({ group, method, beside, rows }, at) {
     detail.replaceChildren(make("p", {}, "No sample fits these filters."));
     return;
   }
-  const { sample, i, line } = rows[at];
-  const facts = [`id ${sample.id}`, sample.source, ...line.strata].filter((word) => word);
-  facts.push(`${sample.width} x ${sample.height} pixels`);
+  const { sample, i } = rows[at];
+  const facts = [`id ${sample.id}`, sample.source, `${sample.width} x ${sample.height} pixels`];
+  if (sample.answer !== undefined) facts.push(`true answer: ${sample.answer}`);
   const strips = [method, beside].filter((one) => one).map((one) => methodStrip(sample, one, i));
-  const parts = [
+  detail.replaceChildren(
     make("p", { class: "expression" }, sample.text),
-    make("p", { class: "facts" }, facts.join(" · ")),
-    sample.answer === undefined ? null : make("p", {}, `true answer: ${sample.answer}`),
-    make("div", { class: beside ? "methods two" : "methods" }, ...strips),
-  ];
-  detail.replaceChildren(...parts.filter((part) => part));
+    make("p", { class: "facts" }, facts.filter((fact) => fact).join(" · ")),
+    make("div", { class: beside ? "two" : "one" }, ...strips),
+  );
 }
 
-// ------------------------------------------------------------------------------------------------
-// The page
-// ------------------------------------------------------------------------------------------------
+// The page ----------------------------------------------------------------------------------------
 function place(rows) {
   return Math.max(0, rows.findIndex(({ sample }) => sample.id === state.id));
 }
@@ -578,7 +423,10 @@ function start() {
     byId("trajectories").hidden = true;
     return;
   }
-  makeControls();
+  for (const field of fields) {
+    field.addEventListener("input", () => change({ [field.name]: field.value }));
+  }
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
   for (const button of byId("walk").querySelectorAll("button")) {
     button.addEventListener("click", () => go(Number(button.dataset.step)));
   }

@@ -5,19 +5,13 @@ a library.
 a run. Its script and style are page.js and page.css beside this file. All that comes from data is
 escaped: in the tables as HTML, elsewhere as JSON that the script sets as text.
 
-A line is a row of a log (statistics.log_line): "boxes" and "texts", one of each per step, a box in
-0..1000 or None. It may have more, a value per step each:
-
-    logprob, read   log-probability of the text, tokens in the context when the step ends
-    seen            the box that was drawn on the picture before this step (default: the last valid)
-    view            the part of the image that was shown, a box; None is all of it
-    name            what the step is called instead of "step t"; an "answer" has no box to miss
-
-and "scores", a dict of names and numbers that belong to the whole line.
+A line is one of a log (rows.log_line): "boxes" and "texts", one of each per step, a box in 0..1000
+or None. It may have "name", what each step is called instead of "step t" (an "answer" has no box to
+miss), "view", the part of the image that each step was shown, which else follows from the row's
+loop, and "scores", a dict of names and numbers that belong to the whole line.
 """
 
 import base64
-import hashlib
 import html
 import io
 import json
@@ -27,12 +21,11 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-from common import box_iou, last_valid, normalize_box
+from common import WHOLE, box_iou, last_valid
 from support.data.samples import load_image
-from support.model.views import view_of
-from support.report.claims import claim_of, geometry_of, trace_of
+from support.model.views import loop_of
 from support.report.health import HEALTHY, LAST_UPDATES
-from support.report.statistics import AGAIN, AGAIN_GUARDED, CONTROL, all_ious, log_line, strata
+from support.report.rows import Row, log_line
 from support.report.tables import report
 from support.running.files import write_jsonl, write_text
 from support.running.processes import RANK, gather
@@ -40,9 +33,9 @@ from support.running.processes import RANK, gather
 from PIL import Image
 
 HERE = Path(__file__).parent
-LIMIT = 25_000_000  # bytes of a page: what a mail takes; pictures fill what the rest leaves
-
-VALIDATIONS = 12, 200  # updates (the first and the last ones) and samples on a page, at most
+PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
+SAMPLES = 1000  # of the test set, at most
+VALIDATIONS = 12, 200  # updates (the first and the last ones) and samples, at most
 
 # What happened from step 0 to step T, as in Table 2, and whether it made a wrong box (IoU below
 # 0.5) right or a right one wrong
@@ -53,15 +46,12 @@ RIGHT = 0.5
 
 # The pages of a run -------------------------------------------------------------------------------
 def write_evaluation(args, results, samples, lines_of):
-    """report.html of an evaluation: tables, curves, all trajectories; returns its path.
+    """report.html of an evaluation: tables, curves, trajectories; returns its path.
 
-    lines_of: method -> its lines, in the order of the samples; of them args.page_samples are shown.
+    lines_of: Row -> its lines, in the order of the samples.
     """
-    model = results.get("model", "")
-    title = " · ".join(filter(None, [args.out.name, model, f"{results['n']} test samples"]))
-    shown = results["shown"]
-    lines_of = {name: with_views(args, name, lines) for name, lines in lines_of.items()}
-    test = group("test", samples, lines_of, args.steps, shown=shown, limit=args.page_samples)
+    title = f"{args.out.name} · {results['model']} · {results['n']} test samples"
+    test = group("test", samples, lines_of, args.steps, shown=results["shown"], limit=SAMPLES)
     return write_page(
         args.out / "report.html",
         title=title,
@@ -78,10 +68,9 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
     samples, trajectories: this process's share. They are kept as log/validation/<name>_<update>
     .jsonl, so that one update can be laid beside another.
     """
-    refuses = args.guard == "on"
     pairs = zip(samples, trajectories)
-    lines = [log_line(sample, [t], tokenizer, refuses) for sample, t in pairs]
-    lines = gather(lines)
+    guarded = args.guard == "on"
+    lines = gather([log_line(sample, [t], tokenizer, guarded) for sample, t in pairs])
     write_jsonl(validation_file(args, name, update), lines)
     if RANK:
         return
@@ -107,19 +96,18 @@ def validation_groups(args):
     sample_of = {sample["id"]: sample for sample in readable(path)}
     groups = []
     for name, rows in training_logs(args.out / "log"):
+        updates = [row["update"] for row in rows if "val_iou" in row]
+        if len(updates) > VALIDATIONS[0]:
+            updates = updates[:1] + updates[1 - VALIDATIONS[0] :]
         lines_of = {}
-        for row in rows:  # a file that the log does not name is of an earlier run
-            file = validation_file(args, name, row.get("update"))
-            if "val_iou" in row and file.is_file():
-                lines_of[f"update {row['update']}"] = readable(file)
+        for update in updates:  # a file that the log does not name is of an earlier run
+            file = validation_file(args, name, update)
+            if file.is_file():
+                row = Row(f"update {update}", loop=loop_of(args), drawn=args.feedback != "again")
+                lines_of[row] = readable(file)
         ids = [[line["id"] for line in lines] for lines in lines_of.values()]
         if ids and all(own == ids[0] for own in ids) and set(ids[0]) <= set(sample_of):
             samples = [sample_of[id_] for id_ in ids[0]]
-            updates = list(lines_of)
-            if len(updates) > VALIDATIONS[0]:
-                updates = updates[:1] + updates[1 - VALIDATIONS[0] :]
-            lines_of = {update: lines_of[update] for update in updates}
-            lines_of = {update: with_views(args, name, own) for update, own in lines_of.items()}
             last = len(next(iter(lines_of.values()))[0]["boxes"]) - 1  # T of that training
             limit = VALIDATIONS[1]
             groups.append(group(f"validation of {name}", samples, lines_of, last, limit=limit))
@@ -139,22 +127,6 @@ def readable(path):
     return rows
 
 
-def with_views(args, name, lines):
-    """The lines of a row that looks at the surroundings of its boxes, with these as "view"."""
-    again = name in (AGAIN, AGAIN_GUARDED)
-    if not again and (args.feedback == "overlay" or name == CONTROL):
-        return lines
-    out = []
-    for line in lines:
-        shown = [last_valid(line["boxes"][:t]) for t in range(1, len(line["boxes"]))]
-        views = [None] + [view_of(box, args.surroundings) for box in shown]
-        line = {**line, "view": views}
-        if again or args.feedback == "again":  # nothing is drawn on its views
-            line["seen"] = [None] * len(views)
-        out.append(line)
-    return out
-
-
 def training_logs(folder):
     """The logs of the training phases in a folder: (name, rows) pairs, SFT's first."""
     paths = sorted(Path(folder).glob("*.jsonl"), key=lambda path: (path.stem != "sft", path))
@@ -168,48 +140,31 @@ def write_page(path, *, title, groups, data, tables="", curves=(), load=load_ima
     """Writes a page whole, or not at all, and returns its path.
 
     tables: Markdown. curves: (heading, charts) pairs. groups: of `group`. data: the folder that the
-    images' paths start from; load: as load_image. Pictures are embedded, each once, as long as the
-    page stays below LIMIT; to the others it refers by a path relative to its own.
+    images' paths start from; load: as load_image.
     """
     if RANK:
         return path
-    path = Path(path)
     numbers = {}  # an image's path -> its number
     samples = {}  # the same -> a sample that shows it
     for one in groups:
         for sample in one["samples"]:
-            image = sample.pop("image")
+            image = sample["image"]
+            samples.setdefault(image, sample)
             sample["picture"] = numbers.setdefault(image, len(numbers))
-            samples.setdefault(image, {**sample, "image": image})
     headings = [{"heading": heading, "charts": charts} for heading, charts in curves]
     content = {"outcomes": OUTCOMES, "curves": headings, "groups": groups}
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    # The browser itself refuses any other script, and every address outside this folder
-    policy = (
-        f"default-src 'none'; img-src data: file: 'self'; style-src '{digest(style)}'; "
-        f"script-src '{digest(script)}'"
-    )
     parts = {
-        "policy": policy,
         "title": html.escape(title),
-        "style": style,
+        "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "tables": to_html(tables),
         "data": to_json(content),
-        "script": script,
+        "pictures": to_json(addresses(samples, data, Path(path).parent, load)),
+        "script": (HERE / "page.js").read_text(encoding="utf-8"),
     }
-    room = LIMIT - sum(len(part.encode("utf-8", "replace")) for part in parts.values()) - 4000
-    parts["pictures"] = to_json(addresses(samples, data, path.parent, room, load))
     skeleton = (HERE / "page.html").read_text(encoding="utf-8")
     # In one pass: what is put in is not searched for further places
-    text = re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], skeleton)
-    write_text(path, text)
+    write_text(path, re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], skeleton))
     return path
-
-
-def digest(text):
-    """As a content security policy names a script or a style."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def to_json(value):
@@ -233,12 +188,11 @@ def finite(value):
 
 
 # Pictures -----------------------------------------------------------------------------------------
-def addresses(samples, data, folder, room, load):
-    """An address for each image of {path: a sample that shows it}: its own content while there is
-    room (bytes), then a path relative to `folder`."""
+def addresses(samples, data, folder, load):
+    """An address for each image of {path: a sample that shows it}: its content, up to PICTURES
+    bytes of them all, then a path relative to `folder`; None where it cannot be read."""
     found = []
-    paths = {image: relative_address(Path(data) / image, folder) for image in samples}
-    room -= sum(len(path) + 4 for path in paths.values())  # an embedded one gives its own back
+    room = PICTURES
     for image, sample in samples.items():
         file = Path(data) / image
         try:
@@ -246,13 +200,11 @@ def addresses(samples, data, folder, room, load):
         except (OSError, ValueError):  # it was there when the samples were checked
             found.append(None)
             continue
-        size = len(content) * 4 // 3 + 40
-        if size <= room + len(paths[image]):
-            room -= size - len(paths[image])
-            encoded = base64.b64encode(content).decode()
-            found.append(f"data:image/{kind};base64,{encoded}")
-        else:
-            found.append(paths[image])
+        address = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+        if len(address) > room:
+            address = quote(Path(os.path.relpath(file, folder)).as_posix())
+        room -= len(address)
+        found.append(address)
     return found
 
 
@@ -270,128 +222,76 @@ def picture_file(file, sample, data, load):
     return "jpeg", buffer.getvalue()
 
 
-def relative_address(file, folder):
-    try:
-        path = os.path.relpath(file, folder)
-    except ValueError:  # another drive of Windows
-        return file.resolve().as_uri()
-    return quote(Path(path).as_posix())
-
-
 # Trajectories -------------------------------------------------------------------------------------
 def group(name, samples, lines_of, steps, *, shown=None, limit=None):
     """A set of samples and what methods do with them, as the script takes it.
 
-    lines_of: method -> lines in the order of the samples. steps: T of the tables. shown: the method
-    that a reader sees first (default: the last one). limit: how many samples are on the page;
-    strata are those of all. A sample has an id of its own, image, width, height and an expression
-    or a question; maybe source, bbox and answer.
+    lines_of: Row -> lines in the order of the samples. steps: T, the last step that is on the page.
+    shown: the method that a reader sees first (default: the last one). limit: how many samples are
+    on the page. A sample has an id of its own, image, width, height and an expression or a
+    question; maybe source, bbox and answer.
     """
     if limit and limit < len(samples):
         name = f"{name}, {limit} of {len(samples)}"
+        samples = samples[:limit]
     methods = []
-    for method, lines in lines_of.items():
-        methods.append(method_record(method, samples, lines, steps, limit))
-    records = [sample_record(sample) for sample in samples[:limit]]
+    for row, lines in lines_of.items():
+        records = [line_record(row, *pair, steps) for pair in zip(samples, lines)]
+        methods.append({"name": row.name, "lines": records})
+    records = [sample_record(sample) for sample in samples]
     return {
         "name": name,
         "samples": records,
         "methods": methods,
-        "shown": shown or list(lines_of)[-1],
-        "sources": sorted({record["source"] for record in records} - {""}),
+        "shown": shown or methods[-1]["name"],
     }
 
 
 def sample_record(sample):
     record = {key: sample[key] for key in ("id", "image", "width", "height")}
-    record["source"] = sample.get("source", "")
     record["text"] = sample["expression"] if "expression" in sample else sample["question"]
-    if "bbox" in sample:
-        record["truth"] = sample["bbox"]
-    if "answer" in sample:
-        record["answer"] = sample["answer"]
+    for key in ("source", "answer", "bbox"):
+        if key in sample:
+            record[key] = sample[key]
     return record
 
 
-def method_record(name, samples, lines, steps, limit):
-    ordered = name != CONTROL  # the boxes of the control are samples, and no step follows another
-    names, of_sample = strata_of(samples, lines)
-    records = []
-    for sample, line, own in zip(samples[:limit], lines, of_sample):
-        records.append({"strata": own, **line_record(sample, line, steps, ordered)})
-    refines = ordered and any(record["last"] > 0 for record in records)
-    word = "step" if ordered else "sample"
-    return {"name": name, "word": word, "refines": refines, "strata": names, "lines": records}
-
-
-def strata_of(samples, lines):
-    """The names of the strata, and those of each sample; none without a truth."""
-    if not all("bbox" in sample for sample in samples):
-        return [], [[] for _ in samples]
-    first = all_ious(samples, [{"boxes": line["boxes"][:1]} for line in lines])[:, 0]
-    names = []
-    of_sample = [[] for _ in samples]
-    for kind, parts in strata(samples, first).items():
-        if kind == "source":  # has a filter of its own
-            continue
-        for part, mask in parts.items():
-            names.append(f"{kind}: {part}")
-            for own, inside in zip(of_sample, mask):
-                if inside:
-                    own.append(names[-1])
-    return names, of_sample
-
-
-def line_record(sample, line, steps, ordered):
-    """A line as the script takes it. last: its step T, or its last one."""
-    count = len(line["boxes"])
-    last = min(steps, count - 1)
-    records = [step_record(sample, line, t, ordered) for t in range(count)]
-    record = {"steps": records, "last": last, "outcome": []}
-    if ordered and last > 0 and all("iou" in records[t] for t in (0, last)):
-        first, final = (box_iou(line["boxes"][t], sample) for t in (0, last))
+def line_record(row, sample, line, steps):
+    """A line of a row as the script takes it. gain: the IoU at the last step minus that at the
+    first, where both are steps of one trajectory."""
+    count = min(steps + 1, len(line["boxes"]))
+    records = [step_record(row, sample, line, t) for t in range(count)]
+    record = {"steps": records, "outcome": []}
+    if row.ordered and count > 1 and all("iou" in records[t] for t in (0, -1)):
+        first, final = (box_iou(line["boxes"][t], sample) for t in (0, count - 1))
+        record["gain"] = round(final - first, 4)
         record["outcome"] = outcome(first, final)
     if "scores" in line:
         record["scores"] = line["scores"]
     return record
 
 
-def step_record(sample, line, t, ordered):
+def step_record(row, sample, line, t):
+    """A step as the script takes it. seen: the box that was drawn on the picture before it; view:
+    the part of the image that was shown, if it was not all of it."""
     box = line["boxes"][t]
-    seen = last_valid(line["boxes"][:t]) if ordered else None
-    if "seen" in line:
-        seen = line["seen"][t]
-    name = value_of(line, "name", t)
-    record = {"text": line["texts"][t]}
+    name = f"step {t}" if row.ordered else f"sample {t}"
+    if "name" in line:
+        name = line["name"][t]
+    record = {"text": line["texts"][t], "name": name}
     if box or name != "answer":
         record["box"] = box
         if "bbox" in sample:
             record["iou"] = round(box_iou(box, sample), 4)
-    for key, value in (
-        ("name", name),
-        ("seen", seen),
-        ("view", value_of(line, "view", t)),
-        ("honest", honest(sample, seen, line["texts"][t])),
-        ("logprob", value_of(line, "logprob", t)),
-        ("read", value_of(line, "read", t)),
-    ):
-        if value is not None:
-            record[key] = value
+    last_box = last_valid(line["boxes"][:t]) if row.ordered else None
+    view = row.loop.view(last_box) if row.loop else WHOLE
+    if "view" in line:
+        view = line["view"][t]
+    if view != WHOLE:
+        record["view"] = view
+    if last_box and row.drawn:
+        record["seen"] = last_box
     return record
-
-
-def honest(sample, seen, text):
-    """Whether the trace of a step says of the box that it was shown what the geometry says; None
-    without either."""
-    trace = trace_of(text)
-    if not (seen and trace and "bbox" in sample):
-        return None
-    truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
-    return claim_of(trace) == geometry_of(seen, truth)
-
-
-def value_of(line, key, t):
-    return line[key][t] if key in line else None
 
 
 def outcome(first, final):
@@ -425,9 +325,9 @@ TITLES = {  # a metric of the logs -> what stands over its chart
 }
 
 
-def chart(title, x, series, healthy=None, mark=None):
-    """series: of `curve`. healthy: (low, high), shaded. mark: an x with a line of its own."""
-    return {"title": title, "x": x, "series": series, "healthy": healthy, "mark": mark}
+def chart(title, x, series, healthy=None):
+    """series: of `curve`. healthy: (low, high), shaded."""
+    return {"title": title, "x": x, "series": series, "healthy": healthy}
 
 
 def curve(name, points, style, faint=False):
@@ -444,7 +344,7 @@ def result_curves(results):
         series.append(curve(name, [[t, *value] for t, value in enumerate(row["iou"])], i))
     if series:
         title = f"Mean IoU of each step, with 95 percent intervals; T = {results['steps']}"
-        charts.append(chart(title, "step", series, mark=results["steps"]))
+        charts.append(chart(title, "step", series))
     settings = results["adaptive"].get(results["shown"], [])
     series = []
     for i, threshold in enumerate(sorted({row["threshold"] for row in settings})):

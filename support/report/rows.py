@@ -1,10 +1,12 @@
-"""The rows of evaluate.py's tables, and what each is made with."""
+"""The rows of an evaluation's tables: what each is made with, and its log of trajectories."""
 
 from dataclasses import dataclass
 
-from common import Loop
+from common import Loop, box_iou, token_text
+from support.model.adapters import load_with_adapter
 from support.model.checkpoints import say_if_unfinished
-from support.running.files import begin
+from support.model.views import implausible
+from support.running.files import agrees, begin, resumable
 
 
 @dataclass(frozen=True)
@@ -12,29 +14,101 @@ class Row:
     """One way to get boxes for the test samples."""
 
     name: str  # as in the paper's Table 1, where it has one
-    log: str  # log/evaluate_<log>.jsonl has a line for each sample
-    loop: Loop
-    steps: int  # refinement steps; 0: step 0 alone
+    log: str = ""  # log/evaluate_<log>.jsonl has a line for each sample
+    loop: Loop | None = None  # None: another system's boxes, of which nothing else is known
+    steps: int = 0  # refinement steps; 0: step 0 alone
     adapter: str | None = None  # folder under --out; None is the untrained base
-    samples: int = 1  # more: so many answers of step 0 are sampled, at --control-temperature
-    refuses: bool = False  # a guard may keep the last box: a text's confidence is not the step's
+    samples: int = 1  # more: so many answers of step 0 are sampled
+    ordered: bool = True  # False: its boxes are samples, and no step follows another
+    drawn: bool = True  # whether the picture before a step has the last box drawn on it
     command: str = ""  # what makes the adapter of a row that belongs to the paper's tables
 
+    @property
+    def guarded(self):
+        """Whether a guard may keep the last box: a text's confidence is then not the step's."""
+        return self.loop.refuses is implausible
 
-def begin_row(args, row, data):
+
+# What a row is played with ------------------------------------------------------------------------
+# Of a row only its name, log and adapter are used here: visrl.evaluate has rows of its own.
+def adapter_file(args, row):
+    return args.out / row.adapter / "adapter_model.safetensors"
+
+
+def is_trained(args, row):
+    """Whether there is what the row is played with."""
+    return row.adapter is None or adapter_file(args, row).exists()
+
+
+def model_of(args, row, loaded, flag):
+    """The base model with the row's adapter. Loads it unless it is in `loaded`, a dict of the last
+    one. Exits when the adapter was made with another value of `flag`."""
+    if row.adapter not in loaded:
+        loaded.clear()  # free one model before another is loaded
+        if row.adapter:
+            agrees(args, row.adapter, flag)
+        loaded[row.adapter] = load_with_adapter(args, row.adapter and args.out / row.adapter)
+    return loaded[row.adapter]
+
+
+def begin_row(args, row, *flags, **more):
     """Writes down what the log of a row is made with; returns whether it was begun before, with the
     same. Exits when something differs, unless `--restart` is given.
 
-    Only what rows of its kind depend on is compared, so that `--restart` does not play them all.
+    flags, more: as of `begin`, beside what every row depends on. Others are not compared, so that
+    `--restart` does not play all rows.
     """
-    inputs = [data / "test.jsonl"]
+    inputs = [args.out / "data/test.jsonl"]
     if row.adapter:
         say_if_unfinished(args.out / row.adapter)
-        inputs.append(args.out / row.adapter / "adapter_model.safetensors")
-    flags = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens"]
-    if row.samples > 1:
-        flags += ["seed", "control_temperature"]
-    if row.steps:
-        flags += ["feedback", "surroundings", "guard"]
-    size = {"samples": row.samples, "longest": row.steps}
-    return begin(args, f"evaluate_{row.log}", *inputs, only=flags, **size)
+        inputs.append(adapter_file(args, row))
+    only = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", *flags]
+    return begin(args, f"evaluate_{row.log}", *inputs, only=only, **more)
+
+
+def play_row(args, row, test, work, *flags, **more):
+    """The lines of a row's log, one for each test sample; `work` makes those that are not there, as of
+    `resumable`. flags, more: as of `begin_row`."""
+    same = begin_row(args, row, *flags, **more)
+    path = args.out / f"log/evaluate_{row.log}.jsonl"
+    restart = args.restart and not same
+    return resumable(path, test, args.batch_size, row.name, work, restart=restart)
+
+
+# The log ------------------------------------------------------------------------------------------
+def log_line(sample, trajectories, tokenizer, guarded=False):
+    """What a log keeps of a sample's trajectory, or of its T + 1 single-shot answers, as a dict.
+
+    logprob: log pi of each step's text. confidence: the mean log pi of its box's tokens, None
+    without a valid box; a guarded row has none, since the box of a step is not always that of its
+    text. read: tokens in the context when the step ends, its cost.
+    """
+    lists = ("boxes", "iou", "texts", "logprob", "confidence", "read")
+    line = {"id": sample["id"], **{name: [] for name in lists}}
+    for t in trajectories:
+        line["boxes"] += t.boxes
+        line["iou"] += [round(box_iou(box, sample), 6) for box in t.boxes]
+        line["texts"] += t.texts
+        for step in range(len(t.boxes)):
+            targets = [m for m in range(len(t.target)) if t.step[m] == step]
+            line["logprob"].append(round(sum(t.logprob[m] for m in targets), 4))
+            confidence = None
+            if t.boxes[step]:
+                answer = [t.logprob[m] for m in answer_targets(t, targets, tokenizer)]
+                confidence = round(sum(answer) / len(answer), 4)
+            line["confidence"].append(confidence)
+            line["read"].append(t.predictor[targets[-1]] + 1)
+    if guarded:
+        del line["confidence"]
+    return line
+
+
+def answer_targets(trajectory, targets, tokenizer):
+    """Those of a step's targets (places in the trajectory's lists) that lie after the end of its
+    reasoning: all of them without one."""
+    text = ""
+    for count, m in enumerate(reversed(targets)):
+        text = token_text(tokenizer, trajectory.target[m]) + text
+        if "</think>" in text:
+            return targets[len(targets) - count :]
+    return targets

@@ -3,20 +3,21 @@
     python -m support.report.score_predictions --predictions theirs.jsonl --out runs/toy
 
 A line is {"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}: T + 1 boxes in 0..1000
-or null, and, if there are any, as many "texts". The first method is what the others are compared
-against. Reads data/test.jsonl; writes results.md, results.json, report.html and figures/*.png to a
-folder under --out that is named as the file, so that the run's own results stay.
+or null, and, if there are any, as many "texts"; "ordered": false where they are samples, and no
+step follows another. The first method is what the others are compared against. Reads
+data/test.jsonl; writes results.md, results.json, report.html and figures/*.png to a folder under
+--out that is named as the file, so that the run's own results stay.
 """
 
 import json
 from pathlib import Path
 
 from support.data.samples import read_side
-from support.report import second_look
-from support.report.page import group, result_curves, write_page
+from support.report.page import SAMPLES, group, result_curves, write_page
 from support.report.pictures import write_figures
-from support.report.statistics import CONTROL, analyse, main_row
-from support.report.tables import report, write_results
+from support.report.rows import Row
+from support.report.statistics import main_row
+from support.report.tables import report, results_of, summary, write_results
 from support.running.errors import stop
 from support.running.files import read_lines
 from support.running.flags import Flag, flags
@@ -25,60 +26,66 @@ LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 
 
 def read_predictions(path, samples):
-    """A file of predictions -> {method: its rows, in the order of the samples}.
+    """A file of predictions -> {Row: its lines, in the order of the samples}.
 
     Raises ValueError with line, value and remedy.
     """
     number_of = {sample["id"]: i for i, sample in enumerate(samples)}
-    rows_of = {}
+    lines_of = {}
     for number, line in enumerate(read_lines(path, "the system that makes it"), 1):
         where = f"{path}, line {number}"
-        row = read_prediction(line, where)
-        name = row["id"]
+        own = read_prediction(line, where)
+        name = own["id"]
         if not isinstance(name, str) or name not in number_of:
             raise ValueError(
                 f"{where}: id {name!r} is not in test.jsonl; give the ids of that file"
             )
-        rows = rows_of.setdefault(row["method"], [None] * len(samples))
-        if rows[number_of[name]]:
-            twice = f"a second line for {row['method']!r} and id {name!r}"
+        row = Row(own["method"], ordered=own.get("ordered", True))
+        lines = lines_of.setdefault(row, [None] * len(samples))
+        if lines[number_of[name]]:
+            twice = f"a second line for {row.name!r} and id {name!r}"
             raise ValueError(f"{where}: {twice}; give one")
-        rows[number_of[name]] = row
-    for method, rows in rows_of.items():
-        check_method(path, method, rows)
-    return rows_of
+        lines[number_of[name]] = own
+    for row, lines in lines_of.items():
+        # Every sample is needed: a method that skips the hard ones would look better
+        counts = {len(line["boxes"]) for line in lines if line}
+        if None in lines or len(counts) != 1:
+            there = len(lines) - lines.count(None)
+            raise ValueError(
+                f"{path}: {row.name!r} has {there} of the {len(lines)} test samples; all are "
+                "needed, each with the same number of boxes"
+            )
+    return lines_of
 
 
 def read_prediction(line, where):
     """A line (bytes) as a dict with method, id, boxes and texts."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if isinstance(row, dict) and isinstance(row.get("boxes"), list):
-        row.setdefault("texts", [""] * len(row["boxes"]))
-    if not well_formed(row):
+        own = json.loads(line)
+        own.setdefault("texts", [""] * len(own["boxes"]))
+        usable = well_formed(own)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        usable = False
+    if not usable:
         found = line[:80].decode("utf-8", "backslashreplace")
         raise ValueError(f'{where}: expected {LINE}, and as many "texts" if any; found {found!r}')
-    for box in row["boxes"]:
+    for box in own["boxes"]:
         if box is not None and not is_box(box):
             raise ValueError(
                 f"{where}: box {box}; expected [x1, y1, x2, y2] in 0..1000 with x1 < x2, y1 < y2, "
                 "or null"
             )
-    return row
+    return own
 
 
-def well_formed(row):
-    """Whether a row has all its parts, whatever its id and boxes say."""
-    if not isinstance(row, dict) or "id" not in row:
+def well_formed(own):
+    """Whether a line has all its parts, whatever its id and boxes say."""
+    method, boxes, texts = own["method"], own["boxes"], own["texts"]
+    kinds = isinstance(method, str) and isinstance(boxes, list) and isinstance(texts, list)
+    if not kinds or not isinstance(own.get("ordered", True), bool):
         return False
-    method, boxes, texts = row.get("method"), row.get("boxes"), row.get("texts")
-    if not isinstance(method, str) or not method:
-        return False
-    if not isinstance(boxes, list) or not isinstance(texts, list):
-        return False
-    return bool(boxes) and len(texts) == len(boxes) and all(isinstance(t, str) for t in texts)
+    strings = all(isinstance(text, str) for text in texts)
+    return "id" in own and method and boxes and len(texts) == len(boxes) and strings
 
 
 def is_box(box):
@@ -88,17 +95,6 @@ def is_box(box):
     if not all(type(v) in (int, float) and 0 <= v <= 1000 for v in box):  # NaN is in no range
         return False
     return box[0] < box[2] and box[1] < box[3]
-
-
-def check_method(path, method, rows):
-    """Every sample is needed: a method that skips the hard ones would look better."""
-    counts = {len(row["boxes"]) for row in rows if row}
-    if None in rows or len(counts) != 1:
-        there = len(rows) - rows.count(None)
-        raise ValueError(
-            f"{path}: {method!r} has {there} of the {len(rows)} test samples; all are needed, each "
-            "with the same number of boxes"
-        )
 
 
 if __name__ == "__main__":
@@ -112,29 +108,23 @@ if __name__ == "__main__":
     data = args.out / "data"
     samples = read_side(args, "test")
     try:
-        rows_of = read_predictions(args.predictions, samples)
+        lines_of = read_predictions(args.predictions, samples)
     except ValueError as e:
         stop(str(e))
-    shown = main_row(rows_of)
-    results = {
-        "n": len(samples),
-        "steps": args.steps,
-        **analyse(samples, rows_of, args.steps, shown, CONTROL),
-        "second_look": second_look.analyse(samples, rows_of, args.steps),
-        "ablations": {},
-    }
+    shown = main_row(lines_of)
+    results = results_of(samples, lines_of, args.steps)
     folder = args.out / Path(args.predictions).stem
-    write_results(results, folder)
-    write_figures(results, samples, rows_of[shown], data, folder, args.pictures)
+    write_results(results, folder, summary(results), report(results))
+    write_figures(shown, samples, lines_of[shown], args.steps, data, folder)
     own = {}
-    for method, rows in rows_of.items():  # of what else a line says nothing is known
-        own[method] = [{key: row[key] for key in ("boxes", "texts")} for row in rows]
+    for row, lines in lines_of.items():  # of what else a line says nothing is known
+        own[row] = [{key: line[key] for key in ("boxes", "texts")} for line in lines]
     write_page(
         folder / "report.html",
         title=f"{folder.name} · {len(samples)} test samples",
         tables=report(results),
         curves=result_curves(results),
-        groups=[group("test", samples, own, args.steps, limit=args.page_samples)],
+        groups=[group("test", samples, own, args.steps, shown=shown.name, limit=SAMPLES)],
         data=data,
     )
     print(f"tables and pictures of {args.predictions} in {folder}")

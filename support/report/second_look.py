@@ -8,12 +8,11 @@ high]. Right is an IoU of 0.5 or more.
 from common import box_iou, last_valid, normalize_box
 from support.report.claims import CLAIMS, KEEP, claim_of, geometry_of, trace_of
 from support.report.statistics import (
-    CONTROL,
     all_ious,
+    at_steps,
     choices,
     estimate,
     estimate_of,
-    iou_at,
     last_valid_step,
     metric_estimates,
     metrics,
@@ -26,26 +25,26 @@ import numpy as np
 
 RIGHT = 0.5
 AGREEMENT = 0.9  # of the rule that stops when two boxes agree; one of the adaptive thresholds
+GAINS = ("mean IoU", "Acc@0.5", "Acc@0.9")  # in which the rules are compared
 LISTS = ("boxes", "texts", "confidence")  # of a trajectory, with an entry for each step
 
 
-def analyse(samples, trajectories_of, steps):
-    """name -> what this file has to say, for each row that refines. steps: T; what lies beyond it
-    in a trajectory is left out."""
+def analyse(samples, lines_of, steps):
+    """name -> what this file has to say, for each row (rows.Row) that refines. steps: T; what lies
+    beyond it in a line is left out."""
     looks = {}
-    for name, rows in trajectories_of.items():
-        rows = [{key: row[key][: steps + 1] for key in LISTS if key in row} for row in rows]
-        if name == CONTROL or len(rows[0]["boxes"]) == 1:
+    for row, lines in lines_of.items():
+        lines = [{key: line[key][: steps + 1] for key in LISTS if key in line} for line in lines]
+        if not row.ordered or len(lines[0]["boxes"]) == 1:
             continue
-        ious = all_ious(samples, rows)
-        look = {"turns": turns(ious), "rules": rules(ious, rows)}
-        if has_confidence(rows):
-            look["confidence"] = confidence(ious, rows)
-        if has_traces(rows):
-            look["traces"] = [
-                truth_of_traces(samples, rows, t) for t in range(1, len(rows[0]["boxes"]))
-            ]
-        looks[name] = look
+        ious = all_ious(samples, lines)
+        look = {"turns": turns(ious), "rules": rules(ious, lines)}
+        if has_confidence(lines):
+            look["confidence"] = confidence(ious, lines)
+        if has_traces(lines):
+            later = range(1, len(lines[0]["boxes"]))
+            look["traces"] = [truth_of_traces(samples, lines, t) for t in later]
+        looks[row.name] = look
     return looks
 
 
@@ -70,15 +69,17 @@ def turns(ious):
     """
     first = ious[:, 0] >= RIGHT
     last = ious[:, -1] >= RIGHT
-    words = {"right": first, "wrong": ~first}, {"right": last, "wrong": ~last}
     counts = {
-        f"{a}, {b}": int((words[0][a] & words[1][b]).sum()) for a in words[0] for b in words[1]
+        "right, right": first & last,
+        "right, wrong": first & ~last,
+        "wrong, right": ~first & last,
+        "wrong, wrong": ~first & ~last,
     }
     corrected = ratio(last, ~first)
     introduced = ratio(~last, first)
     possible = corrected and introduced and introduced[0] > 0
     return {
-        **counts,
+        **{turn: mask.sum().item() for turn, mask in counts.items()},
         "ECR": corrected,
         "EIR": introduced,
         "ratio": corrected[0] / introduced[0] if possible else None,
@@ -107,14 +108,9 @@ def rules(ious, rows):
         gain = metric_estimates(metrics(values) - stopped)
         table[rule] = {
             "mean IoU": estimate(values),
-            "gain": {metric: gain[metric] for metric in ("mean IoU", "Acc@0.5", "Acc@0.9")},
+            "gain": {metric: gain[metric] for metric in GAINS},
         }
     return table
-
-
-def at_steps(ious, steps):
-    """[S]: the IoU of a step of each trajectory, 0 where it is None."""
-    return np.array([iou_at(row, step) for row, step in zip(ious, steps)])
 
 
 def most_confident_step(row):
@@ -175,9 +171,11 @@ def truth_of_traces(samples, rows, t):
     ious = np.array([box_iou(box, sample) for box, sample in zip(shown, samples)])
     traces = [trace_of(row["texts"][t]) for row in rows]
     said = np.array([claim_of(trace) or "" for trace in traces])
-    true = np.array(
-        [geometry_of(box, truth_of(s)) if box else "" for box, s in zip(shown, samples)]
-    )
+    true = []
+    for box, sample in zip(shown, samples):
+        truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
+        true.append(geometry_of(box, truth) if box else "")
+    true = np.array(true)
     groups = {
         "wrong object": there & (ious == 0),
         "in between": there & (ious > 0) & (ious < RIGHT),
@@ -194,11 +192,6 @@ def truth_of_traces(samples, rows, t):
         "balanced": balanced_accuracy(said, true),
         "chance": 1 / max(1, len(set(true[there]))),
     }
-
-
-def truth_of(sample):
-    """The true box in 0..1000."""
-    return normalize_box(sample["bbox"], sample["width"], sample["height"])
 
 
 def balanced_accuracy(said, true):

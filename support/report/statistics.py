@@ -2,15 +2,15 @@
 findings.
 
 S samples; `ious` is [S, T + 1], the IoU of every box of a trajectory with the truth, 0 where a
-box is not valid. A trajectory here is a row of a log: a dict with boxes, texts and read. An
-estimate is [mean, low, high], a mean over samples with its 95 percent bootstrap interval;
+box is not valid. A line is one of a log: a dict with boxes, texts and read, a value per step each.
+An estimate is [mean, low, high], a mean over samples with its 95 percent bootstrap interval;
 differences are paired.
 """
 
 import functools
 from pathlib import Path
 
-from common import box_iou, iou, token_text
+from common import box_iou, iou
 from support.running.errors import stop
 from support.running.files import read_jsonl
 
@@ -18,11 +18,7 @@ import numpy as np
 
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
 
-# Rows of Table 1: the controls, whose boxes are samples or which look closer without training, and
-# those the paper has findings about
-CONTROL = "Base (single-shot), T + 1 samples"
-AGAIN = "Base, asked again on the zoomed view"
-AGAIN_GUARDED = "Base, asked again, zoomed and guarded"
+# Rows of Table 1 that the paper has findings about
 UNTRAINED = "Base + IVT (no training)"
 SFT = "SFT + IVT"
 GRPO = "SFT + GRPO + IVT"
@@ -91,10 +87,10 @@ def metric_estimates(values):
     return dict(zip(METRICS, estimate(values)))
 
 
-def all_ious(samples, trajectories):
-    """[S, T + 1]: the IoU of every box of every trajectory with the truth."""
-    rows = zip(samples, trajectories)
-    return np.array([[box_iou(box, sample) for box in row["boxes"]] for sample, row in rows])
+def all_ious(samples, lines):
+    """[S, T + 1]: the IoU of every box of every line with the truth."""
+    pairs = zip(samples, lines)
+    return np.array([[box_iou(box, sample) for box in line["boxes"]] for sample, line in pairs])
 
 
 # What is estimated --------------------------------------------------------------------------------
@@ -123,19 +119,18 @@ def choices(ious, boxes):
     ways are open to a user: first step, last step, last valid box, and the medoid, the valid box
     whose mean IoU to the other valid ones is highest (the latest of equals).
     """
-    pairs = list(zip(ious, boxes))
     return {
         "best of steps": ious.max(1),
         "last step": ious[:, -1],
         "first step": ious[:, 0],
-        "last valid": np.array([iou_at(row, last_valid_step(b)) for row, b in pairs]),
-        "medoid": np.array([iou_at(row, medoid_step(b)) for row, b in pairs]),
+        "last valid": at_steps(ious, map(last_valid_step, boxes)),
+        "medoid": at_steps(ious, map(medoid_step, boxes)),
     }
 
 
-def iou_at(row, step):
-    """The IoU of a step, 0 when there is no such step (None)."""
-    return 0.0 if step is None else row[step]
+def at_steps(ious, steps):
+    """[S]: the IoU of a step of each trajectory, 0 where it is None."""
+    return np.array([0.0 if step is None else row[step] for row, step in zip(ious, steps)])
 
 
 def valid_steps(boxes):
@@ -159,13 +154,8 @@ def medoid_step(boxes):
 
 
 def strata(samples, first):
-    """Groups of the samples: name -> {stratum: [S] bool}.
-
-    By IoU at step 0 (`first` [S], Section 4.3), by source, and by size of the object: thirds of the
-    samples by the share of the image that the true box covers.
-    """
-    area = np.array([covered(sample) for sample in samples])
-    small, large = np.quantile(area, (1 / 3, 2 / 3))
+    """Groups of the samples: name -> {stratum: [S] bool}. By IoU at step 0 (`first` [S],
+    Section 4.3), and by source."""
     sources = np.array([sample["source"] for sample in samples])
     return {
         "step-0 IoU": {
@@ -174,18 +164,7 @@ def strata(samples, first):
             "easy, from 0.75": first >= 0.75,
         },
         "source": {source: sources == source for source in sorted(set(sources.tolist()))},
-        "size": {
-            "small third": area <= small,
-            "middle": (area > small) & (area <= large),
-            "large third": area > large,
-        },
     }
-
-
-def covered(sample):
-    """The share of the image that the true box covers."""
-    x1, y1, x2, y2 = sample["bbox"]
-    return (x2 - x1) * (y2 - y1) / sample["width"] / sample["height"]
 
 
 def repeats(boxes):
@@ -203,21 +182,20 @@ def stop_step(boxes, threshold, longest):
     return longest
 
 
-def adaptive(ious, trajectories, thresholds=THRESHOLDS):
+def adaptive(ious, lines, thresholds=THRESHOLDS):
     """Every threshold with every T from 0 to the longest, each read off the one longest run.
 
     -> a list of {"threshold", "T", the four metrics of the box it stops at, "steps": mean number of
     refinements done, "cost": tokens that pass through the model, relative to step 0 alone, "gain":
     Acc@0.5 and mean IoU against T = 0, paired}.
     """
-    read = np.array([row["read"] for row in trajectories], float)  # [S, T + 1] tokens
-    boxes = [row["boxes"] for row in trajectories]
+    read = np.array([line["read"] for line in lines], float)  # [S, T + 1] tokens
     never = metrics(ious[:, 0])
     sample = np.arange(len(ious))
     settings = []
     for threshold in thresholds:
         for longest in range(ious.shape[1]):
-            stop = np.array([stop_step(row, threshold, longest) for row in boxes])
+            stop = np.array([stop_step(line["boxes"], threshold, longest) for line in lines])
             reached = metrics(ious[sample, stop])
             gain = metric_estimates(reached - never)
             settings.append(
@@ -234,71 +212,71 @@ def adaptive(ious, trajectories, thresholds=THRESHOLDS):
 
 
 # All tables ---------------------------------------------------------------------------------------
-def analyse(samples, trajectories_of, steps, shown, control=None):
-    """All tables: name -> trajectories becomes estimates, as results.json holds them.
+def analyse(samples, lines_of, steps):
+    """All tables: the lines of each row (rows.Row) become estimates, as results.json holds them.
 
     The first row is what the others are compared against. steps: T of the tables; what lies
-    beyond it in a trajectory is used for adaptive refinement alone. shown: the row of which
-    strata and adaptive refinement are printed. control: the row whose boxes are samples without
-    an order, if any.
+    beyond it in a line is used for adaptive refinement alone.
     """
-    full = {name: all_ious(samples, rows) for name, rows in trajectories_of.items()}
-    ious_of = {name: ious[:, : steps + 1] for name, ious in full.items()}
-    first = metrics(next(iter(ious_of.values()))[:, 0])
+    shown = main_row(lines_of).name
+    ious_of = {}  # a name -> the IoUs of the first T + 1 steps
+    control = None
     results = {"shown": shown, "table1": {}, "differences": {}}
     results |= {"table2": {}, "strata": {}, "adaptive": {}}
-    for name, rows in trajectories_of.items():
-        ious = ious_of[name]
-        boxes = [row["boxes"][: steps + 1] for row in rows]
-        ways = table1_ways(ious, boxes, ordered=name != control)
-        scores = {way: metrics(chosen) for way, chosen in ways.items()}
+    for row, lines in lines_of.items():
+        name = row.name
+        full = all_ious(samples, lines)
+        ious = ious_of[name] = full[:, : steps + 1]
+        boxes = [line["boxes"][: steps + 1] for line in lines]
+        scores = {way: metrics(chosen) for way, chosen in table1_ways(row, ious, boxes).items()}
+        first = metrics(next(iter(ious_of.values()))[:, 0])
         results["table1"][name] = {way: metric_estimates(v) for way, v in scores.items()}
         results["differences"][name] = {
             way: metric_estimates(v - first) for way, v in scores.items()
         }
-        if ious.shape[1] == 1 or name == control:
+        if ious.shape[1] == 1:
             continue  # there is no refinement to look at
-        results["table2"][name] = table2_row(full[name], ious, boxes)
+        if not row.ordered:
+            control = row
+            continue
+        results["table2"][name] = {
+            "iou": estimate(full),
+            **changes(ious),
+            "repeats": repeats(boxes),
+            "valid": estimate([[box is not None for box in own] for own in boxes]),
+        }
         results["strata"][name] = changes_by_stratum(samples, ious)
-        if all("read" in row for row in rows):  # other systems do not say
-            settings = adaptive(full[name], rows)
+        if all("read" in line for line in lines):  # other systems do not say
+            settings = adaptive(full, lines)
             results["adaptive"][name] = settings
-            never = {row["T"]: row for row in settings if row["threshold"] == THRESHOLDS[-1]}
+            never = {one["T"]: one for one in settings if one["threshold"] == THRESHOLDS[-1]}
             results["table2"][name]["cost"] = never[ious.shape[1] - 1]["cost"]
-    if control in ious_of and shown in results["table2"]:
-        results["sampling"] = sampling(ious_of, shown, control)
+    if control and shown in results["table2"]:
+        # The best of T + 1 samples against the best of T + 1 steps
+        difference = estimate(ious_of[control.name].max(1) - ious_of[shown].max(1))
+        results["sampling"] = {"row": shown, "control": control.name, "difference": difference}
     results["findings"] = findings(results, ious_of)
     return results
 
 
-def main_row(names):
+def main_row(rows):
     """The row that strata, adaptive refinement and pictures are of: the paper's last that is there,
     or, of other systems, the last."""
+    named = {row.name: row for row in rows}
     for name in (GRPO, SFT, WITHOUT_SFT, UNTRAINED):
-        if name in names:
-            return name
-    return list(names)[-1]
+        if name in named:
+            return named[name]
+    return list(rows)[-1]
 
 
-def table1_ways(ious, boxes, ordered):
+def table1_ways(row, ious, boxes):
     """The ways to choose a box that make sense for a row: name -> [S] IoU of the chosen box."""
     if ious.shape[1] == 1:
         return {"its only box": ious[:, 0]}
     ways = choices(ious, boxes)
-    if ordered:
+    if row.ordered:
         return ways
     return {way: ways[way] for way in ("best of steps", "medoid")}
-
-
-def table2_row(full, ious, boxes):
-    """A row of Table 2. full: the IoUs of the longest run, of which `ious` and `boxes` are the
-    first T + 1 steps."""
-    return {
-        "iou": estimate(full),
-        **changes(ious),
-        "repeats": repeats(boxes),
-        "valid": estimate([[box is not None for box in row] for row in boxes]),
-    }
 
 
 def changes_by_stratum(samples, ious):
@@ -309,26 +287,10 @@ def changes_by_stratum(samples, ious):
     return table
 
 
-def ablation(samples, trajectories, steps, log):
-    """A row of the ablation table. log: the path of its GRPO log, of which the table has the step-0
-    IoU at the first and the last validation; it need not be there."""
-    ious = all_ious(samples, trajectories)[:, : steps + 1]
-    boxes = [row["boxes"][: steps + 1] for row in trajectories]
-    validations = []
-    if log.is_file():
-        validations = [row["val_iou"][0] for row in read_jsonl(log, "") if "val_iou" in row]
-    return {
-        **changes(ious),
-        "repeats": repeats(boxes),
-        "Acc@0.5": estimate(ious[:, -1] >= 0.5),
-        "validation": validations[:1] + validations[-1:],
-    }
-
-
-def by_change(samples, trajectories):
+def by_change(samples, lines):
     """The numbers of the samples, ordered by IoU at the last step minus IoU at the first: the
     largest gain first, the largest loss last."""
-    ious = all_ious(samples, trajectories)
+    ious = all_ious(samples, lines)
     return np.argsort(ious[:, 0] - ious[:, -1], kind="stable").tolist()
 
 
@@ -353,125 +315,90 @@ def signed(value):
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
+def judged(sentence, estimates, **side):
+    """A finding: (sentence, numbers, verdict). side: above or below, as of `verdict`."""
+    return sentence, ", ".join(map(signed, estimates)), verdict(estimates, **side)
+
+
 def findings(results, ious_of):
-    """The paper's findings as hypotheses on these rows: a list of (sentence, numbers, verdict)."""
+    """The paper's findings as hypotheses on these rows: a list of `judged`."""
     differences = results["differences"]
     rows = results["table2"]  # of other systems, a row may have one box only
     found = []
-
-    def judge(sentence, estimates, **side):
-        numbers = ", ".join(map(signed, estimates))
-        found.append((sentence, numbers, verdict(estimates, **side)))
-
     ways = ("best of steps", "last step")
     if UNTRAINED in rows:
         for way in ways:
-            sentence = (
-                f"Untrained, IVT falls 10 points or more below single-shot in Acc@0.5 ({way})"
-            )
-            judge(sentence, [differences[UNTRAINED][way]["Acc@0.5"]], below=-FALL)
+            fall = [differences[UNTRAINED][way]["Acc@0.5"]]
+            words = "Untrained, IVT falls 10 points or more below single-shot in Acc@0.5"
+            found.append(judged(f"{words} ({way})", fall, below=-FALL))
     if SFT in rows:
         for way in ways:
-            sentence = f"SFT + IVT passes single-shot on every metric ({way})"
-            judge(sentence, list(differences[SFT][way].values()), above=0)
-        judge("SFT declines from step 0 to step T", [rows[SFT]["delta"]], below=0)
+            gains = list(differences[SFT][way].values())
+            words = f"SFT + IVT passes single-shot on every metric ({way})"
+            found.append(judged(words, gains, above=0))
+        found.append(judged("SFT declines from step 0 to step T", [rows[SFT]["delta"]], below=0))
     if SFT in rows and GRPO in rows:
         sft, grpo = (ious_of[name][:, -1] - ious_of[name][:, 0] for name in (SFT, GRPO))
-        sentence = "GRPO's change from step 0 to step T is better than SFT's"
-        judge(sentence, [estimate(grpo - sft)], above=0)
+        words = "GRPO's change from step 0 to step T is better than SFT's"
+        found.append(judged(words, [estimate(grpo - sft)], above=0))
     return found
 
 
-def sampling(ious_of, shown, control):
-    """The best of T + 1 samples against the best of T + 1 steps: {"row", "control", "difference":
-    estimate of the control's IoU minus the row's, paired}."""
-    difference = ious_of[control].max(1) - ious_of[shown].max(1)
-    return {"row": shown, "control": control, "difference": estimate(difference)}
+# The table of ablations ---------------------------------------------------------------------------
+def ablation(samples, lines, steps, log=None):
+    """A row of the ablation table. log: the path of its GRPO log, of which the table has the step-0
+    IoU at the first and the last validation; it need not be there."""
+    ious = all_ious(samples, lines)[:, : steps + 1]
+    validations = []
+    if log and log.is_file():
+        validations = [row["val_iou"][0] for row in read_jsonl(log, "") if "val_iou" in row]
+    return {
+        **changes(ious),
+        "repeats": repeats([line["boxes"][: steps + 1] for line in lines]),
+        "Acc@0.5": estimate(ious[:, -1] >= 0.5),
+        "validation": validations[:1] + validations[-1:],
+    }
 
 
-# Logs of trajectories, and the table of ablations over them ---------------------------------------
-def log_line(sample, trajectories, tokenizer, refuses=False):
-    """What a log keeps of a sample's trajectory, or of its T + 1 single-shot answers, as a dict.
-
-    logprob: log pi of each step's text. confidence: the mean log pi of its box's tokens, None
-    without a valid box; there is none where a guard `refuses` boxes, since the box of a step is
-    then not always that of its text. read: tokens in the context when the step ends, its cost.
-    """
-    lists = ("boxes", "iou", "texts", "logprob", "confidence", "read")
-    line = {"id": sample["id"], **{name: [] for name in lists}}
-    for t in trajectories:
-        line["boxes"] += t.boxes
-        line["iou"] += [round(box_iou(box, sample), 6) for box in t.boxes]
-        line["texts"] += t.texts
-        for step in range(len(t.boxes)):
-            targets = [m for m in range(len(t.target)) if t.step[m] == step]
-            line["logprob"].append(round(sum(t.logprob[m] for m in targets), 4))
-            confidence = None
-            if t.boxes[step]:
-                answer = [t.logprob[m] for m in answer_targets(t, targets, tokenizer)]
-                confidence = round(sum(answer) / len(answer), 4)
-            line["confidence"].append(confidence)
-            line["read"].append(t.predictor[targets[-1]] + 1)
-    if refuses:
-        del line["confidence"]
-    return line
-
-
-def answer_targets(trajectory, targets, tokenizer):
-    """Those of a step's targets (places in the trajectory's lists) that lie after the end of its
-    reasoning: all of them without one."""
-    text = ""
-    for count, m in enumerate(reversed(targets)):
-        text = token_text(tokenizer, trajectory.target[m]) + text
-        if "</think>" in text:
-            return targets[len(targets) - count :]
-    return targets
-
-
-def ablations(samples, args, lines_of, others, logs):
-    """The table of ablations, name -> row: the run's own rows, `others` (played with other
+def ablations(samples, args, rows, lines_of, others):
+    """The table of ablations, name -> `ablation`: the run's own rows, `others` (played with other
     pictures) and those of the runs in args.compare; {} when there is nothing to compare.
 
-    logs: the name of each row's log. "against", of `others`, named "row, what is shown": the last
-    step's IoU minus that of the row itself, paired. Exits when another run has other test samples.
+    others: (row, what is shown) -> lines. Their "against" is the last step's IoU minus that of the
+    row itself, paired. Exits when another run has other test samples.
     """
-    rows = {}
-    for name, lines in others.items():
-        rows[name] = ablation(samples, lines, args.steps, Path())
-        own = lines_of[name.rpartition(", ")[0]]
-        last, last_own = (all_ious(samples, of)[:, args.steps] for of in (lines, own))
-        rows[name]["against"] = estimate(last - last_own)
+    table = {}
+    for (row, word), lines in others.items():
+        last, last_own = (all_ious(samples, of)[:, args.steps] for of in (lines, lines_of[row]))
+        against = {"against": estimate(last - last_own)}
+        table[f"{row.name}, {word}"] = ablation(samples, lines, args.steps) | against
     for folder in map(Path, args.compare):
-        rows |= rows_of_run(samples, folder, logs, args.steps)
-    if not rows:
+        table |= rows_of_run(samples, folder, rows, args.steps)
+    if not table:
         return {}
     own = {}
-    for name, lines in lines_of.items():
-        if (
-            name in logs
-            and len(lines[0]["boxes"]) > args.steps > 0
-            and logs[name] != "base_samples"
-        ):
-            log = args.out / f"log/{logs[name]}.jsonl"
-            own[name] = ablation(samples, lines, args.steps, log)
-    return own | rows
+    for row, lines in lines_of.items():
+        if row.ordered and len(lines[0]["boxes"]) > args.steps > 0:
+            log = args.out / f"log/{row.log}.jsonl"
+            own[row.name] = ablation(samples, lines, args.steps, log)
+    return own | table
 
 
-def rows_of_run(samples, folder, logs, steps):
-    """The rows of `ablation` for another run's trained policies. Exits when there are none."""
-    rows = {}
-    for name, log in logs.items():
-        path = folder / f"log/evaluate_{log}.jsonl"
-        if log.startswith("base") and log != "base_grpo" or not path.is_file():
+def rows_of_run(samples, folder, rows, steps):
+    """`ablation` of another run's trained policies. Exits when there are none."""
+    table = {}
+    for row in rows:
+        path = folder / f"log/evaluate_{row.log}.jsonl"
+        if not row.adapter or not path.is_file():
             continue
         lines = read_jsonl(path, "")
         if [line["id"] for line in lines] != [sample["id"] for sample in samples]:
             stop(f"{folder} has other test samples; make its data with the same --seed and sizes")
         if len(lines[0]["boxes"]) > steps:
-            training_log = folder / f"log/{log}.jsonl"
-            rows[f"{folder}: {name}"] = ablation(samples, lines, steps, training_log)
-    if not rows:
+            log = folder / f"log/{row.log}.jsonl"
+            table[f"{folder}: {row.name}"] = ablation(samples, lines, steps, log)
+    if not table:
         stop(
             f"--compare {folder}: no evaluated policy in it; first run: evaluate.py --out {folder}"
         )
-    return rows
+    return table

@@ -117,11 +117,6 @@ PRESETS = {  # phase -> name -> Setting
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
         "guard": GUARD,
         "longest": Setting(6, 4, "steps that an IVT row is played to; ours"),
-        "control_temperature": Setting(
-            1.0, 1.0, "of the control of T + 1 sampled answers; ours", low=0.01, high=10
-        ),
-        "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
-        "page_samples": Setting(1000, 1000, "test samples on report.html, at most; ours"),
     },
     "visrl.make_data": {
         **VISRL,
@@ -182,8 +177,6 @@ PRESETS = {  # phase -> name -> Setting
         **ENGINE,
         "max_tokens": Setting(128, 30, "per step; ours"),
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
-        "pictures": Setting(6, 6, "rows of each filmstrip; ours"),
-        "page_samples": Setting(1000, 1000, "test samples on report.html, at most; ours"),
     },
 }
 
