@@ -18,9 +18,9 @@ from pathlib import Path
 
 from common import box_iou, format_box, normalize_box
 from support.data import samples
-from support.model import adapters
 from support.model.decoding import rollouts
-from support.running import files, processes
+from support.report.rows import is_trained, model_of, play_row
+from support.running import processes
 from support.running.flags import flags
 from visrl import report
 from visrl.loop import ASK, LOOPS, is_right, named
@@ -37,12 +37,14 @@ class Row:
     box: str = "own"  # "true", "random", "whole": a control
 
 
-ROWS = [
+FIRST = [
     Row(report.BASE, "base", boxed=False),
     Row(report.BASE_BOX, "base_box"),
     Row(report.SFT, "sft", "sft"),
     Row(report.RL1, "rl1", "rl1"),
     Row(report.RL2, "rl2", "rl2"),
+]
+OTHERS = [
     Row(report.ONLY, "rl2_only", "rl2_only"),
     Row(report.PLAIN, "plain_dpo", "plain_dpo", boxed=False),
 ]
@@ -56,17 +58,7 @@ loop = LOOPS[args.crop]
 roll = rollouts(args)
 
 # One row on all test samples ----------------------------------------------------------------------
-loaded = {}  # the adapter whose model is loaded -> the model
-
-
-def model_with(adapter):
-    """The base model with this adapter (None: as it is), loaded when a row needs it."""
-    if adapter not in loaded:
-        loaded.clear()  # free one model before another is loaded
-        if adapter:
-            files.agrees(args, adapter, "crop")
-        loaded[adapter] = adapters.load_with_adapter(args, adapter and args.out / adapter)
-    return loaded[adapter]
+loaded = {}
 
 
 def given_box(sample, kind):
@@ -85,12 +77,6 @@ def given_box(sample, kind):
 
 def play(row):
     """The lines of log/evaluate_<row.log>.jsonl; those not yet there are made."""
-    inputs = [data / "test.jsonl"]
-    if row.adapter:
-        inputs.append(args.out / row.adapter / "adapter_model.safetensors")
-    depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens"]
-    depends_on += ["crop", "seed"]
-    same = files.begin(args, f"evaluate_{row.log}", *inputs, only=depends_on)
 
     def work(batch):
         part = [sample for _, sample in batch]
@@ -98,7 +84,7 @@ def play(row):
         if row.box != "own":
             first_texts = [format_box(given_box(sample, row.box)) for sample in part]
         trajectories = roll(
-            model_with(row.adapter),
+            model_of(args, row, loaded, "crop"),
             [samples.load_image(sample, data) for sample in part],
             [sample["question"] for sample in part],
             1 if row.boxed else 0,
@@ -119,43 +105,33 @@ def play(row):
             lines.append(line)
         return lines
 
-    path = args.out / f"log/evaluate_{row.log}.jsonl"
-    restart = args.restart and not same
-    return files.resumable(path, test, args.batch_size, row.name, work, restart=restart)
+    return play_row(args, row, test, work, "crop", "seed")
 
 
 # All rows, on the same samples --------------------------------------------------------------------
-def is_trained(adapter):
-    return adapter is None or (args.out / adapter / "adapter_model.safetensors").exists()
-
-
-rows = [row for row in ROWS if is_trained(row.adapter)]
-for row in ROWS:
-    if row not in rows:
+for row in FIRST + OTHERS:
+    if not is_trained(args, row):
         print(f"{row.name}: left out, {args.out / row.adapter} is missing")
+later = []  # the model after each later iteration (Figure 4)
 for iteration in range(2, 100):
-    # Figure 4: the model after each later iteration
-    more = []
     for name, log in ((report.RL1, named("rl1", iteration)), (report.RL2, named("rl2", iteration))):
-        if is_trained(log):
-            more.append(Row(f"{name}, iteration {iteration}", log, log))
-    rows += more
-    if not more:
-        break
+        later.append(Row(f"{name}, iteration {iteration}", log, log))
+rows = [row for row in FIRST + later + OTHERS if is_trained(args, row)]
 boxed = [row for row in rows if row.boxed and row.adapter]
 if boxed and all("bbox" in sample for sample in test):
     last = next((row for row in boxed if row.name == report.RL2), boxed[-1])
     for kind in ("true", "random", "whole"):
         name = report.control_name(last.name, kind)
         rows.append(replace(last, name=name, log=f"{last.log}_{kind}", box=kind))
-rows.sort(key=lambda row: row.adapter or "")  # each model is loaded once; the tables sort again
-lines_of = {row.name: play(row) for row in rows}
+by_adapter = sorted(rows, key=lambda row: row.adapter or "")  # each model is loaded once
+lines_of = {row.name: play(row) for row in by_adapter}
+lines_of = {row.name: lines_of[row.name] for row in rows}
 
 # Report -------------------------------------------------------------------------------------------
 results = {"n": len(test), "seed": args.seed, "model": Path(args.model).name}
 results |= report.analyse(test, lines_of, report.read_pairs(data))
 report.write(results, args.out)
-report.filmstrips(test, lines_of, data, args.out, loop.feedback, args.pictures)
+report.filmstrips(test, lines_of, data, args.out, loop.feedback)
 place = report.page(args, results, test, lines_of)
 places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
 print(f"{places}, {processes.minutes(start)}")

@@ -4,30 +4,17 @@ S samples. An estimate is [mean, low, high], a mean over samples with its 95 per
 interval; differences between rows are paired.
 """
 
-import json
-import textwrap
-
 from common import box_iou, format_box, normalize_box
 from support.data.samples import load_image
-from support.report.page import group, log_curves, write_page
-from support.report.pictures import (
-    BOLD,
-    GAP,
-    GREY,
-    LINE,
-    NORMAL,
-    header,
-    panel,
-    stack,
-    write_picture,
-)
-from support.report.statistics import estimate, resamples, signed, verdict
-from support.report.tables import cell, section
-from support.running.files import read_jsonl, write_text
+from support.report import pictures, tables
+from support.report.page import SAMPLES, group, log_curves, write_page
+from support.report.rows import Row
+from support.report.statistics import estimate, judged, resamples
+from support.report.tables import cells, section
+from support.running.files import read_jsonl
 from visrl.loop import crop_bbox
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 BASE = "Base, no box"
 BASE_BOX = "Base, box (no training)"
@@ -36,7 +23,6 @@ RL1 = "SFT + RL1"
 RL2 = "SFT + RL1 + RL2"
 ONLY = "SFT + RL2 only"
 PLAIN = "Plain DPO, no box"
-ORDER = (BASE, BASE_BOX, SFT, RL1, RL2, ONLY, PLAIN)
 CONTROLS = {"true": "the true box", "random": "a random box", "whole": "the whole image"}
 DIFFERENCES = (  # (row, the row it is compared with)
     (BASE_BOX, BASE),
@@ -49,6 +35,13 @@ DIFFERENCES = (  # (row, the row it is compared with)
     (PLAIN, BASE),
     (RL2, PLAIN),
 )
+RAISED = {  # a finding about answers -> the differences that lie above zero if it holds
+    "In answers SFT < SFT + RL1 < SFT + RL1 + RL2": ((RL1, SFT), (RL2, RL1)),
+    "The whole training raises answers over SFT": ((RL2, SFT),),
+    "RL2 only lies between SFT and both stages, in answers": ((ONLY, SFT), (RL2, ONLY)),
+    "Looking beats plain DPO on answers": ((RL2, PLAIN),),
+    "A second iteration raises answers (Figure 4)": ((f"{RL2}, iteration 2", RL2),),
+}
 NEAR = 0.02  # SFT is "near" the base up to here; the paper names no threshold
 PARTS = {  # --ablation -> its name in Table 6
     "no_controller": "without the diversity controller",
@@ -62,13 +55,15 @@ def control_name(name, kind):
     return f"{name}, shown {CONTROLS[kind]}"
 
 
+def train_samples(data):
+    return {row["id"]: row for row in read_jsonl(data / "train.jsonl", "visrl.make_data")}
+
+
 # Pairs (Table 6) ----------------------------------------------------------------------------------
 def read_pairs(data):
     """name -> [pairs, 2] bool, whether the chosen and the rejected box are right (IoU > 0.5), of
     all files of pairs in the folder; {} when the training samples have no boxes to judge by."""
-    train = {
-        row["id"]: row for row in read_jsonl(data / "train.jsonl", "python -m visrl.make_data")
-    }
+    train = train_samples(data)
     if not all("bbox" in sample for sample in train.values()):
         return {}
     found = {}
@@ -121,20 +116,11 @@ def analyse(samples, lines_of, pairs):
     """Everything that results.json holds, of name -> the lines of its log and name -> the right
     boxes of its pairs."""
     sources = np.array([sample["source"] for sample in samples])
-    order = {name: i for i, name in enumerate(ORDER)}
-
-    def place(name):
-        """Further iterations stand behind the first, each with its stages in order."""
-        first, _, iteration = name.partition(", iteration ")
-        if iteration:
-            return order[RL2], int(iteration), order[first]
-        return order.get(name, len(order)), 0, 0
-
-    names = sorted(lines_of, key=place)
-    right = {name: np.array([line["right"] for line in lines_of[name]], float) for name in names}
+    right = {}
     hit = {}  # of rows with boxes of their own, where the samples have true ones
-    for name in names:
-        ious = [line.get("iou") for line in lines_of[name]]
+    for name, lines in lines_of.items():
+        right[name] = np.array([line["right"] for line in lines], float)
+        ious = [line.get("iou") for line in lines]
         if None not in ious and " shown " not in name:
             hit[name] = (np.array(ious) > 0.5).astype(float)
     groups = {"all": np.full(len(samples), True)}
@@ -143,11 +129,11 @@ def analyse(samples, lines_of, pairs):
     def by_source(values):
         return {group: estimate(values[mask]) for group, mask in groups.items()}
 
-    results = {"answers": {name: by_source(right[name]) for name in names}}
+    results = {"answers": {name: by_source(values) for name, values in right.items()}}
     results["boxes"] = {name: by_source(values) for name, values in hit.items()}
     results["differences"] = []
     compared = [pair for pair in DIFFERENCES if all(name in right for name in pair)]
-    compared += [(name, RL2) for name in names if RL2 in right and " shown " in name]
+    compared += [(name, RL2) for name in right if RL2 in right and " shown " in name]
     for name, other in compared:
         row = {"row": name, "against": other, "answers": by_source(right[name] - right[other])}
         if name in hit and other in hit:
@@ -159,112 +145,76 @@ def analyse(samples, lines_of, pairs):
 
 
 def findings(right, hit, groups, pairs):
-    """The paper's findings as hypotheses on these rows: a list of (sentence, numbers, verdict)."""
+    """The paper's findings as hypotheses on these rows: a list of `judged`."""
     found = []
-
-    def judge(sentence, estimates, **side):
-        found.append((sentence, ", ".join(map(signed, estimates)), verdict(estimates, **side)))
-
-    def answers(name, other):
-        return estimate(right[name] - right[other])
-
-    def have(*names):
-        return all(name in right for name in names)
-
-    if have(SFT, BASE):
-        each = {g: estimate((right[SFT] - right[BASE])[mask]) for g, mask in groups.items()}
-        del each["all"]
-        source = min(each, key=lambda group: each[group][0])
+    if SFT in right and BASE in right:
+        change = right[SFT] - right[BASE]
+        each = {name: estimate(change[mask]) for name, mask in groups.items() if name != "all"}
+        source = min(each, key=lambda name: each[name][0])
         sentence = "SFT answers less, or hardly more, than the base without a box on some source"
-        judge(f"{sentence} (at most {NEAR} more; {source})", [each[source]], below=NEAR)
+        sentence += f" (at most {NEAR} more; {source})"
+        found.append(judged(sentence, [each[source]], below=NEAR))
     if RL1 in hit and SFT in hit:
-        judge("RL1 raises box accuracy, without boxes", [estimate(hit[RL1] - hit[SFT])], above=0)
-    if have(SFT, RL1, RL2):
-        steps = [answers(RL1, SFT), answers(RL2, RL1)]
-        judge("In answers SFT < SFT + RL1 < SFT + RL1 + RL2", steps, above=0)
-        judge("The whole training raises answers over SFT", [answers(RL2, SFT)], above=0)
-    if have(SFT, RL2, ONLY):
-        steps = [answers(ONLY, SFT), answers(RL2, ONLY)]
-        judge("RL2 only lies between SFT and both stages, in answers", steps, above=0)
-    if have(PLAIN, RL2):
-        judge("Looking beats plain DPO on answers", [answers(RL2, PLAIN)], above=0)
-    later = f"{RL2}, iteration 2"
-    if have(RL2, later):
-        judge("A second iteration raises answers (Figure 4)", [answers(later, RL2)], above=0)
+        sentence = "RL1 raises box accuracy, without boxes"
+        found.append(judged(sentence, [estimate(hit[RL1] - hit[SFT])], above=0))
+    for sentence, compared in RAISED.items():
+        if all(row in right and other in right for row, other in compared):
+            changes = [estimate(right[row] - right[other]) for row, other in compared]
+            found.append(judged(sentence, changes, above=0))
     for part in PARTS.values():
         if WHOLE in pairs and part in pairs:
             whole, other = (boxes[:, 0] & ~boxes[:, 1] for boxes in (pairs[WHOLE], pairs[part]))
             sentence = f"The pipeline has more right pairs (WP-LN) than {part}"
-            judge(sentence, [unpaired(whole, other)], above=0)
+            found.append(judged(sentence, [unpaired(whole, other)], above=0))
     return found
 
 
 # Tables -------------------------------------------------------------------------------------------
 def write(results, folder):
     """Prints the summary; writes results.md and results.json (every number) to the folder."""
-    print(f"\n{results['n']} test samples\n\n{summary(results)}\n")
-    write_text(folder / "results.md", markdown(results))
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    tables.write_results(results, folder, summary(results), markdown(results))
 
 
 def summary(results):
     """Answers and boxes of each row and the verdicts, without intervals."""
     width = max(map(len, results["answers"])) + 2
-    sources = list(next(iter(results["answers"].values())))
-    lines = ["Right answers, and right boxes (IoU > 0.5): " + " / ".join(sources)]
+    sources = " / ".join(next(iter(results["answers"].values())))
+    lines = [f"{results['n']} test samples", ""]
+    lines.append(f"Right answers, and right boxes (IoU > 0.5): {sources}")
     for name, row in results["answers"].items():
-        line = f"{name:{width}}" + " ".join(f"{mean:.3f}" for mean, _, _ in row.values())
+        line = f"{name:{width}}{tables.means(row.values())}"
         if name in results["boxes"]:
-            boxes = results["boxes"][name].values()
-            line += "   boxes " + " ".join(f"{mean:.3f}" for mean, _, _ in boxes)
+            line += f"   boxes {tables.means(results['boxes'][name].values())}"
         lines.append(line)
-    lines += ["", "The paper's findings here"]
-    lines += [f"{word}: {sentence}: {numbers}" for sentence, numbers, word in results["findings"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *tables.summary_of_findings(results)])
 
 
 def markdown(results):
     """results.md: answers, boxes, differences, pairs, verdicts."""
     groups = list(next(iter(results["answers"].values())))
-    lines = [
-        f"{results['n']} test samples, greedy, seed {results['seed']}, model `{results['model']}`. "
-        "[low, high]: 95 percent bootstrap interval over the samples; *: the interval of a "
-        "difference excludes zero.",
-        "",
-    ]
+    made = f"greedy, seed {results['seed']}, model `{results['model']}`"
+    lines = [f"{results['n']} test samples, {made}. {tables.INTERVALS}", ""]
     for title, key in (("Right answers.", "answers"), ("Right boxes, IoU > 0.5.", "boxes")):
-        rows = [[name, *map(cell, row.values())] for name, row in results[key].items()]
-        if rows:
-            lines += section(f"**{title}**", ("Row", *groups), rows)
+        rows = [[name, *cells(row.values())] for name, row in results[key].items()]
+        lines += section(f"**{title}**", ("Row", *groups), rows)
     rows = []
     for row in results["differences"]:
         for what in ("answers", "boxes"):
             if what in row:
-                cells = [cell(value, "+") for value in row[what].values()]
-                rows.append([row["row"], row["against"], what, *cells])
+                rows.append([row["row"], row["against"], what, *cells(row[what].values(), "+")])
     title = "**Differences, paired.**"
     lines += section(title, ("Row", "against", "right", *groups), rows)
-    if results["pairs"]:
-        rows = []
-        for name, row in results["pairs"].items():
-            shares = [cell(value) for kind, value in row.items() if kind != "n"]
-            rows.append([name, row["n"], *shares])
-        lines += section(
-            "**Pairs (Table 6).** W, L: the chosen and the rejected box; P, N: right or not.",
-            ("Pipeline", "pairs", "WP-LP", "WP-LN", "WN-LP", "WN-LN"),
-            rows,
-        )
-    lines += [
-        "**The paper's findings here.** A finding holds when its whole interval lies on the side "
-        "it claims, does not hold when it lies on the other side, and is not settled in between.",
-        "",
-        *(f"- {word}: {sentence}: {numbers}" for sentence, numbers, word in results["findings"]),
-    ]
-    return "\n".join(lines) + "\n"
+    kinds = ("WP-LP", "WP-LN", "WN-LP", "WN-LN")
+    rows = []
+    for name, row in results["pairs"].items():
+        rows.append([name, row["n"], *cells(row[kind] for kind in kinds)])
+    title = "**Pairs (Table 6).** W, L: the chosen and the rejected box; P, N: right or not."
+    lines += section(title, ("Pipeline", "pairs", *kinds), rows)
+    return "\n".join([*lines, *tables.finding_lines(results, "")])
 
 
-# Filmstrips: the whole image with its boxes, the crop, the answer ---------------------------------
-def filmstrips(samples, lines_of, data, folder, feedback, count):
+# Filmstrips ---------------------------------------------------------------------------------------
+def filmstrips(samples, lines_of, data, folder, feedback, count=pictures.ROWS):
     """Writes figures/{gains,losses,first}.png of the last trained row against SFT -> its name."""
     names = [name for name in (SFT, RL1, RL2) if name in lines_of]
     if not names:
@@ -272,45 +222,28 @@ def filmstrips(samples, lines_of, data, folder, feedback, count):
     shown, first = names[-1], names[0]
     lines = lines_of[shown]
     change = [a["right"] - b["right"] for a, b in zip(lines, lines_of[first])]
-    chosen = {
-        "gains": [i for i, value in enumerate(change) if value > 0],
-        "losses": [i for i, value in enumerate(change) if value < 0],
-        "first": list(range(len(samples))),
-    }
-    for name, numbers in chosen.items():
-        rule = "first of the test set"
-        if name != "first":
-            rule = f"first {name} against {first}"
-        strips = [header(f"{shown}: {rule}", 760)]
+    for name, rule, numbers in (
+        ("gains", f"first gains against {first}", [i for i, v in enumerate(change) if v > 0]),
+        ("losses", f"first losses against {first}", [i for i, v in enumerate(change) if v < 0]),
+        ("first", "first of the test set", range(len(samples))),
+    ):
+        strips = [pictures.header(f"{shown}: {rule}", pictures.KEYS, 682)]
         for i in numbers[:count]:
-            strips.append(strip(samples[i], load_image(samples[i], data), lines[i], feedback))
-        write_picture(folder / f"figures/{name}.png", stack(strips))
+            image = load_image(samples[i], data)
+            strips.append(strip(samples[i], image, lines[i], feedback))
+        pictures.write_picture(folder / f"figures/{name}.png", pictures.stack(strips))
     return shown
 
 
-def strip(sample, image, line, feedback, side=240):
-    """One sample, 760 pixels wide: the image with true and predicted box, the crop, the words."""
-    picture = Image.new("RGB", (760, side + 44), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.line((GAP, 2, 760 - GAP, 2), fill=LINE)
-    pen.text((GAP, 10), textwrap.shorten(sample["question"], 80), fill="black", font=BOLD)
-    crop = feedback(image, line["box"])
-    shown = panel(sample, image, line["box"], fitting(image, side))
-    for left, part in ((GAP, shown), (2 * GAP + side, crop.resize(fitting(crop, side)))):
-        picture.paste(part, (left, 36))
-    words = [f"answer: {line['answer']}", f"truth: {sample['answer']}"]
-    words.append("right" if line["right"] else "wrong")
-    if "iou" in line:
-        words.append(f"IoU {line['iou']:.2f}")
-    lines = [part for word in words for part in textwrap.wrap(word, 26) or [""]][:12]
-    pen.text((3 * GAP + 2 * side, 36), "\n".join(lines), fill=GREY, font=NORMAL)
-    return picture
-
-
-def fitting(image, side):
-    """The size of an image that is brought into a square of `side` pixels."""
-    scale = side / max(image.size)
-    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+def strip(sample, image, line, feedback):
+    """One sample: the image with true and predicted box, the crop, the answer."""
+    boxes = [(pictures.TRUTH, pictures.truth_of(sample)), (pictures.BOX, line["box"])]
+    whole = pictures.panel(image, boxes, height=320)
+    crop = pictures.panel(feedback(image, line["box"]), [], height=320)
+    box = f"box: IoU {line['iou']:.2f}" if "iou" in line else "box"
+    answer = f"answer: {'right' if line['right'] else 'wrong'}"
+    words = f"{line['answer']} (truth: {sample['answer']})"
+    return pictures.strip(sample["question"], [(whole, box, ""), (crop, answer, words)])
 
 
 # The page -----------------------------------------------------------------------------------------
@@ -318,12 +251,10 @@ def page(args, results, samples, lines_of):
     """report.html of the run: tables, curves, what each row looks at and answers, and the pairs
     with their scores; returns its path."""
     shown = next((name for name in (RL2, RL1, SFT) if name in lines_of), BASE)
-    lines = {
-        name: [page_line(args, *pair) for pair in zip(samples, rows)]
-        for name, rows in lines_of.items()
-    }
-    groups = [group("test", samples, lines, 1, shown=shown, limit=args.page_samples)]
-    groups += pair_groups(args)
+    lines = {}
+    for name, own in lines_of.items():
+        lines[Row(name, drawn=False)] = [page_line(args, *pair) for pair in zip(samples, own)]
+    groups = [group("test", samples, lines, 1, shown=shown, limit=SAMPLES), *pair_groups(args)]
     return write_page(
         args.out / "report.html",
         title=f"{args.out.name} · VisRL, {results['model']} · {results['n']} test samples",
@@ -338,24 +269,19 @@ def page_line(args, sample, line):
     """A line of a log as the page takes it: the box, then the answer to what its crop shows."""
     if "first_text" not in line:
         return {"boxes": [None], "texts": [line["answer"]], "name": ["answer"]}
-    return path_line(args, sample, line["box"], line["first_text"], line["answer"])
-
-
-def path_line(args, sample, box, text, answer):
     size = sample["width"], sample["height"]
-    part = normalize_box(crop_bbox(box, *size, square=args.crop == "square"), *size)
+    part = crop_bbox(line["box"], *size, square=args.crop == "square")
     return {
-        "boxes": [box, None],
-        "texts": [text, answer],
+        "boxes": [line["box"], None],
+        "texts": [line["first_text"], line["answer"]],
         "name": ["box", "answer"],
-        "view": [None, part],
-        "seen": [None, None],
+        "view": [[0, 0, 1000, 1000], normalize_box(part, *size)],
     }
 
 
 def pair_groups(args):
     """What DPO learnt from in each iteration, chosen beside rejected."""
-    train = {s["id"]: s for s in read_jsonl(args.out / "data/train.jsonl", "visrl.make_data")}
+    train = train_samples(args.out / "data")
     groups = []
     for path in sorted((args.out / "data").glob("pairs*.jsonl")):
         pairs = [pair for pair in read_jsonl(path, "visrl.make_pairs") if pair["id"] in train]
@@ -364,13 +290,12 @@ def pair_groups(args):
         questions = [train[pair["id"]] for pair in pairs]
         lines = {}
         for side in ("chosen", "rejected"):
-            lines[side] = []
+            own = lines[Row(side, drawn=False)] = []
             for sample, pair in zip(questions, pairs):
-                own = pair[side]
-                line = path_line(args, sample, own["box"], format_box(own["box"]), own["answer"])
-                scores = {"box critic": own["box_score"], "answer critic": own["response_score"]}
-                lines[side].append({**line, "scores": scores})
-        groups.append(
-            group(path.stem, questions, lines, 1, shown="chosen", limit=args.page_samples)
-        )
+                taken = {**pair[side], "first_text": format_box(pair[side]["box"])}
+                line = page_line(args, sample, taken)
+                scores = {"box critic": "box_score", "answer critic": "response_score"}
+                line["scores"] = {word: taken[key] for word, key in scores.items()}
+                own.append(line)
+        groups.append(group(path.stem, questions, lines, 1, shown="chosen", limit=SAMPLES))
     return groups

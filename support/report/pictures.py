@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 TRUTH = (0, 170, 0)
 BOX = (255, 0, 0)
-NEW_BOX = (0, 90, 230)  # beside the red box that is fed back
+NEW_BOX = (0, 210, 230)  # beside the red box that is fed back
 GREY = (70, 70, 70)
 LINE = (210, 210, 210)
 GAP = 14  # between panels, and at the edges

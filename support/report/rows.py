@@ -67,8 +67,8 @@ def begin_row(args, row, *flags, **more):
 
 
 def play_row(args, row, test, work, *flags, **more):
-    """The lines of a row's log, one for each test sample; `work` makes those that are not there, as of
-    `resumable`. flags, more: as of `begin_row`."""
+    """The lines of a row's log, one for each test sample; `work` makes those that are missing.
+    work: as of `resumable`; flags, more: as of `begin_row`."""
     same = begin_row(args, row, *flags, **more)
     path = args.out / f"log/evaluate_{row.log}.jsonl"
     restart = args.restart and not same
