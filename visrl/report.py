@@ -56,7 +56,7 @@ def control_name(name, kind):
 
 
 def train_samples(data):
-    return {row["id"]: row for row in read_jsonl(data / "train.jsonl", "visrl.make_data")}
+    return {row["id"]: row for row in read_jsonl(data / "train.jsonl", "python -m visrl.make_data")}
 
 
 # Pairs (Table 6) ----------------------------------------------------------------------------------
