@@ -10,7 +10,7 @@ from support.report import pictures, tables
 from support.report.page import SAMPLES, group, log_curves, write_page
 from support.report.rows import Row
 from support.report.statistics import estimate, judged, resamples
-from support.report.tables import cells, section
+from support.report.tables import cells
 from support.running.files import read_jsonl
 from visrl.loop import crop_bbox
 
@@ -172,7 +172,7 @@ def findings(right, hit, groups, pairs):
 # Tables -------------------------------------------------------------------------------------------
 def write(results, folder):
     """Prints the summary; writes results.md and results.json (every number) to the folder."""
-    tables.write_results(results, folder, summary(results), markdown(results))
+    tables.write_results(results, folder, summary(results), sections(results))
 
 
 def summary(results):
@@ -189,28 +189,27 @@ def summary(results):
     return "\n".join([*lines, "", *tables.summary_of_findings(results)])
 
 
-def markdown(results):
-    """results.md: answers, boxes, differences, pairs, verdicts."""
+def sections(results):
+    """As of tables.report: answers, boxes, differences, pairs, verdicts."""
     groups = list(next(iter(results["answers"].values())))
-    made = f"greedy, seed {results['seed']}, model `{results['model']}`"
-    lines = [f"{results['n']} test samples, {made}. {tables.INTERVALS}", ""]
-    for title, key in (("Right answers.", "answers"), ("Right boxes, IoU > 0.5.", "boxes")):
-        rows = [[name, *cells(row.values())] for name, row in results[key].items()]
-        lines += section(f"**{title}**", ("Row", *groups), rows)
+    made = f"{results['n']} test samples, greedy, seed {results['seed']}, model {results['model']}."
+    found = []
+    for name, key in (("Right answers", "answers"), ("Right boxes, IoU > 0.5", "boxes")):
+        rows = [[row, *cells(values.values())] for row, values in results[key].items()]
+        found.append((name, f"{made} {tables.INTERVALS}", ("Row", *groups), rows))
     rows = []
     for row in results["differences"]:
         for what in ("answers", "boxes"):
             if what in row:
                 rows.append([row["row"], row["against"], what, *cells(row[what].values(), "+")])
-    title = "**Differences, paired.**"
-    lines += section(title, ("Row", "against", "right", *groups), rows)
+    found.append(("Differences, paired", "", ("Row", "against", "right", *groups), rows))
     kinds = ("WP-LP", "WP-LN", "WN-LP", "WN-LN")
     rows = []
     for name, row in results["pairs"].items():
         rows.append([name, row["n"], *cells(row[kind] for kind in kinds)])
-    title = "**Pairs (Table 6).** W, L: the chosen and the rejected box; P, N: right or not."
-    lines += section(title, ("Pipeline", "pairs", *kinds), rows)
-    return "\n".join([*lines, *tables.finding_lines(results, "")])
+    text = "W, L: the chosen and the rejected box; P, N: right or not."
+    found.append(("Pairs (Table 6)", text, ("Pipeline", "pairs", *kinds), rows))
+    return [section for section in [*found, tables.verdicts(results)] if section[-1]]
 
 
 # Filmstrips ---------------------------------------------------------------------------------------
@@ -258,7 +257,7 @@ def page(args, results, samples, lines_of):
     return write_page(
         args.out / "report.html",
         title=f"{args.out.name} · VisRL, {results['model']} · {results['n']} test samples",
-        tables=markdown(results),
+        tables=sections(results),
         curves=log_curves(args.out / "log"),
         groups=groups,
         data=args.out / "data",

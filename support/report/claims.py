@@ -10,11 +10,9 @@ from support.data.geometry import faults_of
 
 WRONG, SHIFT, KEEP = CLAIMS = ("wrong object", "shift or resize", "keep")
 
-
 # The template's sentences, and how a VLM words the same. The first that is found counts: what a
 # trace does ("I keep it") before what it grants ("it covers the dog well, but is too wide").
 DENIED = r"\b(?:not|nor|neither)\s+(?:on (?:the|a) (?:wrong|different) \w+|shifted|too \w+)"
-
 
 SAYS = (
     (

@@ -31,9 +31,7 @@ HEALTHY = {
     ),
 }
 
-
 LAST_UPDATES = 10
-
 
 FEWEST_UPDATES = 5  # before these a mean says little
 

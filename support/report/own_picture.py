@@ -16,9 +16,8 @@ from support.running.errors import explain_out_of_memory, stop, working_on
 from support.running.files import agrees, read_lines
 from support.running.flags import command
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-ORIENTATION = 0x0112  # EXIF; from 5 on, width and height are exchanged
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LINE = '{"image": "photo.jpg", "expression": "the cat on the left"}'
 
@@ -105,15 +104,14 @@ def listed_pairs(path):
         where = f"--image {path}, line {number}"
         try:
             row = json.loads(line)
-            image, expression = row["image"], row["expression"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            image = expression = None
-        if not isinstance(image, str) or not isinstance(expression, str):
+            image, expression = str(path.parent / row["image"]), row["expression"]
+            wrong = unusable(expression)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             line = line[:80].decode("utf-8", "backslashreplace")
             stop(f"{where}: expected {LINE}; found {line!r}")
-        if unusable(expression):
+        if wrong:
             stop(f"{where}: expression {expression!r}; say what to find, without <|...|>")
-        found.append((str(path.parent / image), expression))
+        found.append((image, expression))
     return found
 
 
@@ -126,9 +124,7 @@ def own_sample(path, expression):
     read."""
     try:
         with Image.open(path) as file:
-            width, height = file.size
-            if file.getexif().get(ORIENTATION, 1) >= 5:  # load_image turns it upright
-                width, height = height, width
+            width, height = ImageOps.exif_transpose(file).size
         sample = {
             "id": Path(path).name,
             "image": str(Path(path).resolve()),

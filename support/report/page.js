@@ -27,6 +27,19 @@ function short(number) {
   return String(Number(number.toPrecision(4)));
 }
 
+// Tables: [name, text, head, rows] ----------------------------------------------------------------
+function tableRow(name, cells) {
+  return make("tr", {}, ...cells.map((cell) => make(name, {}, String(cell))));
+}
+
+function showTables() {
+  for (const [name, text, head, rows] of DATA.tables) {
+    const table = make("table", {}, tableRow("th", head), ...rows.map((row) => tableRow("td", row)));
+    const wide = make("div", { class: "wide", tabindex: "0" }, table);
+    byId("tables").append(make("p", {}, make("strong", {}, `${name}. `), text), wide);
+  }
+}
+
 // Curves ------------------------------------------------------------------------------------------
 // {title, x, y, series: [{name, style, faint, points: [[x, y] or [x, y, low, high]]}],
 // healthy: [low, high] or null}
@@ -413,6 +426,7 @@ function onKey(event) {
 }
 
 function start() {
+  showTables();
   showCurves();
   for (const button of byId("places").children) {
     const section = byId(button.dataset.place);

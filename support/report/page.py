@@ -1,9 +1,8 @@
 """A page of trajectories, tables and curves: one file for a browser, without a server, a network or
 a library.
 
-`write_page` writes any such page, and `write_evaluation` and `write_validation` the report.html of
-a run. Its script and style are page.js and page.css beside this file. All that comes from data is
-escaped: in the tables as HTML, elsewhere as JSON that the script sets as text.
+Its script and style are page.js and page.css beside this file. What comes from data is JSON that
+the script sets as text.
 
 A line is one of a log (rows.log_line): "boxes" and "texts", one of each per step, a box in 0..1000
 or None. It may have "name", what each step is called instead of "step t" (an "answer" has no box to
@@ -35,7 +34,7 @@ from PIL import Image
 HERE = Path(__file__).parent
 PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
 SAMPLES = 1000  # of the test set, at most
-VALIDATIONS = 12, 200  # updates (the first and the last ones) and samples, at most
+LAST_VALIDATIONS = 11  # beside the first one
 
 # What happened from step 0 to step T, as in Table 2, and whether it made a wrong box (IoU below
 # 0.5) right or a right one wrong
@@ -77,7 +76,6 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
     write_page(
         args.out / "report.html",
         title=f"{args.out.name} · {name}, update {update} of {args.updates}",
-        tables="",
         curves=log_curves(args.out / "log"),
         groups=validation_groups(args),
         data=args.out / "data",
@@ -96,11 +94,10 @@ def validation_groups(args):
     sample_of = {sample["id"]: sample for sample in readable(path)}
     groups = []
     for name, rows in training_logs(args.out / "log"):
-        updates = [row["update"] for row in rows if "val_iou" in row]
-        if len(updates) > VALIDATIONS[0]:
-            updates = updates[:1] + updates[1 - VALIDATIONS[0] :]
         lines_of = {}
-        for update in updates:  # a file that the log does not name is of an earlier run
+        updates = [row["update"] for row in rows if "val_iou" in row]
+        for update in updates[:1] + updates[1:][-LAST_VALIDATIONS:]:
+            # A file that the log does not name is of an earlier run
             file = validation_file(args, name, update)
             if file.is_file():
                 row = Row(f"update {update}", loop=loop_of(args), drawn=args.feedback != "again")
@@ -109,8 +106,7 @@ def validation_groups(args):
         if ids and all(own == ids[0] for own in ids) and set(ids[0]) <= set(sample_of):
             samples = [sample_of[id_] for id_ in ids[0]]
             last = len(next(iter(lines_of.values()))[0]["boxes"]) - 1  # T of that training
-            limit = VALIDATIONS[1]
-            groups.append(group(f"validation of {name}", samples, lines_of, last, limit=limit))
+            groups.append(group(f"validation of {name}", samples, lines_of, last))
     return groups
 
 
@@ -136,11 +132,11 @@ def training_logs(folder):
 
 
 # The file -----------------------------------------------------------------------------------------
-def write_page(path, *, title, groups, data, tables="", curves=(), load=load_image):
+def write_page(path, *, title, groups, data, tables=(), curves=(), load=load_image):
     """Writes a page whole, or not at all, and returns its path.
 
-    tables: Markdown. curves: (heading, charts) pairs. groups: of `group`. data: the folder that the
-    images' paths start from; load: as load_image.
+    tables: sections, as of tables.report. curves: (heading, charts) pairs. groups: of `group`.
+    data: the folder that the images' paths start from; load: as load_image.
     """
     if RANK:
         return path
@@ -152,11 +148,10 @@ def write_page(path, *, title, groups, data, tables="", curves=(), load=load_ima
             samples.setdefault(image, sample)
             sample["picture"] = numbers.setdefault(image, len(numbers))
     headings = [{"heading": heading, "charts": charts} for heading, charts in curves]
-    content = {"outcomes": OUTCOMES, "curves": headings, "groups": groups}
+    content = {"outcomes": OUTCOMES, "tables": tables, "curves": headings, "groups": groups}
     parts = {
         "title": html.escape(title),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
-        "tables": to_html(tables),
         "data": to_json(content),
         "pictures": to_json(addresses(samples, data, Path(path).parent, load)),
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
@@ -170,21 +165,10 @@ def write_page(path, *, title, groups, data, tables="", curves=(), load=load_ima
 def to_json(value):
     """JSON that no browser takes for markup: it holds neither <, > and & nor a character beyond
     ASCII."""
-    text = json.dumps(finite(value), separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
-
-
-def finite(value):
-    """The same value with None for each number that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -371,7 +355,7 @@ def log_charts(rows):
             continue
         for key, value in row.items():
             values = value if isinstance(value, list) else [value]
-            if key in ("update", "epoch") or not all(type(v) in (int, float) for v in values):
+            if key in ("update", "epoch") or not all(map(is_number, values)):
                 continue
             by_step = metrics.setdefault(key, [[] for _ in values])
             for points, v in zip(by_step, values):
@@ -388,6 +372,10 @@ def log_charts(rows):
         healthy = HEALTHY[key][:2] if key in HEALTHY else None
         charts.append(chart(TITLES.get(key, key), "update", series, healthy))
     return charts
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def metric_series(key, by_step):
@@ -410,34 +398,3 @@ def running_mean(points):
         last = [y for _, y in points[max(0, i + 1 - LAST_UPDATES) : i + 1]]
         means.append([x, round(sum(last) / len(last), 6)])
     return means
-
-
-# Markdown, as far as tables.py writes it: headings, paragraphs, lists, tables, ** and ` -----------
-def to_html(markdown):
-    blocks = [block.split("\n") for block in re.split(r"\n\s*\n", markdown.strip()) if block]
-    return "\n".join(block_html(lines) for lines in blocks)
-
-
-def block_html(lines):
-    if lines[0].startswith("#"):
-        return f"<h2>{inline(lines[0].lstrip('# '))}</h2>"
-    if lines[0].startswith("|"):
-        return table_html(lines)
-    if lines[0].startswith("- "):
-        items = "\n".join(lines).removeprefix("- ").split("\n- ")
-        return "<ul>" + "".join(f"<li>{inline(item)}</li>" for item in items) + "</ul>"
-    return f"<p>{inline(' '.join(lines))}</p>"
-
-
-def table_html(lines):
-    head, _, *rows = [line[2:-2].split(" | ") for line in lines]
-    parts = ["".join(f'<th scope="col">{inline(cell)}</th>' for cell in head)]
-    parts += ["".join(f"<td>{inline(cell)}</td>" for cell in row) for row in rows]
-    body = "\n".join(f"<tr>{part}</tr>" for part in parts)
-    return f'<div class="wide" tabindex="0"><table>\n{body}\n</table></div>'
-
-
-def inline(text):
-    text = html.escape(text)
-    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", text)

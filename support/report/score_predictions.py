@@ -62,30 +62,24 @@ def read_prediction(line, where):
     """A line (bytes) as a dict with method, id, boxes and texts."""
     try:
         own = json.loads(line)
-        own.setdefault("texts", [""] * len(own["boxes"]))
-        usable = well_formed(own)
+        boxes = own["boxes"]
+        texts = own.setdefault("texts", [""] * len(boxes))
+        usable = "id" in own and isinstance(own.get("ordered", True), bool) and own["method"]
+        usable = usable and boxes and type(boxes) is type(texts) is list
+        usable = usable and len(texts) == len(boxes)
+        usable = usable and all(isinstance(text, str) for text in (own["method"], *texts))
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         usable = False
     if not usable:
         found = line[:80].decode("utf-8", "backslashreplace")
         raise ValueError(f'{where}: expected {LINE}, and as many "texts" if any; found {found!r}')
-    for box in own["boxes"]:
+    for box in boxes:
         if box is not None and not is_box(box):
             raise ValueError(
                 f"{where}: box {box}; expected [x1, y1, x2, y2] in 0..1000 with x1 < x2, y1 < y2, "
                 "or null"
             )
     return own
-
-
-def well_formed(own):
-    """Whether a line has all its parts, whatever its id and boxes say."""
-    method, boxes, texts = own["method"], own["boxes"], own["texts"]
-    kinds = isinstance(method, str) and isinstance(boxes, list) and isinstance(texts, list)
-    if not kinds or not isinstance(own.get("ordered", True), bool):
-        return False
-    strings = all(isinstance(text, str) for text in texts)
-    return "id" in own and method and boxes and len(texts) == len(boxes) and strings
 
 
 def is_box(box):

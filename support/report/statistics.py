@@ -112,19 +112,25 @@ def changes(ious, threshold=0.01):
     return {"n": len(ious), **dict(zip(columns, estimates))}
 
 
-def choices(ious, boxes):
+def choices(ious, boxes, ordered=True):
     """Ways to choose one box of each trajectory: name -> [S], the IoU of the chosen one.
 
     The paper's Table 1 scores the best of steps, which takes the ground truth to choose. The other
     ways are open to a user: first step, last step, last valid box, and the medoid, the valid box
-    whose mean IoU to the other valid ones is highest (the latest of equals).
+    whose mean IoU to the other valid ones is highest (the latest of equals). Boxes without an order
+    have neither first nor last.
     """
+    if ious.shape[1] == 1:
+        return {"its only box": ious[:, 0]}
+    medoid = at_steps(ious, map(medoid_step, boxes))
+    if not ordered:
+        return {"best of steps": ious.max(1), "medoid": medoid}
     return {
         "best of steps": ious.max(1),
         "last step": ious[:, -1],
         "first step": ious[:, 0],
         "last valid": at_steps(ious, map(last_valid_step, boxes)),
-        "medoid": at_steps(ious, map(medoid_step, boxes)),
+        "medoid": medoid,
     }
 
 
@@ -153,11 +159,12 @@ def medoid_step(boxes):
     return max(valid, key=agreement, default=None)
 
 
-def strata(samples, first):
-    """Groups of the samples: name -> {stratum: [S] bool}. By IoU at step 0 (`first` [S],
-    Section 4.3), and by source."""
+def strata(samples, ious):
+    """`changes` of groups of the samples: group -> {stratum: dict}, of strata that have any. By IoU
+    at step 0 (Section 4.3), and by source."""
+    first = ious[:, 0]
     sources = np.array([sample["source"] for sample in samples])
-    return {
+    groups = {
         "step-0 IoU": {
             "hard, below 0.5": first < 0.5,
             "medium": (first >= 0.5) & (first < 0.75),
@@ -165,6 +172,10 @@ def strata(samples, first):
         },
         "source": {source: sources == source for source in sorted(set(sources.tolist()))},
     }
+    table = {}
+    for group, parts in groups.items():
+        table[group] = {name: changes(ious[mask]) for name, mask in parts.items() if mask.any()}
+    return table
 
 
 def repeats(boxes):
@@ -228,7 +239,7 @@ def analyse(samples, lines_of, steps):
         full = all_ious(samples, lines)
         ious = ious_of[name] = full[:, : steps + 1]
         boxes = [line["boxes"][: steps + 1] for line in lines]
-        scores = {way: metrics(chosen) for way, chosen in table1_ways(row, ious, boxes).items()}
+        scores = {way: metrics(chosen) for way, chosen in choices(ious, boxes, row.ordered).items()}
         first = metrics(next(iter(ious_of.values()))[:, 0])
         results["table1"][name] = {way: metric_estimates(v) for way, v in scores.items()}
         results["differences"][name] = {
@@ -245,7 +256,7 @@ def analyse(samples, lines_of, steps):
             "repeats": repeats(boxes),
             "valid": estimate([[box is not None for box in own] for own in boxes]),
         }
-        results["strata"][name] = changes_by_stratum(samples, ious)
+        results["strata"][name] = strata(samples, ious)
         if all("read" in line for line in lines):  # other systems do not say
             settings = adaptive(full, lines)
             results["adaptive"][name] = settings
@@ -267,24 +278,6 @@ def main_row(rows):
         if name in named:
             return named[name]
     return list(rows)[-1]
-
-
-def table1_ways(row, ious, boxes):
-    """The ways to choose a box that make sense for a row: name -> [S] IoU of the chosen box."""
-    if ious.shape[1] == 1:
-        return {"its only box": ious[:, 0]}
-    ways = choices(ious, boxes)
-    if row.ordered:
-        return ways
-    return {way: ways[way] for way in ("best of steps", "medoid")}
-
-
-def changes_by_stratum(samples, ious):
-    """`changes` in every stratum that has samples: group -> {stratum: dict}."""
-    table = {}
-    for group, parts in strata(samples, ious[:, 0]).items():
-        table[group] = {name: changes(ious[mask]) for name, mask in parts.items() if mask.any()}
-    return table
 
 
 def by_change(samples, lines):

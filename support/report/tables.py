@@ -1,5 +1,8 @@
-"""The results of an evaluation, put together, and their report: for the terminal, and in Markdown
-(results.md)."""
+"""The results of an evaluation, put together, and their report: for the terminal, in Markdown
+(results.md), and for the page.
+
+A report is a list of sections: (name, text, head, rows), a table and what stands over it.
+"""
 
 import json
 from pathlib import Path
@@ -16,11 +19,9 @@ INTERVALS = (
     "excludes zero."
 )
 VERDICTS = (
-    "**The paper's findings here.** A finding holds when its whole interval lies on the side it "
-    "claims, does not hold when the whole interval lies on the other side, and is not settled in "
-    "between."
+    "A finding holds when its whole interval lies on the side it claims, does not hold when the "
+    "whole interval lies on the other side, and is not settled in between."
 )
-THRESHOLD = "The 10 points are our threshold; the paper's fall is 31."
 
 
 def results_of(samples, lines_of, steps):
@@ -46,16 +47,25 @@ def results_of_run(args, samples, rows, lines_of, others):
     return results
 
 
-def write_results(results, folder, words, markdown):
+def write_results(results, folder, words, sections):
     """Prints a summary; writes results.md and results.json (every number) to the folder."""
     print(f"\n{words}\n")
-    write_text(folder / "results.md", markdown)
+    write_text(folder / "results.md", markdown(sections))
     write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def markdown(sections):
+    """A report as results.md has it."""
+    lines = []
+    for name, text, head, rows in sections:
+        lines += [f"**{name}.** {text}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(map(str, row))} |" for row in rows] + [""]
+    return "\n".join(lines)
 
 
 # The terminal -------------------------------------------------------------------------------------
 def summary(results):
-    """Tables 1 and 2, what is corrected and spoilt, and the verdicts, without intervals."""
+    """Tables 1 and 2 and the verdicts, without intervals."""
     width = max(map(len, results["table1"])) + 2
     lines = [
         f"{results['n']} test samples, T = {results['steps']}",
@@ -63,8 +73,6 @@ def summary(results):
         *summary_of_table1(results, width),
         "",
         *summary_of_table2(results, width),
-        "",
-        *summary_of_second_look(results, width),
         "",
         *summary_of_findings(results),
     ]
@@ -105,25 +113,6 @@ def summary_of_table2(results, width):
     return lines
 
 
-def summary_of_second_look(results, width):
-    """What each row corrects and spoils, and whether the traces of the row that is shown tell the
-    truth."""
-    lines = [
-        "The second look: corrected of the wrong, spoilt of the right (IoU 0.5); ECR / EIR, needed"
-    ]
-    for name, look in results["second_look"].items():
-        turns = look["turns"]
-        corrected, spoilt = turns["wrong, right"], turns["right, wrong"]
-        counts = f"{corrected} of {corrected + turns['wrong, wrong']}, "
-        counts += f"{spoilt} of {spoilt + turns['right, right']}"
-        lines.append(f"{name:{width}}{counts:24}{odds(turns['ratio'])}, {odds(turns['needed'])}")
-    traces = results["second_look"].get(results["shown"], {}).get("traces", [])
-    if traces:
-        words = "; ".join(f"step {row['step']} {of_chance(row)}" for row in traces)
-        lines.append(f"The traces of {results['shown']} say what the geometry says: {words}")
-    return lines
-
-
 def summary_of_findings(results):
     """The verdicts, a line each."""
     if not results["findings"]:
@@ -132,19 +121,7 @@ def summary_of_findings(results):
     return ["The paper's findings here", *lines]
 
 
-def odds(value):
-    """A quotient as text; "-" where there is none."""
-    return "-" if value is None else f"{value:.1f}"
-
-
-def of_chance(truth):
-    """With what balanced accuracy the traces of a step say what the geometry says, as text."""
-    if truth["balanced"] is None:
-        return "no box was shown"
-    return f"{cell(truth['balanced'])}, chance {truth['chance']:.3f}"
-
-
-# Markdown -----------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------
 def cell(value, sign=""):
     """An estimate as text, "" for None. With sign "+" it is a difference, and * marks an interval
     without zero."""
@@ -162,74 +139,56 @@ def cells(values, sign=""):
     return [cell(value, sign) for value in values]
 
 
-def section(title, head, rows):
-    """A line of explanation over a Markdown table, as lines; none without rows."""
-    rows = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    if not rows:
-        return []
-    return [title, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows, ""]
-
-
 def report(results):
-    """results.md: Tables 1 and 2 and the verdicts first, then what goes beyond them."""
-    made = ""
+    """The sections that have rows: Tables 1 and 2 and the verdicts first, then what goes beyond
+    them."""
+    made = f"{results['n']} test samples, T = {results['steps']}"
     if "model" in results:  # of other systems' boxes nothing is known
-        made = f", greedy, seed {results['seed']}, model `{results['model']}`"
-        if results["feedback"] != "overlay":
-            made += f", feedback {results['feedback']}"
-        if results["guard"] == "on":
-            made += ", guarded"
+        made += f", greedy, seed {results['seed']}, model {results['model']}"
+        made += f", feedback {results['feedback']}, guard {results['guard']}"
     first, *others = results["differences"].items()
-    title = f"**Table 1, differences from the first row, paired.** {CHOICE}"
-    lines = [
-        f"{results['n']} test samples, T = {results['steps']}{made}. {INTERVALS}",
-        "",
-        *table1_lines(f"**Table 1.** {CHOICE}", results["table1"].items()),
-        *table1_lines(title, others, "+"),
-        *sampling_lines(results),
-        *table2_lines(results),
-        *finding_lines(results, THRESHOLD),
-        *turn_lines(results),
-        *rule_lines(results),
-        *confidence_lines(results),
-        *trace_lines(results),
-        *strata_lines(results),
-        *adaptive_lines(results),
-        *ablation_lines(results),
+    sections = [
+        table1("Table 1", f"{made}. {INTERVALS} {CHOICE}", results["table1"].items()),
+        table1("Table 1, differences from the first row, paired", CHOICE, others, "+"),
+        sampling(results),
+        table2(results),
+        verdicts(results, "The 10 points are our threshold; the paper's fall is 31."),
+        turns(results),
+        rules(results),
+        traces(results),
+        trace_accuracy(results),
+        strata(results),
+        adaptive(results),
+        ablations(results),
     ]
-    return "\n".join(lines)
+    return [section for section in sections if section[-1]]
 
 
-def table1_lines(title, methods, sign=""):
+def table1(name, text, methods, sign=""):
     """A row per method and way to choose a box."""
     rows = []
-    for name, ways in methods:
-        rows += [[name, way, *cells(row.values(), sign)] for way, row in ways.items()]
-    return section(title, ("Method", "box", *METRICS), rows)
+    for method, ways in methods:
+        rows += [[method, way, *cells(row.values(), sign)] for way, row in ways.items()]
+    return name, text, ("Method", "box", *METRICS), rows
 
 
-def sampling_lines(results):
+def sampling(results):
     """Whether refining one box gives more than sampling several, with the truth as judge."""
-    if "sampling" not in results:
-        return []
-    name, control, difference = results["sampling"].values()
-    best = [results["table1"][row]["best of steps"]["mean IoU"][0] for row in (control, name)]
-    _, low, high = difference
-    words = "which of the two is better is not settled"
-    if low > 0:
-        words = "a best-of column rewards having several boxes, not refining one"
-    if high < 0:
-        words = "refining one box gives more than sampling several"
-    return [
-        f"With the truth as judge, {results['steps'] + 1} sampled single-shot answers of the "
-        f"base reach mean IoU {best[0]:.3f} and {name} {best[1]:.3f} (difference "
-        f"{signed(difference)}, paired): {words}.",
-        "",
-    ]
+    text = (
+        "With the truth as judge. Where the difference, paired, is above zero, a best-of column "
+        "rewards having several boxes, not refining one."
+    )
+    rows = []
+    if "sampling" in results:
+        name, control, difference = results["sampling"].values()
+        best = [results["table1"][row]["best of steps"]["mean IoU"] for row in (control, name)]
+        rows = [[control, name, *cells(best), cell(difference, "+")]]
+    head = ("samples", "steps", "mean IoU of samples", "mean IoU of steps", "difference")
+    return "Best of samples and best of steps", text, head, rows
 
 
-def table2_lines(results):
-    """Table 2 as lines. A row of another system may have fewer steps; its cells stay empty."""
+def table2(results):
+    """A row of another system may have fewer steps; its cells stay empty."""
     steps = results["steps"]
     head = ["Method", *(f"step {t}" for t in range(steps + 1))]
     head += ["delta", "improved", "stagnated", "degraded", "repeats", "valid", "cost"]
@@ -241,100 +200,84 @@ def table2_lines(results):
         valid = " / ".join(f"{mean:.3f}" for mean, _, _ in row["valid"])
         cost = f"{row['cost']:.2f}" if "cost" in row else ""
         rows.append([name, *ious, cell(row["delta"], "+"), *shares, valid, cost])
-    return section(
-        "**Table 2.** Mean IoU per step; change from first to last; share that improves, stagnates "
-        "or degrades (by more than 0.01); share whose boxes all repeat step 0; valid boxes per "
-        "step; tokens through the model, relative to its step 0 alone.",
-        head,
-        rows,
+    text = (
+        "Mean IoU per step; change from first to last; share that improves, stagnates or degrades "
+        "(by more than 0.01); share whose boxes all repeat step 0; valid boxes per step; tokens "
+        "through the model, relative to its step 0 alone."
     )
+    return "Table 2", text, head, rows
 
 
-def finding_lines(results, threshold):
-    """The verdicts as a list; nothing where there are none."""
-    if not results["findings"]:
-        return []
-    _, *verdicts = summary_of_findings(results)
-    return [f"{VERDICTS} {threshold}", "", *(f"- {verdict}" for verdict in verdicts), ""]
+def verdicts(results, more=""):
+    rows = [[f"{verdict}: {sentence}", words] for sentence, words, verdict in results["findings"]]
+    text = f"{VERDICTS} {more}".strip()
+    return "The paper's findings here", text, ("finding", "differences"), rows
 
 
-def turn_lines(results):
+def turns(results):
     """What is corrected, and what is spoilt, from the first to the last step."""
     rows = []
     for name, look in results["second_look"].items():
-        turns = look["turns"]
-        counts = [turns[f"{a}, {b}"] for a in ("right", "wrong") for b in ("right", "wrong")]
-        quotients = [odds(turns["ratio"]), odds(turns["needed"])]
-        rates = cells([turns["ECR"], turns["EIR"]])
-        rows.append([name, *counts, *rates, *quotients, cell(turns["change"], "+")])
+        row = look["turns"]
+        counts = [row[f"{a}, {b}"] for a in ("right", "wrong") for b in ("right", "wrong")]
+        odds = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("ratio", "needed")]
+        rates = cells([row["ECR"], row["EIR"]])
+        rows.append([name, *counts, *rates, *odds, cell(row["change"], "+")])
     head = ("Method", "stays right", "right -> wrong", "wrong -> right", "stays wrong")
     head += ("ECR", "EIR", "ECR / EIR", "Acc / (1 - Acc)", "change of Acc@0.5")
-    return section(
-        "**The second look**, right and wrong at IoU 0.5, first and last step. ECR: share of the "
-        "wrong that is corrected; EIR: share of the right that is spoilt. A loop gains only if "
-        "ECR / EIR > Acc / (1 - Acc), with Acc@0.5 of step 0.",
-        head,
-        rows,
+    text = (
+        "Right and wrong at IoU 0.5, first and last step. ECR: share of the wrong that is "
+        "corrected; EIR: share of the right that is spoilt. A loop gains only if ECR / EIR > Acc / "
+        "(1 - Acc), with Acc@0.5 of step 0."
     )
+    return "The second look", text, head, rows
 
 
-def rule_lines(results):
+def rules(results):
     """What the rules that choose a step are worth."""
     rows = []
     for name, look in results["second_look"].items():
         for rule, row in look["rules"].items():
             gains = cells(row["gain"].values(), "+")
             rows.append([name, rule, cell(row["mean IoU"]), *gains])
-    changes = (f"{metric}, change" for metric in second_look.GAINS)
-    return section(
-        "**Choosing a step without the truth**; changes are from stopping at step 0, paired. "
-        f"Agreement: the first box whose IoU with the one before is above {AGREEMENT}; confidence: "
-        "the box with the highest mean log-probability of its tokens; own trace: the box before "
-        "the first trace that keeps it. The best of steps takes the truth.",
-        ("Method", "rule", "mean IoU", *changes),
-        rows,
+    head = ("Method", "rule", "mean IoU", *(f"{metric}, change" for metric in second_look.GAINS))
+    text = (
+        "Changes are from stopping at step 0, paired. Agreement: the first box whose IoU with the "
+        f"one before is above {AGREEMENT}; confidence: the box with the highest mean "
+        "log-probability of its tokens; own trace: the box before the first trace that keeps it. "
+        "The best of steps takes the truth."
     )
+    return "Choosing a step without the truth", text, head, rows
 
 
-def confidence_lines(results):
-    """How well confidence and IoU go together."""
-    looks = results["second_look"].items()
-    return section(
-        "**Does confidence know?** Pearson's r between the mean log-probability of a box's tokens "
-        "and its IoU.",
-        ("Method", "step 0", "all steps"),
-        [
-            [name, *cells(look["confidence"].values())]
-            for name, look in looks
-            if "confidence" in look
-        ],
-    )
-
-
-def trace_lines(results):
-    """Whether the traces tell the truth."""
+def traces(results):
+    """What the traces say of which boxes."""
     rows = []
-    sentences = []
     for name, look in results["second_look"].items():
         for truth in look.get("traces", []):
             for box, row in truth["boxes"].items():
                 shares = cells(row[claim] for claim in CLAIMS)
                 rows.append([name, truth["step"], box, row["n"], *shares])
-            sentences.append(
-                f"- {name}, step {truth['step']}: {truth['different']} different traces. A trace "
-                f"says what the geometry says with balanced accuracy {of_chance(truth)}."
-            )
-    lines = section(
-        "**Does the trace tell the truth?** Of the boxes that a step was shown, on a wrong "
-        "object (IoU 0), right (IoU 0.5 and more) and in between, the share whose trace says "
-        "each of three things.",
-        ("Method", "step", "the box is", "n", *(f'says "{claim}"' for claim in CLAIMS)),
-        rows,
+    text = (
+        "Of the boxes that a step was shown, on a wrong object (IoU 0), right (IoU 0.5 and more) "
+        "and in between, the share whose trace says each of three things."
     )
-    return [*lines, *sentences, ""] if rows else []
+    head = ("Method", "step", "the box is", "n", *(f'says "{claim}"' for claim in CLAIMS))
+    return "Does the trace tell the truth", text, head, rows
 
 
-def strata_lines(results):
+def trace_accuracy(results):
+    rows = []
+    for name, look in results["second_look"].items():
+        for row in look.get("traces", []):
+            accuracy = [cell(row["balanced"]), f"{row['chance']:.3f}"]
+            rows.append([name, row["step"], row["different"], *accuracy])
+    text = "Balanced accuracy: the share that does, each of the three things weighing alike."
+    head = ("Method", "step", "different traces", "balanced accuracy", "chance")
+    return "Do traces say what the geometry says", text, head, rows
+
+
+def strata(results):
     """The strata of the row that is shown."""
     shown = results["shown"]
     rows = []
@@ -344,61 +287,36 @@ def strata_lines(results):
             shares = cells([row["improved"], row["degraded"]])
             rows.append([group, stratum, row["n"], *ends, *shares])
     last = f"step {results['steps']}"
-    return section(
-        f"**Strata** of {shown}. By step-0 IoU, some of the change is chance: what was unluckily "
-        "low can only rise.",
-        ("by", "stratum", "n", "step 0", last, "delta", "improved", "degraded"),
-        rows,
-    )
+    head = ("by", "stratum", "n", "step 0", last, "delta", "improved", "degraded")
+    text = "By step-0 IoU, some of the change is chance: what was unluckily low can only rise."
+    return f"Strata of {shown}", text, head, rows
 
 
-def adaptive_lines(results):
+def adaptive(results):
     """Adaptive refinement of the row that is shown: all T without stopping, and with each threshold
     the T of the tables and the longest."""
     shown = results["shown"]
-    settings = results["adaptive"].get(shown)
-    if not settings:
-        return []
+    settings = results["adaptive"].get(shown, [])
     rows = []
     for row in settings:
-        if row["threshold"] < 1 and row["T"] not in (results["steps"], settings[-1]["T"]):
-            continue
-        scores = cells([row["Acc@0.5"], row["mean IoU"]])
-        spent = [f"{row['steps']:.2f}", f"{row['cost']:.2f}"]
-        rows.append([stopping(row["threshold"]), row["T"], *scores, *spent])
-    lines = section(
-        f"**Adaptive refinement** of {shown}: stop when a box agrees with the one before it "
-        "(IoU above the threshold), after T steps at most. Cost: tokens through the model, "
-        "relative to step 0 alone.",
-        ("stop above", "T", "Acc@0.5", "mean IoU", "steps", "cost"),
-        rows,
+        never = row["threshold"] == 1  # is never reached
+        if never or row["T"] in (results["steps"], settings[-1]["T"]):
+            scores = cells([row["Acc@0.5"], row["mean IoU"]])
+            spent = [f"{row['steps']:.2f}", f"{row['cost']:.2f}"]
+            rows.append(["never" if never else row["threshold"], row["T"], *scores, *spent])
+    refining = [row["gain"].values() for row in settings if row["T"] > 0]
+    better = sum(any(low > 0 for _, low, _ in gains) for gains in refining)
+    text = (
+        "Stop when a box agrees with the one before it (IoU above the threshold), after T steps at "
+        "most. Cost: tokens through the model, relative to step 0 alone. Of all "
+        f"{len(refining)} settings with T >= 1, {better} beat not refining (T = 0) with a paired "
+        "interval above zero; a few of so many would by chance."
     )
-    return [*lines, refining_sentence(settings), ""]
+    head = ("stop above", "T", "Acc@0.5", "mean IoU", "steps", "cost")
+    return f"Adaptive refinement of {shown}", text, head, rows
 
 
-def stopping(threshold):
-    """A threshold in words; 1 is never reached."""
-    return "never" if threshold == 1 else threshold
-
-
-def refining_sentence(settings):
-    """Whether any setting that refines (T >= 1) has a higher Acc@0.5 or mean IoU than T = 0."""
-    refining = [row for row in settings if row["T"] > 0]
-    parts = []
-    for metric in ("Acc@0.5", "mean IoU"):
-        best = max(refining, key=lambda row: row["gain"][metric][0])
-        setting = f"stop above {stopping(best['threshold'])}, T = {best['T']}"
-        parts.append(f"{signed(best['gain'][metric])} in {metric} ({setting})")
-    better = sum(any(low > 0 for _, low, _ in row["gain"].values()) for row in refining)
-    return (
-        f"Of {len(refining)} settings with T >= 1, {better} beat not refining (T = 0) with a "
-        "paired interval above zero (of so many, a few would by chance); the best differ from it "
-        f"by {' and by '.join(parts)}."
-    )
-
-
-def ablation_lines(results):
-    """The ablation table, when there is one."""
+def ablations(results):
     rows = []
     for name, row in results["ablations"].items():
         ends = [*cells([row["first"], row["last"]]), cell(row["delta"], "+")]
@@ -406,10 +324,10 @@ def ablation_lines(results):
         validation = " -> ".join(f"{iou:.3f}" for iou in row["validation"])
         rows.append([name, *ends, *own, validation])
     head = ("Run", "step 0", f"step {results['steps']}", "delta", "against its own", "repeats")
-    return section(
-        "**Ablations.** Same test samples. Validation: mean IoU of step 0 at the first and the "
-        "last validation of GRPO. Against its own: the last step minus that of the same model that "
-        "is shown its own boxes, paired.",
-        (*head, "Acc@0.5, last step", "validation, step 0"),
-        rows,
+    head += ("Acc@0.5, last step", "validation, step 0")
+    text = (
+        "Same test samples. Validation: mean IoU of step 0 at the first and the last validation of "
+        "GRPO. Against its own: the last step minus that of the same model that is shown its own "
+        "boxes, paired."
     )
+    return "Ablations", text, head, rows
