@@ -6,9 +6,12 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import unquote
 
+from common import SINGLE_SHOT
+from support.model.views import asked_again, zoom
 from support.report import page
-from support.report.statistics import AGAIN, CONTROL, analyse, changes
-from support.report.tables import report
+from support.report.rows import Row
+from support.report.statistics import changes
+from support.report.tables import report, results_of
 from support.running.files import write_jsonl
 from tests.browser import CHROMIUM, browser, tab
 from tests.small import GOOD, TEXTS, picture
@@ -20,12 +23,14 @@ from PIL import Image
 RIGHT = [0, 0, 250, 500]  # the truth of GOOD
 HALF = [0, 0, 250, 250]
 FAR = [600, 600, 900, 900]
+BASE = Row("base", loop=SINGLE_SHOT)
+SAMPLED = Row("samples", loop=SINGLE_SHOT, ordered=False)
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"&\u2028"
 
 
 def a_line(sample, boxes):
     texts = [TEXTS[min(t, 1)] for t in range(len(boxes))]
-    return {"id": sample["id"], "boxes": boxes, "texts": texts, "logprob": [-1.5] * len(boxes)}
+    return {"id": sample["id"], "boxes": boxes, "texts": texts}
 
 
 def a_run(folder, count=6, words=""):
@@ -40,19 +45,18 @@ def a_run(folder, count=6, words=""):
         own = {"id": f"{i}{words}", "source": f"{'ab'[i % 2]}{words}", "image": name}
         samples.append({**GOOD, **own, "expression": f"thing {i} {words}"})
     ways = [[HALF, HALF, RIGHT], [RIGHT, FAR, FAR], [HALF, None, HALF], [FAR, FAR, RIGHT]]
+    refined = Row(f"refined{words}", loop=SINGLE_SHOT)
     lines_of = {
-        "base": [a_line(sample, [HALF]) for sample in samples],
-        CONTROL: [a_line(sample, [HALF, FAR, RIGHT]) for sample in samples],
-        f"refined{words}": [a_line(s, [*ways[i % 4], FAR]) for i, s in enumerate(samples)],
+        BASE: [a_line(sample, [HALF]) for sample in samples],
+        SAMPLED: [a_line(sample, [HALF, FAR, RIGHT]) for sample in samples],
+        refined: [a_line(s, [*ways[i % 4], FAR]) for i, s in enumerate(samples)],
     }
     for lines in lines_of.values():
         for line in lines:
             line["texts"] = [text + words for text in line["texts"]]
-    shown = f"refined{words}"
-    results = {"n": count, "seed": 0, "steps": 2, "model": "m" + words, "ablations": {}}
-    results |= {"feedback": "overlay", "guard": "off", "second_look": {}}
-    results |= analyse(samples, lines_of, 2, shown, CONTROL)
-    flags = dict(out=folder, steps=2, page_samples=1000, feedback="overlay", surroundings=2.0)
+    results = results_of(samples, lines_of, 2)
+    results |= {"seed": 0, "model": "m" + words, "feedback": "overlay", "guard": "off"}
+    flags = dict(out=folder, steps=2, feedback="overlay", surroundings=2.0)
     return SimpleNamespace(**flags), results, samples, lines_of
 
 
@@ -96,10 +100,10 @@ def test_the_file_is_well_formed_and_has_everything(tmp_path):
     data = json.loads(reader.scripts["data"])
     [test] = data["groups"]
     assert [sample["id"] for sample in test["samples"]] == list("012345")
-    assert [method["name"] for method in test["methods"]] == ["base", CONTROL, "refined"]
-    for method, steps in zip(test["methods"], (1, 3, 4)):
+    assert [method["name"] for method in test["methods"]] == ["base", "samples", "refined"]
+    for method, steps in zip(test["methods"], (1, 3, 3)):  # up to T
         assert [len(line["steps"]) for line in method["lines"]] == [steps] * 6
-    single, control, refined = test["methods"]
+    single, samples, refined = test["methods"]
     words = [line["outcome"] for line in refined["lines"][:4]]
     assert words == [
         ["improved"],  # HALF has an IoU of 0.5, which counts as right
@@ -107,14 +111,15 @@ def test_the_file_is_well_formed_and_has_everything(tmp_path):
         ["stagnated"],
         ["improved", "corrected"],
     ]
-    assert not any(line["outcome"] for line in single["lines"] + control["lines"])
+    assert [line["gain"] for line in refined["lines"][:4]] == [0.5, -1.0, 0.0, 1.0]
+    assert not any(line["outcome"] for line in single["lines"] + samples["lines"])
     # Step t was shown the last valid box; an answer of its own was shown none
-    assert [step.get("seen") for step in refined["lines"][2]["steps"]] == [None, HALF, HALF, HALF]
-    assert not any("seen" in step for step in control["lines"][0]["steps"])
+    assert [step.get("seen") for step in refined["lines"][2]["steps"]] == [None, HALF, HALF]
+    assert not any("seen" in step for step in samples["lines"][0]["steps"])
     pictures = json.loads(reader.scripts["pictures"])
     assert len(pictures) == 6 and all(p.startswith("data:image/png;base64,") for p in pictures)
-    rows = report(a_run(tmp_path / "again")[1]).count("\n| ")
-    assert reader.tags.count("tr") == rows and "bootstrap interval" in text
+    tables = report(a_run(tmp_path / "again")[1])
+    assert data["tables"] == json.loads(json.dumps(tables)) and "Table 2" in text
 
 
 def test_no_address_leads_outside(tmp_path):
@@ -148,28 +153,11 @@ def test_pictures_are_embedded_once_and_up_to_a_size(tmp_path, monkeypatch):
     whole = page.write_evaluation(args, results, samples, lines_of)
     pictures = json.loads(Reader(whole.read_text()).scripts["pictures"])
     assert len(pictures) == 5
-    limit = whole.stat().st_size - 1000
-    monkeypatch.setattr(page, "LIMIT", limit)
+    monkeypatch.setattr(page, "PICTURES", sum(map(len, pictures)) - 10)
     page.write_evaluation(args, results, samples, lines_of)
-    assert whole.stat().st_size <= limit
-    pictures = json.loads(Reader(whole.read_text()).scripts["pictures"])
-    paths = [address for address in pictures if not address.startswith("data:")]
-    assert 0 < len(paths) < 5
-    for path in paths:
-        assert re.fullmatch(r"[\w./%-]+", path) and (tmp_path / unquote(path)).is_file()
-
-
-def test_the_room_of_pictures_holds_their_paths_too(tmp_path):
-    """Of many pictures most are referred to, and each path takes some of the page."""
-    samples = {}
-    for i in range(60):
-        name = f"{'a long name ' * 8}{i}.png"
-        picture(20, 10, seed=i).save(tmp_path / name)
-        samples[name] = {**GOOD, "image": name}
-    room = 20_000
-    found = page.addresses(samples, tmp_path, tmp_path, room, None)
-    assert any(address.startswith("data:") for address in found)
-    assert len(page.to_json(found)) <= room
+    *embedded, path = json.loads(Reader(whole.read_text()).scripts["pictures"])
+    assert embedded == pictures[:4]
+    assert re.fullmatch(r"[\w./%-]+", path) and (tmp_path / unquote(path)).is_file()
 
 
 def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
@@ -188,20 +176,8 @@ def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
         kind, content = page.picture_file(tmp_path / name, sample, tmp_path, page.load_image)
         as_it_is = content == (tmp_path / name).read_bytes()
         assert kind == "jpeg" and as_it_is == (name == "plain.jpg"), name
-    found = page.addresses({"none.png": GOOD}, tmp_path, tmp_path, 10**6, page.load_image)
+    found = page.addresses({"none.png": GOOD}, tmp_path, tmp_path, page.load_image)
     assert found == [None]
-
-
-def test_a_page_of_some_samples(tmp_path):
-    """They keep the strata that they have among all."""
-    args, results, samples, lines_of = a_run(tmp_path)
-    for i, sample in enumerate(samples):
-        sample["bbox"] = [0, 0, 1 + i, 5]
-    everything = page.group("test", samples, lines_of, 2)
-    some = page.group("test", samples, lines_of, 2, limit=3)
-    assert some["name"] == "test, 3 of 6" and len(some["samples"]) == 3
-    for few, all_lines in zip(some["methods"], everything["methods"]):
-        assert few["lines"] == all_lines["lines"][:3]
 
 
 def test_outcomes_are_those_of_table_2():
@@ -213,28 +189,24 @@ def test_outcomes_are_those_of_table_2():
         assert sum(name in own for own in words) == pytest.approx(50 * table[name][0], abs=0.01)
 
 
-def test_questions_with_crops_and_critics(tmp_path):
+def test_questions_with_crops_and_critics():
     """A VisRL line: a box, then an answer that was given on the crop of it."""
-    picture(20, 10).save(tmp_path / "a.png")
     sample = {key: GOOD[key] for key in ("id", "source", "image", "width", "height")}
     sample |= {"question": "What colour?", "answer": "red"}
     line = {
         "boxes": [RIGHT, None],
         "texts": ["[0, 0, 250, 500]", "blue"],
         "name": ["box", "answer"],
-        "view": [None, RIGHT],
-        "seen": [None, None],
+        "view": [page.WHOLE, RIGHT],
         "scores": {"box critic": 0.9, "answer critic": 0.0},
     }
-    group = page.group("pairs", [sample], {"rejected": [line]}, 1)
+    group = page.group("pairs", [sample], {Row("rejected", drawn=False): [line]}, 1)
     [record] = group["methods"][0]["lines"]
     assert record["scores"]["box critic"] == 0.9
     box, answer = record["steps"]
     assert box["box"] == RIGHT and "view" not in box
     assert answer["view"] == RIGHT and "box" not in answer and "seen" not in answer
     assert group["samples"][0]["answer"] == "red"
-    path = page.write_page(tmp_path / "p.html", title="t", groups=[group], data=tmp_path)
-    assert Reader(path.read_text()).open == []
 
 
 def test_curves_of_a_log(tmp_path):
@@ -245,8 +217,8 @@ def test_curves_of_a_log(tmp_path):
     write_jsonl(tmp_path / "sft.jsonl", [{"update": 1, "epoch": 1, "loss": float("nan")}])
     write_jsonl(tmp_path / "evaluate_base.jsonl", [{"id": "1"}])
     (tmp_path / "empty.jsonl").touch()
-    (_, sft), (heading, charts) = page.log_curves(tmp_path)
-    assert heading == "Training: grpo" and "null" in page.to_json(sft)
+    [(heading, charts)] = page.log_curves(tmp_path)
+    assert heading == "Training: grpo"
     titles = [chart["title"] for chart in charts]
     assert titles == [page.TITLES[key] for key in ("reward", "iou", "val_iou", "kl")]
     reward, mean, validation = charts[0]["series"]
@@ -254,16 +226,6 @@ def test_curves_of_a_log(tmp_path):
     assert mean["points"][29] == [30, 25.5] and mean["points"][1] == [2, 1.5]
     assert validation["points"] == [[0, 0.5]]
     assert len(charts[2]["series"]) == 2 and charts[3]["healthy"] == (0, 0.5)
-
-
-def test_markdown_becomes_html():
-    markdown = "A **b** `c`\nd <e>.\n\n| x | y |\n|---|---|\n| 1 |  |\n\n- one\n- two\n\n## Head"
-    assert page.to_html(markdown) == (
-        "<p>A <strong>b</strong> <code>c</code> d &lt;e&gt;.</p>\n"
-        '<div class="wide" tabindex="0"><table>\n'
-        '<tr><th scope="col">x</th><th scope="col">y</th></tr>\n<tr><td>1</td><td></td></tr>\n'
-        "</table></div>\n<ul><li>one</li><li>two</li></ul>\n<h2>Head</h2>"
-    )
 
 
 # In a browser -------------------------------------------------------------------------------------
@@ -296,11 +258,9 @@ def test_the_page_in_a_browser(tmp_path):
             assert run("document.querySelectorAll('.panel').length") == 3
             choose(run, "method", "base")
             assert run("document.querySelectorAll('.panel').length") == 1
+            assert run("document.querySelectorAll('table').length") == len(report(results))
             choose(run, "method", f"refined{HOSTILE}")
-            choose(run, "trace", "true")
-            assert run(LISTED) == 3  # half a box is too short, and the trace says "too low"
-            choose(run, "trace", "")
-            choose(run, "beside", CONTROL)
+            choose(run, "beside", "samples")
             assert run("document.querySelectorAll('.panel').length") == 6
             choose(run, "sort", "loss")
             assert run(SHOWN).startswith("thing 1")  # from 1 to 0
@@ -310,19 +270,11 @@ def test_the_page_in_a_browser(tmp_path):
             choose(run, "outcome", "corrected")
             assert run(LISTED) == 1 and run(SHOWN).startswith("thing 3")
             choose(run, "outcome", "")
-            choose(run, "stratum", "step-0 IoU: hard, below 0.5")
-            assert run(LISTED) == 1
-            choose(run, "stratum", "")
-            choose(run, "source", f"b{HOSTILE}")
-            assert run(LISTED) == 3
             choose(run, "search", "THING 5")
             assert run(LISTED) == 1 and run(SHOWN).startswith("thing 5")
             sent = run("location.href")
-            # A chart that has the focus reads its points out, and keeps the arrow keys
-            run("document.querySelectorAll('.chart > svg')[1].focus()")
-            key(ask, "ArrowLeft")
-            charts = "[...document.querySelectorAll('.chart output')].map(o => o.textContent)"
-            assert run(charts)[1] == "update 29: kl 0.29, kl, mean of the last 10 0.245"
+            dots = "[...document.querySelectorAll('.dot title')].map(t => t.textContent)"
+            assert "kl, mean of the last 10, update 29: 0.245" in run(dots)
             loaded = "[...document.querySelectorAll('#list image')].map(i => i.href.baseVal)"
             assert all(picture.startswith("data:") for picture in run(loaded))
             assert run("window.hacked") is None
@@ -331,7 +283,7 @@ def test_the_page_in_a_browser(tmp_path):
         with tab(send, sent, width=390, height=844, scheme="dark") as (run, ask):
             # The view that was sent, on a dark phone
             assert run(LISTED) == 1 and run(SHOWN).startswith("thing 5")
-            assert run("document.querySelector('[name=beside]').value") == CONTROL
+            assert run("document.querySelector('[name=beside]').value") == "samples"
             assert run("getComputedStyle(document.body).backgroundColor") != light
             assert run("document.documentElement.scrollWidth") <= 390
         with tab(send, address + "#id=nobody&sort=constructor&method=none") as (run, ask):
@@ -341,9 +293,9 @@ def test_the_page_in_a_browser(tmp_path):
 def test_an_answer_is_no_box_that_was_missed():
     """The second step of a VisRL line has no box to be wrong."""
     line = {"boxes": [RIGHT, None], "texts": ["", "a dot"], "name": ["box", "answer"]}
-    assert page.line_record(GOOD, line, 1, ordered=True)["outcome"] == []
+    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == []
     del line["name"]
-    assert page.line_record(GOOD, line, 1, ordered=True)["outcome"] == ["degraded", "broken"]
+    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == ["degraded", "broken"]
 
 
 def test_half_a_line_that_a_killed_phase_left_does_not_stop_the_page(tmp_path):
@@ -352,12 +304,9 @@ def test_half_a_line_that_a_killed_phase_left_does_not_stop_the_page(tmp_path):
 
 
 def test_a_row_that_looks_closer_is_shown_as_the_model_saw_it():
-    args = SimpleNamespace(feedback="overlay", surroundings=2.0)
-    box = [400, 400, 500, 500]
-    [line] = page.with_views(args, AGAIN, [{"boxes": [box, None, box]}])
-    assert line["view"] == [None, [350, 350, 550, 550], [350, 350, 550, 550]]
-    assert line["seen"] == [None] * 3
-    assert page.with_views(args, "SFT + IVT", [{"boxes": [box]}]) == [{"boxes": [box]}]
-    args.feedback = "zoom"
-    [line] = page.with_views(args, "SFT + IVT", [{"boxes": [box, None]}])
-    assert line["view"] == [None, [350, 350, 550, 550]] and "seen" not in line
+    box, part = [400, 400, 500, 500], [350, 350, 550, 550]
+    line = {"boxes": [box, None, box], "texts": [""] * 3}
+    for loop, drawn in ((asked_again(2.0), False), (zoom(2.0), True)):
+        steps = page.line_record(Row("x", loop=loop, drawn=drawn), GOOD, line, 2)["steps"]
+        assert [step.get("view") for step in steps] == [None, part, part]
+        assert [step.get("seen") for step in steps] == [None, *[box if drawn else None] * 2]

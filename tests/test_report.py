@@ -2,21 +2,21 @@
 predictions."""
 
 import json
-import re
 
+from common import IVT
+from support.model.views import asked_again, zoom
 from support.report.overlays import OVERLAYS
 from support.report.own_picture import own_sample
-from support.report.pictures import LEAD_RULE, charts, filmstrip, lead_picture, write_figures
+from support.report.pictures import filmstrip, lead_picture, write_figures
+from support.report.rows import Row
 from support.report.score_predictions import read_predictions
 from support.report.statistics import (
-    CONTROL,
     GRPO,
     SFT,
     UNTRAINED,
     WITHOUT_SFT,
     ablation,
     adaptive,
-    analyse,
     by_change,
     changes,
     choices,
@@ -27,7 +27,7 @@ from support.report.statistics import (
     strata,
     verdict,
 )
-from support.report.tables import refining_sentence, report, summary, write_results
+from support.report.tables import markdown, report, results_of, summary, write_results
 from support.running.files import write_jsonl
 from tests.small import GOOD, TEXTS, picture
 
@@ -40,12 +40,12 @@ HALF = [0, 0, 250, 250]
 FAR = [600, 600, 900, 900]
 
 
-def put_together(samples, rows_of, steps, shown, control=None):
-    """As an evaluation puts them together."""
-    head = {"n": len(samples), "seed": 0, "steps": steps, "model": "m", "ablations": {}}
-    head |= {"feedback": "overlay", "guard": "off"}
-    head["second_look"] = {}
-    return {**head, **analyse(samples, rows_of, steps, shown, control)}
+SAMPLES_NAME = "samples"  # the row of the tests whose boxes are samples
+
+
+def as_rows(lines_of):
+    """name -> lines as the tables take them."""
+    return {Row(name, ordered=name != SAMPLES_NAME): lines for name, lines in lines_of.items()}
 
 
 def trajectories(*boxes_of):
@@ -99,14 +99,12 @@ def test_intervals_against_known_answers():
 
 
 def test_strata():
-    samples = []
-    for i in range(6):
-        sizes = {"bbox": [0, 0, 2 + i, 4], "width": 20, "height": 10}
-        samples.append({**GOOD, **sizes, "source": "ab"[i % 2]})
-    parts = strata(samples, np.array([0.2, 0.49, 0.5, 0.74, 0.75, 1.0]))
-    assert [mask.sum() for mask in parts["step-0 IoU"].values()] == [2, 2, 2]
-    assert [mask.sum() for mask in parts["source"].values()] == [3, 3]
-    assert parts["size"]["small third"].tolist() == [True] * 2 + [False] * 4
+    samples = [{**GOOD, "source": "ab"[i % 2]} for i in range(6)]
+    ious = np.array([[0.2, 0.49, 0.5, 0.74, 0.75, 1.0], [1.0] * 6]).T
+    parts = strata(samples, ious)
+    assert [row["n"] for row in parts["step-0 IoU"].values()] == [2, 2, 2]
+    assert [row["n"] for row in parts["source"].values()] == [3, 3]
+    assert parts["step-0 IoU"]["hard, below 0.5"]["first"][0] == pytest.approx(0.345)
 
 
 def test_adaptive_stopping():
@@ -167,7 +165,7 @@ def test_findings_of_a_clear_case():
         SFT: trajectories(*[[RIGHT, HALF]] * 20),
         GRPO: trajectories(*[[RIGHT, RIGHT]] * 20),
     }
-    results = put_together(samples, rows_of, 1, GRPO)
+    results = results_of(samples, as_rows(rows_of), 1)
     verdicts = {sentence: verdict for sentence, _, verdict in results["findings"]}
     assert list(verdicts.values()) == [
         "DOES NOT HOLD",  # the best of steps is the first one
@@ -177,46 +175,33 @@ def test_findings_of_a_clear_case():
         "holds",
         "holds",
     ]
-    for text in (report(results), summary(results)):
-        assert all(sentence in text for sentence in verdicts)
-        assert "10 points are our threshold" in text
-    assert results["table2"][SFT]["cost"] == 2 and "1.000 / 1.000 | 2.00 |" in report(results)
+    text = markdown(report(results))
+    assert all(sentence in text and sentence in summary(results) for sentence in verdicts)
+    assert "10 points are our threshold" in text
+    assert results["table2"][SFT]["cost"] == 2 and "1.000 / 1.000 | 2.00 |" in text
 
 
-@pytest.mark.parametrize(
-    "samples_of, refined, words",
-    [
-        ([FAR, RIGHT], [HALF, HALF], "+0.500 .* rewards having several boxes, not refining one"),
-        ([FAR, HALF], [HALF, RIGHT], "-0.500 .* refining one box gives more than sampling several"),
-        ([FAR, RIGHT], [HALF, RIGHT], "+0.000 .* which of the two is better is not settled"),
-    ],
-)
-def test_refining_against_sampling_is_decided_on_the_difference(samples_of, refined, words):
+def test_samples_are_set_against_steps_and_have_no_order():
     samples = [{**GOOD, "id": str(i)} for i in range(8)]
     rows_of = {
         "base": trajectories(*[[HALF]] * 8),
-        CONTROL: trajectories(*[samples_of] * 8),
-        GRPO: trajectories(*[refined] * 8),
+        SAMPLES_NAME: trajectories(*[[FAR, RIGHT]] * 8),
+        GRPO: trajectories(*[[HALF, HALF]] * 8),
     }
-    results = put_together(samples, rows_of, 1, GRPO, CONTROL)
-    assert re.search(words.replace("+", "[+]"), report(results))
-    assert list(results["table1"][CONTROL]) == ["best of steps", "medoid"]  # it has no order
-    assert CONTROL not in results["table2"]
-    assert "sampling" not in put_together(samples, rows_of, 1, GRPO)
+    results = results_of(samples, as_rows(rows_of), 1)
+    assert results["sampling"]["difference"] == [0.5, 0.5, 0.5]
+    assert f"| {SAMPLES_NAME} | {GRPO} | 1.000 [1.000, 1.000] |" in markdown(report(results))
+    assert list(results["table1"][SAMPLES_NAME]) == ["best of steps", "medoid"]
+    assert SAMPLES_NAME not in results["table2"] and SAMPLES_NAME not in results["second_look"]
+    del rows_of[SAMPLES_NAME]
+    assert "sampling" not in results_of(samples, as_rows(rows_of), 1)
 
 
 def test_whether_any_setting_beats_not_refining():
-    """Every kind of trajectory, whatever the boxes after step 0 are worth."""
-    ious = np.tile([0.6, 0.6, 0.4], (30, 1))
-    ious[0, 1] = 0.9  # by one sample of 30: not settled
-    rows = trajectories(*[[RIGHT, HALF, FAR]] * 30)
-    sentence = refining_sentence(adaptive(ious, rows))
-    assert sentence.startswith("Nothing here beats not refining (T = 0)")
-    assert "+0.000 [+0.000, +0.000] in Acc@0.5" in sentence
-    assert "+0.010 [+0.000, +0.030] in mean IoU (stop above 0.5, T = 1)" in sentence
-    ious[:, 1] = 0.9
-    sentence = refining_sentence(adaptive(ious, rows))
-    assert re.match(r"\d+ of 12 settings with T >= 1 beat not refining", sentence)
+    samples = [{**GOOD, "id": str(i)} for i in range(30)]
+    for step_1, words in ((HALF, "6 settings with T >= 1, 0 beat"), (RIGHT, "T >= 1, 6 beat")):
+        results = results_of(samples, as_rows({"x": trajectories(*[[HALF, step_1]] * 30)}), 1)
+        assert words in markdown(report(results))
 
 
 # Predictions of other systems ---------------------------------------------------------------------
@@ -232,16 +217,19 @@ PREDICTIONS = [
 def test_a_file_of_predictions_is_scored(tmp_path):
     path = tmp_path / "p.jsonl"
     write_jsonl(path, PREDICTIONS)
-    rows_of = read_predictions(path, SAMPLES)
-    assert main_row(rows_of) == "two" and main_row([GRPO, SFT, "two"]) == GRPO
-    assert main_row(["Base + IVT (no training)", WITHOUT_SFT]) == WITHOUT_SFT
-    results = analyse(SAMPLES, rows_of, 1, "two")
+    lines_of = read_predictions(path, SAMPLES)
+    one, two = lines_of
+    assert main_row(lines_of) == two and main_row([one, Row(GRPO), Row(SFT), two]).name == GRPO
+    assert main_row([Row(UNTRAINED), Row(WITHOUT_SFT)]).name == WITHOUT_SFT
+    results = results_of(SAMPLES, lines_of, 2)  # fewer boxes than T + 1
     assert results["table1"]["one"]["its only box"]["mean IoU"][0] == 0.75
     assert [value[0] for value in results["table2"]["two"]["iou"]] == [0.25, 1]
     assert results["differences"]["two"]["last step"]["mean IoU"][0] == 0.25
     assert results["adaptive"] == {}  # nobody says how many tokens it took
-    longer = put_together(SAMPLES, rows_of, 2, "two")  # fewer boxes than T + 1
-    assert "| two | 0.250 [0.000, 0.500] | 1.000 [1.000, 1.000] |  | +0.750" in report(longer)
+    text = markdown(report(results))
+    assert "| two | 0.250 [0.000, 0.500] | 1.000 [1.000, 1.000] |  | +0.750" in text
+    write_jsonl(path, [{**line, "ordered": line["method"] == "one"} for line in PREDICTIONS])
+    assert [row.ordered for row in read_predictions(path, SAMPLES)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -252,14 +240,13 @@ def test_a_file_of_predictions_is_scored(tmp_path):
         (PREDICTIONS[0], "second line for 'one'"),
         ({**PREDICTIONS[0], "method": "x"}, "1 of the 2"),
         ({**PREDICTIONS[0], "boxes": [[5, 0, 0, 5]]}, "line 5: box"),
-        ({**PREDICTIONS[0], "boxes": ["abcd"]}, "line 5: box"),
         ({**PREDICTIONS[0], "boxes": [[0, 0, float("nan"), 5]]}, "line 5: box"),
         ({"id": "1"}, "line 5: expected"),
         ({**PREDICTIONS[0], "boxes": []}, "expected"),
-        ({**PREDICTIONS[0], "boxes": "abcd"}, "expected"),
         ({**PREDICTIONS[0], "texts": None}, "expected"),
         ({**PREDICTIONS[0], "texts": ["a", "b"]}, "expected"),
         ({**PREDICTIONS[0], "method": 3}, "expected"),
+        ({**PREDICTIONS[0], "ordered": 1}, "expected"),
         (3, "expected"),
     ],
 )
@@ -270,7 +257,7 @@ def test_a_file_of_predictions_is_refused(tmp_path, line, words):
         read_predictions(path, SAMPLES)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"id": 1'])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000])
 def test_what_is_not_json_is_refused(tmp_path, content):
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
@@ -291,30 +278,42 @@ def test_results_and_figures_are_written(tmp_path, capsys):
         samples.append({**GOOD, **own, "expression": "a word " * (1 + 20 * i)})
     boxes = [[HALF, RIGHT, FAR], [RIGHT, None, HALF], [HALF, HALF, HALF], [None, None, None]]
     rows_of = {"base": trajectories(*[[RIGHT]] * 4), SFT: trajectories(*boxes)}
-    results = put_together(samples, rows_of, 1, SFT)
-    write_results(results, tmp_path)
+    results = results_of(samples, as_rows(rows_of), 1)
+    write_results(results, tmp_path, summary(results), report(results))
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert "Table 2" in (tmp_path / "results.md").read_text()
     assert summary(results) in capsys.readouterr().out
-    drawn = write_figures(results, samples, rows_of[SFT], tmp_path, tmp_path, 6)
-    assert drawn == bool(charts(results))
+    row = Row(SFT, loop=IVT)
+    write_figures(row, samples, rows_of[SFT], 1, tmp_path, tmp_path)
     for name in ("corrections", "failures", "first", "lead"):
         with Image.open(tmp_path / f"figures/{name}.png") as file:
-            assert file.width >= 2 * 320 or name == "lead"
+            assert file.width >= 2 * 320
     cut = [{**row, "boxes": row["boxes"][:2]} for row in rows_of[SFT]]
     assert by_change(samples, cut) == [0, 2, 3, 1]
 
 
-@pytest.mark.parametrize("size", [(80, 80), (640, 480), (480, 640), (2000, 300), (8, 900)])
+@pytest.mark.parametrize("size", [(80, 80), (2000, 300), (8, 900)])
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_the_lead_picture_fits_the_page(size, count):
+    """Whatever is long: the expression, its one word, the trace."""
     sample = {**GOOD, "width": size[0], "height": size[1], "bbox": [0, 0, size[0] / 4, size[1] / 2]}
     texts = ["<think>" + "many words of a trace " * 20 + "</think>[0, 0, 250, 500]"] * count
-    item = ({**sample, "expression": "a word " * 30}, picture(*size), {"boxes": [RIGHT] * count})
-    item[2]["texts"] = texts
-    lead = lead_picture(item, item)
-    assert lead.width <= 1000 and lead.height <= 560
-    assert "largest gain and largest loss" in LEAD_RULE.lower()
+    line = {"boxes": [RIGHT, None, *[HALF] * count][:count], "texts": texts}
+    for words in ("a word " * 200, "x" * 2000, "x"):
+        for loop in (IVT, zoom(2.0), asked_again(2.0)):
+            lead = lead_picture({**sample, "expression": words}, picture(*size), line, loop)
+            assert lead.width <= 1000 and lead.height <= 560
+
+
+def test_the_lead_picture_shows_the_box_that_is_fed_back():
+    image = Image.new("RGB", (300, 300), "white")
+    sample = {**GOOD, "width": 300, "height": 300, "bbox": [0, 0, 75, 150]}
+    line = {"boxes": [[500, 500, 900, 900], RIGHT], "texts": TEXTS}
+    lead = lead_picture(sample, image, line, IVT)
+    left, top = 14 + 320 + 14, 34 + 36  # of the panel of step 1
+    red, green, blue = lead.getpixel((left + 200, top + 200))
+    assert red == 255 and 0 < green == blue < 255
+    assert lead.getpixel((14 + 200, top + 200)) == (255, 255, 255)  # step 0 was shown no box
 
 
 def test_truth_and_prediction_are_drawn_where_they_are():

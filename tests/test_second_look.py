@@ -5,11 +5,12 @@ import random
 from common import Trajectory, step_text
 from support.data.teacher import template_trace
 from support.report.claims import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of
-from support.report.second_look import AGREEMENT, analyse, correlation, kept_step, turns
-from support.report.statistics import CONTROL, estimate_of, log_line, ratio
-from support.report.tables import report, summary
+from support.report.rows import Row, log_line
+from support.report.second_look import AGREEMENT, analyse, kept_step, turns
+from support.report.statistics import estimate_of, ratio
+from support.report.tables import markdown, report, results_of
 from tests.small import GOOD, vlm
-from tests.test_report import FAR, HALF, RIGHT, put_together
+from tests.test_report import FAR, HALF, RIGHT, as_rows
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def row_of(boxes, told=(), confidence=None):
 
 
 def look_at(rows, name="x", steps=2):
-    return analyse([GOOD] * len(rows), {name: rows}, steps)[name]
+    return analyse([GOOD] * len(rows), {Row(name): rows}, steps)[name]
 
 
 # Estimates ----------------------------------------------------------------------------------------
@@ -51,19 +52,6 @@ def test_a_ratio_has_the_interval_of_a_share():
     # One sample of the kind: resamples without it do not count
     assert ratio(part, np.arange(600) == 0) == [1, 1, 1]
     assert estimate_of(np.ones((3, 1)), lambda m: m[..., 0] / 0) is None
-
-
-def test_r_is_pearsons():
-    rng = np.random.default_rng(0)
-    x = rng.normal(-3, 1, (200, 3))
-    y = 0.5 * x + rng.normal(0, 1, x.shape)
-    x[::7, 1] = np.nan
-    there = ~np.isnan(x)
-    value, low, high = correlation(x, y)
-    assert value == pytest.approx(np.corrcoef(x[there], y[there])[0, 1], abs=1e-4)
-    assert low < value < high < 0.6
-    assert correlation(np.full((4, 1), -0.7), np.arange(4.0)[:, None]) is None
-    assert correlation(np.full((4, 1), np.nan), np.arange(4.0)[:, None]) is None
 
 
 # First and last step ------------------------------------------------------------------------------
@@ -129,19 +117,6 @@ def test_the_box_that_a_trace_keeps():
     assert kept_step(row_of([None, None], (KEEP,))) is None
 
 
-def test_confidence_and_iou():
-    boxes = [FAR, HALF, TALL, RIGHT]
-    rows = [row_of([box, FAR], (), [0.1 * i - 1, -0.5]) for i, box in enumerate(boxes)]
-    look = look_at(rows, steps=1)["confidence"]
-    first = np.corrcoef(np.arange(4), [0, 0.5, 0.8, 1])[0, 1]
-    assert look["step 0"][0] == pytest.approx(first, abs=1e-4)
-    assert look["all steps"][0] < 0
-    # A run of earlier code has lines without it, and may go on with lines that have it
-    del rows[0]["confidence"]
-    look = look_at(rows, steps=1)
-    assert "confidence" not in look and "confidence" not in look["rules"]
-
-
 def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
     """After the reasoning, if there is any; the token that ends the turn counts too."""
     trace = "<think>I look [1, 2].</think>"
@@ -167,7 +142,7 @@ def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
     found, logprob = values[1]
     assert found == pytest.approx(sum(logprob) / len(logprob))
     assert values[2][0] is None
-    assert "confidence" not in log_line(GOOD, [trajectory], vlm.tokenizer, refuses=True)
+    assert "confidence" not in log_line(GOOD, [trajectory], vlm.tokenizer, guarded=True)
 
 
 # Traces -------------------------------------------------------------------------------------------
@@ -243,16 +218,12 @@ def test_the_report_has_it_all():
     confidence = [-0.5, -0.9]
     rows = [row_of([box, RIGHT], (SHIFT,), confidence) for box in (FAR, HALF, RIGHT)]
     old = [row_of([box, HALF]) for box in (FAR, HALF, RIGHT)]
-    rows_of = {"base": [row_of([RIGHT])] * 3, CONTROL: old, "new": rows, "old": old}
+    rows_of = {"base": [row_of([RIGHT])] * 3, "old": old, "new": rows}
     samples = [{**GOOD, "id": str(i)} for i in range(3)]
-    results = put_together(samples, rows_of, 1, "new")
-    results["second_look"] = analyse(samples, rows_of, 1)
-    assert list(results["second_look"]) == ["new", "old"]
-    text = report(results)
-    assert "new: 1 of 1 wrong boxes are corrected and 0 of 2 right ones spoilt" in text
+    results = results_of(samples, as_rows(rows_of), 1)
+    assert list(results["second_look"]) == ["old", "new"]
+    text = markdown(report(results))
+    assert "| new | 2 | 0 | 1 | 0 | 1.000 [1.000, 1.000] |" in text  # corrected: 1 of 1
     assert "| new | 1 | right | 2 |" in text and "| old | 1 | right |" not in text
     assert "| new | confidence |" in text and "| old | confidence |" not in text
-    assert "new, step 1: 1 different traces" in text
-    printed = summary(results)
-    assert "best of steps (takes the truth)" in printed
-    assert "Its traces say what the geometry says: step 1 0.333" in printed
+    assert "| new | 1 | 1 | 0.333" in text  # one trace, at chance
