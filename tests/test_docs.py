@@ -84,10 +84,6 @@ RUN_FILES = {
         '("corrections",',
     ),
     r"(figures/)?lead\.png": ("support/report/pictures.py", "figures/lead.png"),
-    r"(figures/)?(bars|steps|adaptive)\.png": (
-        "support/report/pictures.py",
-        '("bars", draw_bars)',
-    ),
 }
 
 

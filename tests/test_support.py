@@ -356,14 +356,15 @@ def test_a_row_depends_on_what_it_is_played_with(tmp_path):
     (data / "test.jsonl").write_text("{}\n")
     given = dict(guard="off", feedback="overlay", surroundings=1.5, seed=0)
     args = argparse.Namespace(out=tmp_path, restart=False, model="m", **given)
-    once, refined = Row("a", "a", IVT, 0), Row("b", "b", IVT, 2)
-    assert not begin_row(args, once, data) and not begin_row(args, refined, data)
+    refined = Row("b", "b", IVT, 2)
+    flags = ("feedback", "guard")
+    assert not begin_row(args, Row("a", "a", IVT)) and not begin_row(args, refined, *flags)
     args.seed, args.guard = 1, "on"  # nothing is sampled, and one box is not refined
-    assert begin_row(args, once, data)
+    assert begin_row(args, Row("a", "a", IVT))
     with pytest.raises(SystemExit, match="guard: off then, on now"):
-        begin_row(args, refined, data)
+        begin_row(args, refined, *flags)
     args.restart = True
-    assert not begin_row(args, refined, data) and begin_row(args, refined, data)
+    assert not begin_row(args, refined, *flags) and begin_row(args, refined, *flags)
 
 
 # Checkpoints --------------------------------------------------------------------------------------

@@ -209,7 +209,6 @@ const ORDERS = {
   gain: ["largest gain first", (a, b) => gain(b.line) - gain(a.line)],
   loss: ["largest loss first", (a, b) => gain(a.line) - gain(b.line)],
   first: ["first IoU, lowest first", (a, b) => firstIou(a.line) - firstIou(b.line)],
-  id: ["id", (a, b) => a.sample.id.localeCompare(b.sample.id, "en", { numeric: true })],
 };
 
 function chosenRows(group, method) {
@@ -286,8 +285,7 @@ function thumbnail(sample, line) {
   const svg = picture(sample);
   svg.setAttribute("aria-hidden", "true");
   if (sample.bbox) draw(svg, "truth", sample.bbox);
-  const [first, last] = [line.steps[0].box, line.steps.at(-1).box];
-  if (first) svg.firstChild.append(rectangle("before", inPixels(sample, first)));
+  const last = line.steps.at(-1).box;
   if (last) svg.firstChild.append(rectangle("box", inPixels(sample, last)));
   return svg;
 }
@@ -413,16 +411,13 @@ function go(step) {
 }
 
 function onKey(event) {
-  const inList = byId("list").contains(event.target);
   // In a field, and where something scrolls sideways, the keys have another meaning
   const taken = event.target.closest("input, select, .wide, .strip");
   if (taken || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
-  let step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  if (inList) step ??= { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (!step) return;
   event.preventDefault();
   go(step);
-  if (inList) byId("list").querySelector('[aria-current="true"]')?.focus({ preventScroll: true });
 }
 
 function start() {

@@ -155,6 +155,7 @@ def report(results):
         verdicts(results, "The 10 points are our threshold; the paper's fall is 31."),
         turns(results),
         rules(results),
+        confidence(results),
         traces(results),
         trace_accuracy(results),
         strata(results),
@@ -248,6 +249,15 @@ def rules(results):
         "The best of steps takes the truth."
     )
     return "Choosing a step without the truth", text, head, rows
+
+
+def confidence(results):
+    rows = []
+    for name, look in results["second_look"].items():
+        if "confidence" in look:
+            rows.append([name, *cells(look["confidence"].values())])
+    text = "Pearson's r between the mean log-probability of a box's tokens and its IoU."
+    return "Does confidence know", text, ("Method", "step 0", "all steps"), rows
 
 
 def traces(results):
