@@ -38,8 +38,6 @@ from PIL import Image
 RIGHT = [0, 0, 250, 500]  # the truth of GOOD
 HALF = [0, 0, 250, 250]
 FAR = [600, 600, 900, 900]
-
-
 SAMPLES_NAME = "samples"  # the row of the tests whose boxes are samples
 
 
@@ -71,17 +69,9 @@ def test_tables_by_hand():
     assert metrics(ious[:, 0]).mean(0).tolist() == pytest.approx([0.5, 0.5, 0.25, 0.5])
     row = changes(ious)
     assert row["n"] == 4
-    means = {key: row[key][0] for key in row if key != "n"}
-    assert means == pytest.approx(
-        {
-            "first": 0.5,
-            "last": 0.32625,
-            "delta": -0.17375,
-            "improved": 0.5,
-            "stagnated": 0.25,
-            "degraded": 0.25,
-        }
-    )
+    names = ("first", "last", "delta", "improved", "stagnated", "degraded")
+    means = [row[name][0] for name in names]
+    assert means == pytest.approx([0.5, 0.32625, -0.17375, 0.5, 0.25, 0.25])
 
 
 def test_intervals_against_known_answers():
@@ -235,7 +225,6 @@ def test_a_file_of_predictions_is_scored(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ({**PREDICTIONS[0], "id": "7"}, "line 5: id '7'"),
         ({**PREDICTIONS[0], "id": 1}, "line 5: id 1 is not in"),
         (PREDICTIONS[0], "second line for 'one'"),
         ({**PREDICTIONS[0], "method": "x"}, "1 of the 2"),
@@ -243,7 +232,6 @@ def test_a_file_of_predictions_is_scored(tmp_path):
         ({**PREDICTIONS[0], "boxes": [[0, 0, float("nan"), 5]]}, "line 5: box"),
         ({"id": "1"}, "line 5: expected"),
         ({**PREDICTIONS[0], "boxes": []}, "expected"),
-        ({**PREDICTIONS[0], "texts": None}, "expected"),
         ({**PREDICTIONS[0], "texts": ["a", "b"]}, "expected"),
         ({**PREDICTIONS[0], "method": 3}, "expected"),
         ({**PREDICTIONS[0], "ordered": 1}, "expected"),
