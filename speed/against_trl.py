@@ -1,6 +1,6 @@
-"""One update of GRPO as TRL's GRPOTrainer does it and as grpo.py does it, in turn (row 7).
+"""One update of GRPO as TRL's GRPOTrainer does it and as grpo.py does it, in turn (row 5).
 
-    pip install trl && python -m speed.benchmark --rows 7
+    pip install trl && python -m speed.benchmark --rows 5
 
 The work is what both can do: the toy's base, single-shot (T = 0, no feedback picture), 8 prompts
 with 6 completions each of at most 80 tokens at temperature 1, LoRA of rank 32, a reference, one
@@ -10,26 +10,33 @@ a second adapter. Its gradient is of all 48 completions at once, ours of six at 
 the toy preset. TRL ends a completion at the end of the turn, ours at the box, a token earlier.
 """
 
+import statistics
 import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 from common import SINGLE_SHOT, advantages, parse_box, reward
 from speed.measure import now
-from support.model.adapters import lora_config, lora_size
+from speed.ours import update
+from support.data.samples import load_image
+from support.model.adapters import lora_config, lora_size, policy_and_reference
 from support.model.decoding import play
-from support.model.loading import quiet
+from support.model.loading import load_vlm
+from support.running.flags import EMBEDDED, model_path
 from support.running.presets import PRESETS
+from toy.world import make_samples
 
 import torch
+from transformers import PrinterCallback, Qwen3VLProcessor, TrainerCallback
 
 PROMPTS = 8
 GROUP_SIZE = 6
 MOST_TOKENS = 80
-LEARNING_RATE = PRESETS["grpo"]["lr"].toy
-BETA = PRESETS["grpo"]["beta"].toy
+PRESET = {name: setting.toy for name, setting in (PRESETS["all"] | PRESETS["grpo"]).items()}
 
 
-def our_step(vlm, optimizer, images, samples, seed, update):
-    """One update as in grpo.py, whose losses `update` takes. Returns the tokens per completion."""
+def our_step(vlm, optimizer, images, samples, seed):
+    """One update as in grpo.py. Returns the mean number of tokens of a completion."""
     rows = play(
         vlm,
         images,
@@ -44,50 +51,77 @@ def our_step(vlm, optimizer, images, samples, seed, update):
     owners = [sample for sample in samples for _ in range(GROUP_SIZE)]
     rewards = torch.tensor([reward(row.boxes, sample) for row, sample in zip(rows, owners)])
     advantage = advantages(rewards.view(PROMPTS, GROUP_SIZE)).flatten()  # [P * N]
-    update(vlm, rows, advantage.tolist(), PRESETS["grpo"]["batch_size"].toy)
+    update(vlm, rows, [], advantage.tolist(), batch_size=PRESET["batch_size"])
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
-    return sum(len(row.target) for row in rows) / len(rows)
+    return statistics.mean(len(row.target) for row in rows)
 
 
-def trl_reward(completions, bbox, width, height, **_):
+def trl_reward(completions, sample, **_):
     """`reward` in the form that TRL asks for: lists, one entry for each completion."""
-    rewards = []
-    for completion, *truth in zip(completions, bbox, width, height):
-        sample = dict(zip(("bbox", "width", "height"), truth))
-        rewards.append(reward([parse_box(completion[0]["content"])], sample))
-    return rewards
+    pairs = zip(completions, sample)
+    return [reward([parse_box(written[0]["content"])], truth) for written, truth in pairs]
 
 
-def processor_of(vlm):
-    """The image processor and the tokenizer in one, as TRL wants them."""
-    from transformers import Qwen3VLProcessor
+class WithoutVideos(Qwen3VLProcessor):
+    """An image processor and a tokenizer in one, as TRL wants them."""
 
-    class WithoutVideos(Qwen3VLProcessor):
-        def check_argument_for_proper_class(self, name, argument):
-            """Its video processor needs torchvision; None stands for it."""
-
-    vlm.tokenizer.padding_side = "left"
-    return WithoutVideos(
-        vlm.image_processor, vlm.tokenizer, None, chat_template=vlm.tokenizer.chat_template
-    )
+    def check_argument_for_proper_class(self, name, argument):
+        """The processor of videos needs torchvision; None stands for it."""
 
 
-def compare(vlm, other, images, samples, repeats, update):
-    """(TRL, ours): the seconds of each of `repeats` updates; and each one's tokens per completion.
-
-    vlm: ours, with a policy and a reference; other: the same base, without LoRA, for TRL. They take
-    turns: ours runs when TRL's step has ended. The first turn of both is not timed.
-    """
+def trl_trainer(vlm, images, samples, updates, folder, callback):
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    rows = []
+    for sample, image in zip(samples, images):
+        prompt = SINGLE_SHOT.prompt.format(text=sample["expression"])
+        messages = [{"role": "user", "content": prompt}]
+        rows.append({"prompt": messages, "image": image, "sample": sample})
+    config = GRPOConfig(
+        output_dir=folder,
+        bf16=False,
+        per_device_train_batch_size=PROMPTS * GROUP_SIZE,
+        num_generations=GROUP_SIZE,
+        max_completion_length=MOST_TOKENS,
+        beta=PRESET["beta"],
+        learning_rate=PRESET["lr"],
+        gradient_checkpointing=False,
+        max_steps=updates,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    vlm.tokenizer.padding_side = "left"
+    template = vlm.tokenizer.chat_template
+    trainer = GRPOTrainer(
+        model=vlm.base,
+        reward_funcs=trl_reward,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=WithoutVideos(vlm.image_processor, vlm.tokenizer, None, template),
+        peft_config=lora_config(*lora_size("toy")),
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def against_trl(work, args):
+    """Row 5, on the toy's base, whatever the other rows are measured on: ours runs when TRL's step
+    has ended. The first turn of both is not timed."""
+    try:
+        import trl
+    except ImportError:
+        print("5. GRPO step against TRL: left out, it is not installed (pip install trl)")
+        return
+    vlm, other = (load_vlm(SimpleNamespace(**PRESET), model_path(EMBEDDED)) for _ in range(2))
+    policy_and_reference(vlm, None, lora_size("toy"))
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    theirs = []
-    ours = []
-    our_tokens = []
+    optimizer = torch.optim.AdamW(parameters, lr=PRESET["lr"], weight_decay=0.0)
+    theirs, ours, our_tokens = [], [], []
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -96,46 +130,20 @@ def compare(vlm, other, images, samples, repeats, update):
         def on_step_end(self, *_, **__):
             theirs.append(now() - self.start)
             start = now()
-            our_tokens.append(our_step(vlm, optimizer, images, samples, len(ours), update))
+            our_tokens.append(our_step(vlm, optimizer, images, samples, len(ours)))
             ours.append(now() - start)
 
-    rows = []
-    for sample, image in zip(samples, images):
-        prompt = SINGLE_SHOT.prompt.format(text=sample["expression"])
-        truth = {key: sample[key] for key in ("bbox", "width", "height")}
-        rows.append({"prompt": [{"role": "user", "content": prompt}], "image": image, **truth})
-    quiet()
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            per_device_train_batch_size=PROMPTS * GROUP_SIZE,
-            num_generations=GROUP_SIZE,
-            max_completion_length=MOST_TOKENS,
-            temperature=1.0,
-            beta=BETA,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            gradient_checkpointing=False,
-            max_steps=repeats + 1,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = GRPOTrainer(
-            model=other.base,
-            reward_funcs=trl_reward,
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=processor_of(other),
-            peft_config=lora_config(*lora_size("toy")),
-            callbacks=[Turns()],
-        )
-        trainer.remove_callback(PrinterCallback)
+        samples = make_samples(folder, -(-PROMPTS // 3), 0)[:PROMPTS]
+        images = [load_image(sample, Path(folder)) for sample in samples]
+        trainer = trl_trainer(other, images, samples, args.repeats + 1, folder, Turns())
         trainer.train()
-    logged = [row["completions/mean_length"] for row in trainer.state.log_history[:-1]]
-    tokens = (sum(logged[1:]) / repeats, sum(our_tokens[1:]) / repeats)
-    return theirs[1:], ours[1:], tokens
+    their_tokens = [row["completions/mean_length"] for row in trainer.state.log_history[:-1]]
+    seconds = [statistics.median(times[1:]) for times in (theirs, ours)]
+    ratios = sorted(a / b for a, b in zip(theirs[1:], ours[1:]))
+    print(
+        f"5. GRPO step on the toy, TRL {trl.__version__}: {seconds[0]:.2f} s, ours {seconds[1]:.2f}"
+        f" s, {statistics.median(ratios):.2f} times faster ({ratios[0]:.2f} to {ratios[-1]:.2f}); "
+        f"tokens a completion {statistics.mean(their_tokens[1:]):.1f}, "
+        f"{statistics.mean(our_tokens[1:]):.1f}"
+    )

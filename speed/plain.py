@@ -7,12 +7,10 @@ pass of the model, over one trajectory for GRPO's update, with all of its logits
 from common import (
     IVT,
     ImageTokens,
-    Trajectory,
+    begin,
     continuation_ids,
-    grpo_loss,
     last_valid,
-    parse_box,
-    prompt_ids,
+    read_box,
     recompute_activations,
 )
 
@@ -46,49 +44,46 @@ def model_inputs(vlm, sequences, images):
     )
 
 
-def append_written(vlm, row, tokens, t, loop):
+def append_written(vlm, row, tokens, t):
     """Appends what generate() wrote for a row at step t, as far as where the step ends."""
-    end_of_turn = vlm.token("<|im_end|>")
     text = ""
     for token in tokens:
         row.target.append(token)
-        if token == end_of_turn:
+        if token == vlm.token("<|im_end|>"):
             break
         row.ids.append(token)
         text += vlm.tokenizer.decode([token])
-        if loop.ends(text, t):
+        if IVT.ends(text, t):
             break
-    row.texts.append(text)
-    row.boxes.append(parse_box(text))
+    row.boxes.append(read_box(text, last_valid(row.boxes), IVT))
 
 
 @torch.no_grad()
-def plain_rollout(
-    vlm, images, texts, steps, *, max_tokens, loop=IVT, group_size=1, temperatures=(0.0, 0.0)
-):
+def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size=1, temperatures=(0.0, 0.0)):
     """As `rollout`, but all images and all tokens so far go through the model at every step.
 
-    Returns Trajectories with their ids, targets, texts and boxes; `images` are PIL.
+    Returns Trajectories with their ids, targets and boxes; `images` are PIL.
     """
     end_of_turn = vlm.token("<|im_end|>")
     recompute_activations(vlm)
     rows = []
+    shown = []  # the pictures of each row
     for image, text in zip(images, texts):
-        ids = prompt_ids(vlm, size_in_tokens(vlm, image), text, loop)
-        rows += [Trajectory(ids=list(ids), images=[image]) for _ in range(group_size)]
-    texts = [text for text in texts for _ in range(group_size)]
+        for _ in range(group_size):
+            rows.append(begin(vlm, size_in_tokens(vlm, image), text, IVT))
+            shown.append([image])
     for t in range(steps + 1):
         if t > 0:
-            for row, text in zip(rows, texts):
-                picture = loop.feedback(row.images[0], last_valid(row.boxes))
-                row.images.append(picture)
+            for i, (row, pictures) in enumerate(zip(rows, shown)):
+                picture = IVT.feedback(pictures[0], last_valid(row.boxes))
+                pictures.append(picture)
                 size = size_in_tokens(vlm, picture)
-                row.ids += continuation_ids(vlm, size, text, loop)
-        inputs = model_inputs(vlm, [row.ids for row in rows], [row.images for row in rows])
+                row.ids += continuation_ids(vlm, size, texts[i // group_size], IVT)
+        inputs = model_inputs(vlm, [row.ids for row in rows], shown)
         start = inputs["input_ids"].shape[1]
 
         def step_ends(ids, scores, start=start, t=t, **_):
-            ends = [loop.ends(vlm.tokenizer.decode(row[start:]), t) for row in ids]
+            ends = [IVT.ends(vlm.tokenizer.decode(row[start:]), t) for row in ids]
             return torch.tensor(ends, device=ids.device)
 
         temperature = temperatures[min(t, 1)]
@@ -105,21 +100,22 @@ def plain_rollout(
             **sampling,
         )
         for row, tokens in zip(rows, out[:, start:].tolist()):
-            append_written(vlm, row, tokens, t, loop)
+            append_written(vlm, row, tokens, t)
     return rows
 
 
-def plain_logprobs(vlm, trajectory, images, *, keep=False):
-    """Log-probabilities [M] and entropies [M] of one trajectory: the model's own forward pass.
+def plain_logprobs(vlm, trajectories, images, *, keep=False):
+    """Log-probabilities and entropies [M] of one trajectory: the model's own forward pass.
 
-    images: PIL, those of the trajectory. keep: ask the model for the logits at the targets alone
+    images: PIL, a list for the trajectory. keep: ask the model for the logits at the targets alone
     (`logits_to_keep`).
     """
+    [trajectory] = trajectories
     device = vlm.base.device
     predictor = torch.tensor(trajectory.predictor, device=device)  # [M]
     target = torch.tensor(trajectory.target, device=device)  # [M]
     recompute_activations(vlm)
-    inputs = model_inputs(vlm, [trajectory.ids], [images])
+    inputs = model_inputs(vlm, [trajectory.ids], images)
     if keep:
         logits = vlm.base(**inputs, use_cache=False, logits_to_keep=predictor).logits[0]  # [M, V]
     else:
@@ -128,26 +124,6 @@ def plain_logprobs(vlm, trajectory, images, *, keep=False):
     logprobs = logits.float().index_fill(-1, placeholder, -1e30).log_softmax(-1)  # [M, V]
     entropy = -(logprobs.exp() * logprobs).sum(-1)  # [M]
     return logprobs.gather(1, target[:, None])[:, 0], entropy
-
-
-def plain_update(vlm, trajectories, images, advantages, *, keep=False):
-    """GRPO's gradient, a trajectory at a time; returns the loss."""
-    tokens = sum(len(t.target) for t in trajectories)
-    total = 0.0
-    vlm.model.zero_grad()
-    for trajectory, pictures, advantage in zip(trajectories, images, advantages):
-        with torch.no_grad():
-            vlm.model.set_adapter("reference")
-            ref_logprob, _ = plain_logprobs(vlm, trajectory, pictures, keep=keep)  # [M]
-        vlm.model.set_adapter("policy")
-        logprob, entropy = plain_logprobs(vlm, trajectory, pictures, keep=keep)  # [M], [M]
-        advantage = torch.full_like(logprob, advantage)  # [M]
-        loss, *_ = grpo_loss(
-            logprob, ref_logprob, advantage, entropy, beta=0.04, entropy_weight=0.01
-        )
-        (loss / tokens).backward()
-        total += loss.item() / tokens
-    return total
 
 
 def plain_sft(vlm, trajectories, images):
