@@ -112,7 +112,7 @@ def group_rollout(work, args):
 def rollouts(work, args):
     for n in args.sizes:
         cost = take_turns(decoding(work, n, args.tokens), args.repeats)
-        show(f"2. rollout of {n} prompts, T = 2", *cost.values())
+        show(f"2. rollout of P = {n} prompts, T = 2", *cost.values())
 
 
 def update_of_grpo(work, args):

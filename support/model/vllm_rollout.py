@@ -18,10 +18,9 @@ The update stays as it is, with an importance ratio of 1. This holds up to round
 add up in another order than the trainer's, and in bfloat16 log pi of a token may differ by some
 hundredths. `grpo.py` logs the mean and the largest |log pi_sampler - log pi_trainer| of an update
 (`sampler_gap`, `sampler_gap_max`) and warns when the mean is above the bound in
-support/report/health.py. Were it not to be neglected, the correction is truncated importance
-sampling: each token's policy term is weighted by min(pi_trainer / pi_sampler, C), without gradient,
-with a C of about 2. It is not built in: with `--dtype float32` the ratio is 1 to five digits, and a
-gap that is large tells of something else that is wrong.
+support/report/health.py. Truncated importance sampling, which would correct for it, is not built
+in: with `--dtype float32` the ratio is 1 to five digits, and a gap that is large tells of something
+else that is wrong.
 """
 
 import atexit
