@@ -23,7 +23,7 @@ RIGHT = [0, 0, 250, 500]  # the truth of GOOD
 HALF = [0, 0, 250, 250]
 FAR = [600, 600, 900, 900]
 BASE = Row("base", loop=SINGLE_SHOT)
-SAMPLED = Row("samples", loop=SINGLE_SHOT, ordered=False)
+SAMPLED = Row("samples", loop=SINGLE_SHOT, samples=3)
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"&\u2028"
 
 

@@ -7,7 +7,7 @@ from common import IVT
 from support.model.views import asked_again, zoom
 from support.report.overlays import OVERLAYS
 from support.report.own_picture import own_sample
-from support.report.pictures import filmstrip, lead_picture, write_figures
+from support.report.pictures import write_strip
 from support.report.rows import Row
 from support.report.score_predictions import read_predictions
 from support.report.statistics import (
@@ -43,7 +43,10 @@ SAMPLES_NAME = "samples"  # the row of the tests whose boxes are samples
 
 def as_rows(lines_of):
     """name -> lines as the tables take them."""
-    return {Row(name, ordered=name != SAMPLES_NAME): lines for name, lines in lines_of.items()}
+    return {
+        Row(name, samples=3 if name == SAMPLES_NAME else 1): lines
+        for name, lines in lines_of.items()
+    }
 
 
 def trajectories(*boxes_of):
@@ -271,49 +274,36 @@ def test_results_and_figures_are_written(tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert "Table 2" in (tmp_path / "results.md").read_text()
     assert summary(results) in capsys.readouterr().out
-    row = Row(SFT, loop=IVT)
-    write_figures(row, samples, rows_of[SFT], 1, tmp_path, tmp_path)
-    for name in ("corrections", "failures", "first", "lead"):
-        with Image.open(tmp_path / f"figures/{name}.png") as file:
-            assert file.width >= 2 * 320
     cut = [{**row, "boxes": row["boxes"][:2]} for row in rows_of[SFT]]
     assert by_change(samples, cut) == [0, 2, 3, 1]
 
 
 @pytest.mark.parametrize("size", [(80, 80), (2000, 300), (8, 900)])
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_the_lead_picture_fits_the_page(size, count):
+def test_the_lead_picture_fits_the_page(tmp_path, size, count):
     """Whatever is long: the expression, its one word, the trace."""
     sample = {**GOOD, "width": size[0], "height": size[1], "bbox": [0, 0, size[0] / 4, size[1] / 2]}
     texts = ["<think>" + "many words of a trace " * 20 + "</think>[0, 0, 250, 500]"] * count
     line = {"boxes": [RIGHT, None, *[HALF] * count][:count], "texts": texts}
     for words in ("a word " * 200, "x" * 2000, "x"):
         for loop in (IVT, zoom(2.0), asked_again(2.0)):
-            lead = lead_picture({**sample, "expression": words}, picture(*size), line, loop)
-            assert lead.width <= 1000 and lead.height <= 560
+            own = {**sample, "expression": words}
+            write_strip(tmp_path / "lead.png", own, picture(*size), line, loop)
+            with Image.open(tmp_path / "lead.png") as lead:
+                assert lead.width <= 1000 and lead.height <= 560
 
 
-def test_the_lead_picture_shows_the_box_that_is_fed_back():
+def test_the_lead_picture_shows_the_box_that_is_fed_back(tmp_path):
     image = Image.new("RGB", (300, 300), "white")
     sample = {**GOOD, "width": 300, "height": 300, "bbox": [0, 0, 75, 150]}
     line = {"boxes": [[500, 500, 900, 900], RIGHT], "texts": TEXTS}
-    lead = lead_picture(sample, image, line, IVT)
-    left, top = 14 + 320 + 14, 34 + 36  # of the panel of step 1
+    write_strip(tmp_path / "lead.png", sample, image, line, IVT)
+    lead = Image.open(tmp_path / "lead.png")
+    left, top = 14 + 320 + 14, 50 + 20  # of the panel of step 1
     red, green, blue = lead.getpixel((left + 200, top + 200))
     assert red == 255 and 0 < green == blue < 255
     assert lead.getpixel((14 + 200, top + 200)) == (255, 255, 255)  # step 0 was shown no box
-
-
-def test_truth_and_prediction_are_drawn_where_they_are():
-    image = Image.new("RGB", (320, 160), "white")
-    sample = {**GOOD, "width": 320, "height": 160, "bbox": [0, 0, 160, 160]}
-    row = {"boxes": [[500, 0, 1000, 1000], None], "texts": TEXTS}
-    for truth, corner in ((sample, (0, 170, 0)), ({"expression": "x"}, (255, 255, 255))):
-        strip = filmstrip([(truth, image, row)], "title")
-        left, top = 14, 34 + 36  # below the title and one line of words
-        assert strip.getpixel((left, top)) == corner
-        assert strip.getpixel((left + 200, top)) == (255, 0, 0)
-        assert strip.getpixel((left + 334 + 200, top)) == (255, 255, 255)  # no valid box
+    assert lead.getpixel((left, top)) == (0, 210, 230)  # the new box, which is the truth
 
 
 def test_what_is_shown_instead_of_the_box():

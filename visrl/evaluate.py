@@ -8,7 +8,7 @@ punctuation (ours; the paper has a judge model), a box when its IoU with the tru
 the same size, or the whole image.
 
 Reads data/test.jsonl, the adapters, and the pairs for Table 6. Writes results.md, results.json,
-figures/*.png, log/evaluate_*.jsonl under --out.
+report.html, log/evaluate_*.jsonl under --out.
 """
 
 import random
@@ -57,10 +57,8 @@ test = samples.read_side(args, "test", "python -m visrl.make_data", samples.VISR
 loop = LOOPS[args.crop]
 roll = rollouts(args)
 
+
 # One row on all test samples ----------------------------------------------------------------------
-loaded = {}
-
-
 def given_box(sample, kind):
     """The box (0..1000) that a control puts in the place of the policy's own."""
     if kind == "whole":
@@ -84,7 +82,7 @@ def play(row):
         if row.box != "own":
             first_texts = [format_box(given_box(sample, row.box)) for sample in part]
         trajectories = roll(
-            model_of(args, row, loaded, "crop"),
+            model_of(args, row, "crop"),
             [samples.load_image(sample, data) for sample in part],
             [sample["question"] for sample in part],
             1 if row.boxed else 0,
@@ -131,7 +129,6 @@ lines_of = {row.name: lines_of[row.name] for row in rows}
 results = {"n": len(test), "seed": args.seed, "model": Path(args.model).name}
 results |= report.analyse(test, lines_of, report.read_pairs(data))
 report.write(results, args.out)
-report.filmstrips(test, lines_of, data, args.out, loop.feedback)
 place = report.page(args, results, test, lines_of)
 places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
 print(f"{places}, {processes.minutes(start)}")

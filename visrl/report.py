@@ -1,12 +1,11 @@
-"""The numbers of VisRL's evaluation, what they say about the paper's findings, tables, filmstrips.
+"""The numbers of VisRL's evaluation, what they say about the paper's findings, tables, the page.
 
 S samples. An estimate is [mean, low, high], a mean over samples with its 95 percent bootstrap
 interval; differences between rows are paired.
 """
 
 from common import box_iou, format_box, normalize_box
-from support.data.samples import load_image
-from support.report import pictures, tables
+from support.report import tables
 from support.report.page import SAMPLES, group, log_curves, write_page
 from support.report.rows import Row
 from support.report.statistics import estimate, judged, resamples
@@ -210,39 +209,6 @@ def sections(results):
     text = "W, L: the chosen and the rejected box; P, N: right or not."
     found.append(("Pairs (Table 6)", text, ("Pipeline", "pairs", *kinds), rows))
     return [section for section in [*found, tables.verdicts(results)] if section[-1]]
-
-
-# Filmstrips ---------------------------------------------------------------------------------------
-def filmstrips(samples, lines_of, data, folder, feedback, count=pictures.ROWS):
-    """Writes figures/{gains,losses,first}.png of the last trained row against SFT -> its name."""
-    names = [name for name in (SFT, RL1, RL2) if name in lines_of]
-    if not names:
-        return "nothing"
-    shown, first = names[-1], names[0]
-    lines = lines_of[shown]
-    change = [a["right"] - b["right"] for a, b in zip(lines, lines_of[first])]
-    for name, rule, numbers in (
-        ("gains", f"first gains against {first}", [i for i, v in enumerate(change) if v > 0]),
-        ("losses", f"first losses against {first}", [i for i, v in enumerate(change) if v < 0]),
-        ("first", "first of the test set", range(len(samples))),
-    ):
-        strips = [pictures.header(f"{shown}: {rule}", pictures.KEYS, 682)]
-        for i in numbers[:count]:
-            image = load_image(samples[i], data)
-            strips.append(strip(samples[i], image, lines[i], feedback))
-        pictures.write_picture(folder / f"figures/{name}.png", pictures.stack(strips))
-    return shown
-
-
-def strip(sample, image, line, feedback):
-    """One sample: the image with true and predicted box, the crop, the answer."""
-    boxes = [(pictures.TRUTH, pictures.truth_of(sample)), (pictures.BOX, line["box"])]
-    whole = pictures.panel(image, boxes, height=320)
-    crop = pictures.panel(feedback(image, line["box"]), [], height=320)
-    box = f"box: IoU {line['iou']:.2f}" if "iou" in line else "box"
-    answer = f"answer: {'right' if line['right'] else 'wrong'}"
-    words = f"{line['answer']} (truth: {sample['answer']})"
-    return pictures.strip(sample["question"], [(whole, box, ""), (crop, answer, words)])
 
 
 # The page -----------------------------------------------------------------------------------------

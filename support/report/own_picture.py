@@ -10,7 +10,7 @@ from support.model.adapters import load_with_adapter
 from support.model.checkpoints import best_adapter
 from support.model.decoding import rollouts
 from support.report.page import group, write_page
-from support.report.pictures import ROWS, filmstrip, write_picture
+from support.report.pictures import write_strip
 from support.report.rows import Row
 from support.running.errors import explain_out_of_memory, stop, working_on
 from support.running.files import agrees, read_lines
@@ -24,8 +24,8 @@ LINE = '{"image": "photo.jpg", "expression": "the cat on the left"}'
 
 def look_at(args, image, expression, loop):
     """Runs the loop on image files, each with an expression; prints every step, with boxes in
-    pixels, and writes a page of them, figures/<name of `image`>.html under --out, and the
-    filmstrip figures/<name of `image`>.png of the first ones.
+    pixels, and writes a page of them, figures/<name of `image`>.html under --out, and the first
+    one as a picture beside it.
 
     image, expression: as of `pairs`. Takes the GRPO adapter of the run, else its SFT adapter. Exits
     when there is none, or when a file is no image or an expression no text that can be used.
@@ -54,8 +54,8 @@ def look_at(args, image, expression, loop):
             lines.append({"boxes": t.boxes, "texts": t.texts})
             show(sample, t)
     place = args.out / f"figures/{Path(image).stem}"
-    items = [(sample, load(sample, "/"), line) for sample, line in zip(samples[:ROWS], lines)]
-    write_picture(place.with_name(f"{place.name}.png"), filmstrip(items, adapter.name))
+    first = samples[0], load(samples[0], "/"), lines[0]
+    write_strip(place.with_name(f"{place.name}.png"), *first, loop)
     row = Row(adapter.name, loop=loop, drawn=args.feedback != "again")
     page = write_page(
         place.with_name(f"{place.name}.html"),
@@ -64,7 +64,7 @@ def look_at(args, image, expression, loop):
         data=Path("/"),
         load=load,
     )
-    print(f"{adapter} on {image}: {page}, and as a picture beside it")
+    print(f"{adapter} on {image}: {page}, and the first one as a picture beside it")
 
 
 def show(sample, trajectory):

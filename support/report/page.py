@@ -24,10 +24,12 @@ from common import WHOLE, box_iou, last_valid
 from support.data.samples import load_image
 from support.model.views import loop_of
 from support.report.health import HEALTHY, LAST_UPDATES
+from support.report.pictures import write_strip
 from support.report.rows import Row, log_line
-from support.report.tables import report
+from support.report.statistics import by_change, main_row
+from support.report.tables import report, results_of_run, summary, write_results
 from support.running.files import write_jsonl, write_text
-from support.running.processes import RANK, gather
+from support.running.processes import RANK, gather, minutes
 
 from PIL import Image
 
@@ -44,11 +46,34 @@ RIGHT = 0.5
 
 
 # The pages of a run -------------------------------------------------------------------------------
-def write_evaluation(args, results, samples, lines_of):
-    """report.html of an evaluation: tables, curves, trajectories; returns its path.
+def write_all(args, rows, samples, lines_of, others, start):
+    """All that an evaluation leaves: results.md, results.json, report.html, the largest gain as
+    figures/lead.png, and --predictions.
 
-    lines_of: Row -> its lines, in the order of the samples.
+    rows: all of them, played or not. lines_of: Row -> its lines, in the order of the samples.
+    others: as of `statistics.ablations`. start: a time.time().
     """
+    results = results_of_run(args, samples, rows, lines_of, others)
+    write_results(results, args.out, summary(results), report(results))
+    if args.predictions:
+        lines = []
+        for row, own in lines_of.items():
+            lines += [{"method": row.name, "ordered": row.ordered, **line} for line in own]
+        write_jsonl(args.predictions, lines)
+    shown = main_row(lines_of)
+    short = []  # what the tables are of
+    for line in lines_of[shown]:
+        short.append({key: line[key][: args.steps + 1] for key in ("boxes", "texts")})
+    best = by_change(samples, short)[0]
+    image = load_image(samples[best], args.out / "data")
+    write_strip(args.out / "figures/lead.png", samples[best], image, short[best], shown.loop)
+    place = write_evaluation(args, results, samples, lines_of)
+    places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
+    print(f"{places}, {minutes(start)}")
+
+
+def write_evaluation(args, results, samples, lines_of):
+    """report.html of an evaluation: tables, curves, trajectories; returns its path."""
     title = f"{args.out.name} · {results['model']} · {results['n']} test samples"
     test = group("test", samples, lines_of, args.steps, shown=results["shown"], limit=SAMPLES)
     return write_page(

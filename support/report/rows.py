@@ -18,10 +18,14 @@ class Row:
     loop: Loop | None = None  # None: another system's boxes, of which nothing else is known
     steps: int = 0  # refinement steps; 0: step 0 alone
     adapter: str | None = None  # folder under --out; None is the untrained base
-    samples: int = 1  # more: so many answers of step 0 are sampled
-    ordered: bool = True  # False: its boxes are samples, and no step follows another
+    samples: int = 1  # more: so many answers of step 0 are sampled, and no step follows another
     drawn: bool = True  # whether the picture before a step has the last box drawn on it
     command: str = ""  # what makes the adapter of a row that belongs to the paper's tables
+
+    @property
+    def ordered(self):
+        """Whether its boxes are steps, each after the one before."""
+        return self.samples == 1
 
     @property
     def guarded(self):
@@ -40,9 +44,12 @@ def is_trained(args, row):
     return row.adapter is None or adapter_file(args, row).exists()
 
 
-def model_of(args, row, loaded, flag):
-    """The base model with the row's adapter. Loads it unless it is in `loaded`, a dict of the last
-    one. Exits when the adapter was made with another value of `flag`."""
+loaded = {}  # the adapter of the model that is loaded -> the model
+
+
+def model_of(args, row, flag):
+    """The base model with the row's adapter; the last one is kept. Exits when the adapter was made
+    with another value of `flag`."""
     if row.adapter not in loaded:
         loaded.clear()  # free one model before another is loaded
         if row.adapter:
@@ -51,25 +58,19 @@ def model_of(args, row, loaded, flag):
     return loaded[row.adapter]
 
 
-def begin_row(args, row, *flags, **more):
-    """Writes down what the log of a row is made with; returns whether it was begun before, with the
-    same. Exits when something differs, unless `--restart` is given.
+def play_row(args, row, test, work, *flags, **more):
+    """The lines of log/evaluate_<row.log>.jsonl, one for each test sample; `work` makes those that
+    are missing.
 
-    flags, more: as of `begin`, beside what every row depends on. Others are not compared, so that
-    `--restart` does not play all rows.
+    work: as of `resumable`. flags, more: as of `begin`, what the row depends on beside what every
+    row does; others are not compared, so that `--restart` does not play all rows.
     """
     inputs = [args.out / "data/test.jsonl"]
     if row.adapter:
         say_if_unfinished(args.out / row.adapter)
         inputs.append(adapter_file(args, row))
     only = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", *flags]
-    return begin(args, f"evaluate_{row.log}", *inputs, only=only, **more)
-
-
-def play_row(args, row, test, work, *flags, **more):
-    """The lines of a row's log, one for each test sample; `work` makes those that are missing.
-    work: as of `resumable`; flags, more: as of `begin_row`."""
-    same = begin_row(args, row, *flags, **more)
+    same = begin(args, f"evaluate_{row.log}", *inputs, only=only, **more)
     path = args.out / f"log/evaluate_{row.log}.jsonl"
     restart = args.restart and not same
     return resumable(path, test, args.batch_size, row.name, work, restart=restart)

@@ -5,8 +5,8 @@
 A line is {"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}: T + 1 boxes in 0..1000
 or null, and, if there are any, as many "texts"; "ordered": false where they are samples, and no
 step follows another. The first method is what the others are compared against. Reads
-data/test.jsonl; writes results.md, results.json, report.html and figures/*.png to a folder under
---out that is named as the file, so that the run's own results stay.
+data/test.jsonl; writes results.md, results.json and report.html to a folder under --out that is
+named as the file, so that the run's own results stay.
 """
 
 import json
@@ -14,7 +14,6 @@ from pathlib import Path
 
 from support.data.samples import read_side
 from support.report.page import SAMPLES, group, result_curves, write_page
-from support.report.pictures import write_figures
 from support.report.rows import Row
 from support.report.statistics import main_row
 from support.report.tables import report, results_of, summary, write_results
@@ -40,7 +39,7 @@ def read_predictions(path, samples):
             raise ValueError(
                 f"{where}: id {name!r} is not in test.jsonl; give the ids of that file"
             )
-        row = Row(own["method"], ordered=own.get("ordered", True))
+        row = Row(own["method"], samples=1 if own.get("ordered", True) else len(own["boxes"]))
         lines = lines_of.setdefault(row, [None] * len(samples))
         if lines[number_of[name]]:
             twice = f"a second line for {row.name!r} and id {name!r}"
@@ -109,7 +108,6 @@ if __name__ == "__main__":
     results = results_of(samples, lines_of, args.steps)
     folder = args.out / Path(args.predictions).stem
     write_results(results, folder, summary(results), report(results))
-    write_figures(shown, samples, lines_of[shown], args.steps, data, folder)
     own = {}
     for row, lines in lines_of.items():  # of what else a line says nothing is known
         own[row] = [{key: line[key] for key in ("boxes", "texts")} for line in lines]
@@ -121,4 +119,4 @@ if __name__ == "__main__":
         groups=[group("test", samples, own, args.steps, shown=shown.name, limit=SAMPLES)],
         data=data,
     )
-    print(f"tables and pictures of {args.predictions} in {folder}")
+    print(f"tables and page of {args.predictions} in {folder}")

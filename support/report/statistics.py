@@ -19,8 +19,10 @@ import numpy as np
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
 
 # Rows of Table 1 that the paper has findings about
+GUARDED = "Base, asked again, zoomed and guarded"
 UNTRAINED = "Base + IVT (no training)"
 SFT = "SFT + IVT"
+SINGLE = "SFT + GRPO (single-step)"
 GRPO = "SFT + GRPO + IVT"
 WITHOUT_SFT = "GRPO without SFT + IVT"
 
