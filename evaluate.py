@@ -6,12 +6,8 @@
     python evaluate.py --image photo.jpg --expression "the cat on the left"     your own picture
     python evaluate.py --image my.jsonl                                         or many of them
 
-All decoding is greedy, except in the control row that samples T + 1 single-shot answers. IVT rows
-are played to `--longest` steps: a greedy trajectory of T steps is the beginning of a longer one, so
-every smaller T is read off it.
-
-Besides the paper's rows there are controls: T + 1 sampled answers of the base, and the base asked
-again on the enlarged surroundings of its box (`--surroundings`), without any training.
+All decoding is greedy. Besides the paper's rows there are controls: T + 1 sampled answers of the
+base, and the base asked again on the enlarged surroundings of its box, without any training.
 
 Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth
 to choose: `best of steps` here. A user can choose the first step, the last, the last valid box, or
@@ -60,8 +56,7 @@ roll = rollouts(args)
 T = args.steps
 closer = asked_again(args.surroundings)
 zoomed = dict(steps=T, drawn=False)
-refined = dict(loop=loop, drawn=args.feedback != "again")
-longest = dict(steps=max(T, args.longest), **refined)
+refined = dict(loop=loop, steps=T, drawn=args.feedback != "again")
 GUARDED = Row(statistics.GUARDED, "base_closer_guarded", guarded(closer), **zoomed)
 ROWS = [
     Row("Base (single-shot)", "base", SINGLE_SHOT),
@@ -70,12 +65,12 @@ ROWS = [
     # Do new pixels help without any training? The question again, on the enlarged surroundings
     Row("Base, asked again on the zoomed view", "base_closer", closer, **zoomed),
     GUARDED,
-    Row(statistics.UNTRAINED, "base_ivt", steps=T, **refined),
-    Row(statistics.SFT, "sft", **longest, adapter="sft", command="sft.py"),
+    Row(statistics.UNTRAINED, "base_ivt", **refined),
+    Row(statistics.SFT, "sft", **refined, adapter="sft", command="sft.py"),
     # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
     Row(statistics.SINGLE, "grpo_single", loop, adapter="grpo_single", command="grpo.py --steps 0"),
-    Row(statistics.GRPO, "grpo", **longest, adapter="grpo", command="grpo.py"),
-    Row(statistics.WITHOUT_SFT, "base_grpo", **longest, adapter="base_grpo"),
+    Row(statistics.GRPO, "grpo", **refined, adapter="grpo", command="grpo.py"),
+    Row(statistics.WITHOUT_SFT, "base_grpo", **refined, adapter="base_grpo"),
 ]
 if args.feedback == "again":  # the untrained loop is the control itself
     ROWS = [row for row in ROWS if row.name != statistics.UNTRAINED]
@@ -107,7 +102,7 @@ def play(row):
     depends_on = [] if row.ordered else ["seed"]
     if row.steps:
         depends_on += ["feedback", "surroundings", "guard"]
-    size = {"samples": row.samples, "longest": row.steps}
+    size = {"samples": row.samples, "steps": row.steps}
     return play_row(args, row, test, work, *depends_on, **size)
 
 

@@ -29,7 +29,7 @@ SMALL = {  # a step of the main job -> its command, in the order of the README
     "sft": "sft.py --epochs 1 --batch-size 2 --grad-accum 2 --save-every 2",
     "grpo": f"{GRPO} --max-tokens 60",
     "grpo_single": f"{GRPO} --max-tokens 60 --steps 0",
-    "evaluate": "evaluate.py --max-tokens 60 --longest 3",
+    "evaluate": "evaluate.py --max-tokens 60",
 }
 
 # It forks from a process that has loaded the libraries, which saves seconds at every start
@@ -192,7 +192,7 @@ def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
         ("make_data", ()),
         ("sft", ()),
         ("grpo", ("--guard", "on")),
-        ("evaluate", ("--guard", "on", "--ablations", "--longest", "2")),
+        ("evaluate", ("--guard", "on", "--ablations")),
     ):
         status, printed = command(step, out, *zoomed, *more)
         assert status == 0, printed

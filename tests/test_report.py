@@ -2,9 +2,11 @@
 predictions."""
 
 import json
+from types import SimpleNamespace
 
 from common import IVT
 from support.model.views import asked_again, zoom
+from support.report import health
 from support.report.overlays import OVERLAYS
 from support.report.own_picture import own_sample
 from support.report.pictures import write_strip
@@ -16,7 +18,6 @@ from support.report.statistics import (
     UNTRAINED,
     WITHOUT_SFT,
     ablation,
-    adaptive,
     by_change,
     changes,
     choices,
@@ -100,25 +101,12 @@ def test_strata():
     assert parts["step-0 IoU"]["hard, below 0.5"]["first"][0] == pytest.approx(0.345)
 
 
-def test_adaptive_stopping():
+def test_stopping_where_two_boxes_agree():
     a, near = [0, 0, 100, 100], [0, 0, 100, 90]
     assert stop_step([a, FAR, near, near, near], 0.8, 4) == 3
     assert stop_step([a, near, FAR], 0.8, 2) == 1
     assert stop_step([a, None, a, a], 0.8, 2) == 2
     assert stop_step([a, a, a], 1.0, 2) == 2
-    rows = [
-        {"boxes": [FAR, a, a], "read": [100, 150, 200]},
-        {"boxes": [a, a, FAR], "read": [100, 150, 200]},
-    ]
-    settings = adaptive(np.array([[0, 0.6, 0.6], [0.8, 0.8, 0]]), rows)
-    at = {(row["threshold"], row["T"]): row for row in settings}
-    early = at[0.9, 2]
-    assert (early["steps"], early["cost"]) == pytest.approx((1.5, 1.75))
-    assert early["mean IoU"][0] == pytest.approx(0.7)
-    assert early["gain"]["mean IoU"][0] == pytest.approx(0.3)
-    assert at[1.0, 2]["steps"] == 2
-    assert at[1.0, 2]["mean IoU"][0] == pytest.approx(0.3)
-    assert at[0.5, 0]["cost"] == 1 and at[0.5, 0]["gain"]["Acc@0.5"] == [0, 0, 0]
 
 
 def test_rows_of_an_ablation(tmp_path):
@@ -190,13 +178,6 @@ def test_samples_are_set_against_steps_and_have_no_order():
     assert "sampling" not in results_of(samples, as_rows(rows_of), 1)
 
 
-def test_whether_any_setting_beats_not_refining():
-    samples = [{**GOOD, "id": str(i)} for i in range(30)]
-    for step_1, words in ((HALF, "6 settings with T >= 1, 0 beat"), (RIGHT, "T >= 1, 6 beat")):
-        results = results_of(samples, as_rows({"x": trajectories(*[[HALF, step_1]] * 30)}), 1)
-        assert words in markdown(report(results))
-
-
 # Predictions of other systems ---------------------------------------------------------------------
 SAMPLES = [{**GOOD, "id": str(i)} for i in range(2)]
 PREDICTIONS = [
@@ -218,7 +199,7 @@ def test_a_file_of_predictions_is_scored(tmp_path):
     assert results["table1"]["one"]["its only box"]["mean IoU"][0] == 0.75
     assert [value[0] for value in results["table2"]["two"]["iou"]] == [0.25, 1]
     assert results["differences"]["two"]["last step"]["mean IoU"][0] == 0.25
-    assert results["adaptive"] == {}  # nobody says how many tokens it took
+    assert "cost" not in results["table2"]["two"]  # nobody says how many tokens it took
     text = markdown(report(results))
     assert "| two | 0.250 [0.000, 0.500] | 1.000 [1.000, 1.000] |  | +0.750" in text
     write_jsonl(path, [{**line, "ordered": line["method"] == "one"} for line in PREDICTIONS])
@@ -328,3 +309,17 @@ def test_a_picture_of_your_own_is_turned_upright(tmp_path):
     for path in (file, tmp_path / "none.png"):
         with pytest.raises(SystemExit, match=f"error: --image {path}: "):
             own_sample(str(path), "x")
+
+
+def test_leaving_the_healthy_range_warns_once():
+    row = {"kl": 0.9, "entropy": 1.0, "no_signal": 0.0, "sampler_gap": 0.0, "valid": 1.0}
+    said = []
+    run = SimpleNamespace(rows=[row] * 4, warned=set(), say=said.append)
+    health.warn(run)  # too few
+    run.rows = [row] * 5
+    health.warn(run)
+    health.warn(run)
+    assert len(said) == 1 and said[0].startswith("warning: kl is 0.900 (healthy: 0 to 0.5)")
+    run.warned, run.rows = set(), [row] * 5 + [{**row, "kl": 0.1}] * 10  # long ago does not count
+    health.warn(run)
+    assert len(said) == 1

@@ -6,7 +6,7 @@ from common import Trajectory, step_text
 from support.data.teacher import template_trace
 from support.report.claims import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of
 from support.report.rows import Row, log_line
-from support.report.second_look import AGREEMENT, analyse, correlation, kept_step, turns
+from support.report.second_look import AGREEMENT, analyse, kept_step, turns
 from support.report.statistics import estimate_of, ratio
 from support.report.tables import markdown, report, results_of
 from tests.small import GOOD, vlm
@@ -52,19 +52,6 @@ def test_a_ratio_has_the_interval_of_a_share():
     # One sample of the kind: resamples without it do not count
     assert ratio(part, np.arange(600) == 0) == [1, 1, 1]
     assert estimate_of(np.ones((3, 1)), lambda m: m[..., 0] / 0) is None
-
-
-def test_r_is_pearsons():
-    rng = np.random.default_rng(0)
-    x = rng.normal(-3, 1, (200, 3))
-    y = 0.5 * x + rng.normal(0, 1, x.shape)
-    x[::7, 1] = np.nan
-    there = ~np.isnan(x)
-    value, low, high = correlation(x, y)
-    assert value == pytest.approx(np.corrcoef(x[there], y[there])[0, 1], abs=1e-4)
-    assert low < value < high < 0.6
-    assert correlation(np.full((4, 1), -0.7), np.arange(4.0)[:, None]) is None
-    assert correlation(np.full((4, 1), np.nan), np.arange(4.0)[:, None]) is None
 
 
 # First and last step ------------------------------------------------------------------------------
@@ -238,6 +225,5 @@ def test_the_report_has_it_all():
     text = markdown(report(results))
     assert "| new | 2 | 0 | 1 | 0 | 1.000 [1.000, 1.000] |" in text  # corrected: 1 of 1
     assert "| new | 1 | right | 2 |" in text and "| old | 1 | right |" not in text
-    assert results["second_look"]["new"]["confidence"]["step 0"] is None  # it never varies
     assert "| new | confidence |" in text and "| old | confidence |" not in text
     assert "| new | 1 | 1 | 0.333" in text  # one trace, at chance

@@ -123,7 +123,7 @@ def start(args, vlm):
     """An Engine of vlm's base model. What --vllm says goes before what is chosen here."""
     more = further_arguments(args.vllm)
     free_memory()
-    pictures = max(getattr(args, "steps", 1), getattr(args, "longest", 0)) + 1
+    pictures = getattr(args, "steps", 1) + 1
     processor = vlm.image_processor
     side = processor.patch_size * processor.merge_size
     # Wide enough that vLLM leaves a picture as `fitted` made it: a small one is made so large as

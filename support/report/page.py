@@ -345,25 +345,12 @@ def curve(name, points, style, faint=False):
 
 
 def result_curves(results):
-    """IoU per step and IoU against cost, from the numbers of an evaluation: a list of one
-    (heading, charts) or none."""
-    charts = []
+    """IoU per step, from the numbers of an evaluation: a list of one (heading, charts) or none."""
     series = []
     for i, (name, row) in enumerate(results["table2"].items()):
         series.append(curve(name, [[t, *value] for t, value in enumerate(row["iou"])], i))
-    if series:
-        title = f"Mean IoU of each step, with 95 percent intervals; T = {results['steps']}"
-        charts.append(chart(title, "step", series))
-    settings = results["adaptive"].get(results["shown"], [])
-    series = []
-    for i, threshold in enumerate(sorted({row["threshold"] for row in settings})):
-        rows = [row for row in settings if row["threshold"] == threshold]
-        name = "never stop early" if threshold == 1 else f"stop above IoU {threshold}"
-        series.append(curve(name, [[row["cost"], *row["mean IoU"]] for row in rows], i))
-    if series:
-        title = f"Mean IoU against cost, {results['shown']}"
-        charts.append(chart(title, "tokens through the model, step 0 alone = 1", series))
-    return [("Test samples", charts)] if charts else []
+    title = "Mean IoU of each step, with 95 percent intervals"
+    return [("Test samples", [chart(title, "step", series)])] if series else []
 
 
 def log_curves(folder):

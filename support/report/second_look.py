@@ -1,5 +1,5 @@
 """What a sceptic asks of a second look: what it corrects and what it spoils; whether a step can be
-chosen without the truth; whether confidence and traces know how good a box is.
+chosen without the truth; whether traces know how good a box is.
 
 Shapes and words as in statistics.py: S samples, `ious` [S, T + 1], an estimate is [value, low,
 high]. Right is an IoU of 0.5 or more.
@@ -39,8 +39,6 @@ def analyse(samples, lines_of, steps):
             continue
         ious = all_ious(samples, lines)
         look = {"turns": turns(ious), "rules": rules(ious, lines)}
-        if has_confidence(lines):
-            look["confidence"] = confidence(ious, lines)
         if has_traces(lines):
             later = range(1, len(lines[0]["boxes"]))
             look["traces"] = [truth_of_traces(samples, lines, t) for t in later]
@@ -127,34 +125,6 @@ def kept_step(row):
         if shown is not None and claim_of(trace_of(text)) == KEEP:
             return shown
     return last_valid_step(row["boxes"])
-
-
-def confidence(ious, rows):
-    """Pearson's r between the confidence in a valid box (mean log pi of its tokens) and its IoU, at
-    step 0 and over all steps; None where one of the two never varies."""
-    values = np.array([row["confidence"] for row in rows], float)  # [S, T + 1]; NaN for None
-    return {
-        "step 0": correlation(values[:, :1], ious[:, :1]),
-        "all steps": correlation(values, ious),
-    }
-
-
-def correlation(x, y):
-    """An estimate of Pearson's r over all entries of x and y [S, K] where x is not NaN; resampled
-    by samples, since the steps of one trajectory go together."""
-    there = ~np.isnan(x)
-    if not there.any():
-        return None
-    x = np.where(there, x - x[there].mean(), 0)
-    y = np.where(there, y - y[there].mean(), 0)
-    columns = np.stack([v.sum(1) for v in (there, x, y, x * x, y * y, x * y)], 1)  # [S, 6]
-
-    def r(means):
-        n, x, y, xx, yy, xy = np.moveaxis(means, -1, 0)
-        spread = (xx - x * x / n) * (yy - y * y / n)
-        return (xy - x * y / n) / np.sqrt(np.where(spread > 1e-15, spread, 0))
-
-    return estimate_of(columns, r)
 
 
 # Do the traces tell the truth? --------------------------------------------------------------------

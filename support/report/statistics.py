@@ -30,8 +30,6 @@ WITHOUT_SFT = "GRPO without SFT + IVT"
 # 0.31. The paper names no threshold; this one is ours.
 FALL = 0.1
 
-THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0)  # of adaptive refinement; 1.0 never stops early
-
 
 # Estimates ----------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=8)  # the whole test set and its strata
@@ -187,59 +185,29 @@ def repeats(boxes):
 
 
 def stop_step(boxes, threshold, longest):
-    """Adaptive refinement: the first step t >= 1 whose box agrees with that of step t - 1 (IoU
-    above the threshold), else `longest`."""
+    """The first step t >= 1 whose box agrees with that of step t - 1 (IoU above the threshold),
+    else `longest`."""
     for t in range(1, longest + 1):
         if boxes[t] and boxes[t - 1] and iou(boxes[t], boxes[t - 1]) > threshold:
             return t
     return longest
 
 
-def adaptive(ious, lines, thresholds=THRESHOLDS):
-    """Every threshold with every T from 0 to the longest, each read off the one longest run.
-
-    -> a list of {"threshold", "T", the four metrics of the box it stops at, "steps": mean number of
-    refinements done, "cost": tokens that pass through the model, relative to step 0 alone, "gain":
-    Acc@0.5 and mean IoU against T = 0, paired}.
-    """
-    read = np.array([line["read"] for line in lines], float)  # [S, T + 1] tokens
-    never = metrics(ious[:, 0])
-    sample = np.arange(len(ious))
-    settings = []
-    for threshold in thresholds:
-        for longest in range(ious.shape[1]):
-            stop = np.array([stop_step(line["boxes"], threshold, longest) for line in lines])
-            reached = metrics(ious[sample, stop])
-            gain = metric_estimates(reached - never)
-            settings.append(
-                {
-                    "threshold": threshold,
-                    "T": longest,
-                    **metric_estimates(reached),
-                    "steps": stop.mean().item(),
-                    "cost": (read[sample, stop].sum() / read[:, 0].sum()).item(),
-                    "gain": {metric: gain[metric] for metric in ("Acc@0.5", "mean IoU")},
-                }
-            )
-    return settings
-
-
 # All tables ---------------------------------------------------------------------------------------
 def analyse(samples, lines_of, steps):
     """All tables: the lines of each row (rows.Row) become estimates, as results.json holds them.
 
-    The first row is what the others are compared against. steps: T of the tables; what lies
-    beyond it in a line is used for adaptive refinement alone.
+    The first row is what the others are compared against. steps: T of the tables; what lies beyond
+    it in a line is left out.
     """
     shown = main_row(lines_of).name
     ious_of = {}  # a name -> the IoUs of the first T + 1 steps
     control = None
     results = {"shown": shown, "table1": {}, "differences": {}}
-    results |= {"table2": {}, "strata": {}, "adaptive": {}}
+    results |= {"table2": {}, "strata": {}}
     for row, lines in lines_of.items():
         name = row.name
-        full = all_ious(samples, lines)
-        ious = ious_of[name] = full[:, : steps + 1]
+        ious = ious_of[name] = all_ious(samples, lines)[:, : steps + 1]
         boxes = [line["boxes"][: steps + 1] for line in lines]
         scores = {way: metrics(chosen) for way, chosen in choices(ious, boxes, row.ordered).items()}
         first = metrics(next(iter(ious_of.values()))[:, 0])
@@ -253,17 +221,15 @@ def analyse(samples, lines_of, steps):
             control = row
             continue
         results["table2"][name] = {
-            "iou": estimate(full),
+            "iou": estimate(ious),
             **changes(ious),
             "repeats": repeats(boxes),
             "valid": estimate([[box is not None for box in own] for own in boxes]),
         }
         results["strata"][name] = strata(samples, ious)
         if all("read" in line for line in lines):  # other systems do not say
-            settings = adaptive(full, lines)
-            results["adaptive"][name] = settings
-            never = {one["T"]: one for one in settings if one["threshold"] == THRESHOLDS[-1]}
-            results["table2"][name]["cost"] = never[ious.shape[1] - 1]["cost"]
+            read = np.array([line["read"][: steps + 1] for line in lines], float)  # tokens
+            results["table2"][name]["cost"] = (read[:, -1].sum() / read[:, 0].sum()).item()
     if control and shown in results["table2"]:
         # The best of T + 1 samples against the best of T + 1 steps
         difference = estimate(ious_of[control.name].max(1) - ious_of[shown].max(1))

@@ -155,11 +155,9 @@ def report(results):
         verdicts(results, "The 10 points are our threshold; the paper's fall is 31."),
         turns(results),
         rules(results),
-        confidence(results),
         traces(results),
         trace_accuracy(results),
         strata(results),
-        adaptive(results),
         ablations(results),
     ]
     return [section for section in sections if section[-1]]
@@ -251,15 +249,6 @@ def rules(results):
     return "Choosing a step without the truth", text, head, rows
 
 
-def confidence(results):
-    rows = []
-    for name, look in results["second_look"].items():
-        if "confidence" in look:
-            rows.append([name, *cells(look["confidence"].values())])
-    text = "Pearson's r between the mean log-probability of a box's tokens and its IoU."
-    return "Does confidence know", text, ("Method", "step 0", "all steps"), rows
-
-
 def traces(results):
     """What the traces say of which boxes."""
     rows = []
@@ -300,30 +289,6 @@ def strata(results):
     head = ("by", "stratum", "n", "step 0", last, "delta", "improved", "degraded")
     text = "By step-0 IoU, some of the change is chance: what was unluckily low can only rise."
     return f"Strata of {shown}", text, head, rows
-
-
-def adaptive(results):
-    """Adaptive refinement of the row that is shown: all T without stopping, and with each threshold
-    the T of the tables and the longest."""
-    shown = results["shown"]
-    settings = results["adaptive"].get(shown, [])
-    rows = []
-    for row in settings:
-        never = row["threshold"] == 1  # is never reached
-        if never or row["T"] in (results["steps"], settings[-1]["T"]):
-            scores = cells([row["Acc@0.5"], row["mean IoU"]])
-            spent = [f"{row['steps']:.2f}", f"{row['cost']:.2f}"]
-            rows.append(["never" if never else row["threshold"], row["T"], *scores, *spent])
-    refining = [row["gain"].values() for row in settings if row["T"] > 0]
-    better = sum(any(low > 0 for _, low, _ in gains) for gains in refining)
-    text = (
-        "Stop when a box agrees with the one before it (IoU above the threshold), after T steps at "
-        "most. Cost: tokens through the model, relative to step 0 alone. Of all "
-        f"{len(refining)} settings with T >= 1, {better} beat not refining (T = 0) with a paired "
-        "interval above zero; a few of so many would by chance."
-    )
-    head = ("stop above", "T", "Acc@0.5", "mean IoU", "steps", "cost")
-    return f"Adaptive refinement of {shown}", text, head, rows
 
 
 def ablations(results):

@@ -116,7 +116,6 @@ PRESETS = {  # phase -> name -> Setting
         "max_tokens": Setting(160, 80, "per step"),
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
         "guard": GUARD,
-        "longest": Setting(6, 4, "steps that an IVT row is played to; ours"),
     },
     "visrl.make_data": {
         **VISRL,
