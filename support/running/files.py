@@ -7,7 +7,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.running.errors import explain_out_of_memory, stop, working_on
+from support.running.errors import stop, working_on
 from support.running.processes import (
     RANK,
     barrier,
@@ -16,8 +16,6 @@ from support.running.processes import (
     leave_if_interrupted,
     share,
 )
-
-LARGE_FILE = 2**26  # bytes
 
 
 @contextmanager
@@ -121,51 +119,39 @@ def resumable(path, samples, batch_size, name, work, restart=False):
 
     work: takes a list of (number, sample), this process's share of a batch, and returns their
     rows, each with the "id" of its sample. Of a run that was killed, the whole batches stay whose
-    ids are these samples', so that the others are made in the same batches as in a run that never
-    stopped.
+    ids are these samples', so that the rest is batched as in a run that never stopped.
     """
     from tqdm import tqdm
 
-    done = 0
-    if not restart:
-        done = count_done(path, samples)
+    done = 0 if restart else count_done(path, samples)
     if done < len(samples):
         done -= done % batch_size
     log = Log(path, keep=done)
-    explain_out_of_memory("--max-pixels or --batch-size")
-    quiet = RANK > 0 or done == len(samples)
-    with tqdm(total=len(samples), initial=done, desc=name, unit="sample", disable=quiet) as bar:
+    shown = dict(total=len(samples), initial=done, desc=name, unit="sample")
+    with tqdm(**shown, disable=RANK > 0 or done == len(samples)) as bar:
         for i in range(done, len(samples), batch_size):
             catch_interrupts()
             batch = list(enumerate(samples[i : i + batch_size], i))
             working_on([sample for _, sample in batch])
             mine = share(batch)
-            rows = []
-            if mine:
-                rows = work(mine)
-            for row in gather(rows):
+            for row in gather(work(mine) if mine else []):
                 log.write(**row)
             bar.update(len(batch))
             leave_if_interrupted()
     barrier()
-    if not samples:
-        return []
-    return read_jsonl(path, "")
+    return read_jsonl(path, "") if samples else []
 
 
 def count_done(path, samples):
     """How many rows at the beginning of the log `path` belong to these samples, in their order."""
-    path = Path(path)
-    if not path.exists():
-        return 0
     done = 0
-    for sample, line in zip(samples, path.read_bytes().split(b"\n")):
-        try:
+    try:
+        for sample, line in zip(samples, Path(path).read_bytes().split(b"\n")):
             if json.loads(line)["id"] != sample["id"]:
                 break
-        except (ValueError, KeyError, TypeError):  # cut short, or another file
-            break
-        done += 1
+            done += 1
+    except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or another file
+        pass
     return done
 
 
@@ -177,24 +163,25 @@ def begin(args, name, *inputs, ignore=(), only=None, **more):
     a run is never continued under another configuration. Returns whether it was begun before, with
     the same.
     """
-    path = args.out / f"log/{name}.config.json"
-    config = {}
-    for key, value in vars(args).items():
-        if key in ("out", "restart", "save_every", "skip_bad", "vllm", *ignore):
-            continue
-        if only is None or key in only:
-            config[key] = value
-    config.update(more)
+    config = {**vars(args), **more}
+    for key in ("out", "restart", "save_every", "vllm", *ignore):
+        config.pop(key, None)
+    if only is not None:
+        config = {key: value for key, value in config.items() if key in (*only, *more)}
     config["model"] = told_apart(args.model)
     for file in map(Path, inputs):
-        config[f"{file.parent.name}/{file.name}"] = file_hash(file)
+        config[f"{file.parent.name}/{file.name}"] = hashed(file)
     config = json.loads(json.dumps(config))
+    path = args.out / f"log/{name}.config.json"
     before = read_config(path)
     # Every process has read it; the first one refuses or writes. When it refuses, torchrun ends
     # the others.
     barrier()
-    differing = differences(before, config)
-    if before and differing and not args.restart:
+    differing = []
+    for key in sorted({*before, *config}):
+        if before and before.get(key) != config.get(key):
+            differing.append(f"  {key}: {before.get(key)} then, {config.get(key)} now")
+    if differing and not args.restart:
         stop(
             f"{name} in {args.out} was made otherwise:\n" + "\n".join(differing) + "\n"
             "give the same values, another --out, or --restart to make it anew"
@@ -206,61 +193,40 @@ def begin(args, name, *inputs, ignore=(), only=None, **more):
 def agrees(args, name, *flags):
     """Stops when `name` in --out was made with other values of these flags than args has."""
     before = read_config(args.out / f"log/{name}.config.json")
+    now = {**vars(args), "model": told_apart(args.model)}
     for flag in flags:
-        then, now = before.get(flag), getattr(args, flag)
-        if flag == "model":
-            now = told_apart(now)
-        if before and then != now:
-            words = flag.replace("_", "-")
-            stop(
-                f"{name} in {args.out} was made with --{words} {then}, and now it is {now}; give "
-                "the same, or another --out"
-            )
+        if before and before.get(flag) != now[flag]:
+            words = f"--{flag.replace('_', '-')} {before.get(flag)}, and now it is {now[flag]}"
+            stop(f"{name} in {args.out} was made with {words}; give the same, or another --out")
 
 
 def read_config(path):
-    """What `begin` wrote, a dict; empty when there is none. A damaged one is refused."""
-    if not path.exists():
-        return {}
+    """What `begin` wrote, a dict; empty when there is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError) as e:
         stop(f"{path} cannot be read ({e}); remove it, and --restart")
-    if not isinstance(config, dict):
-        stop(f"{path} is not what this code writes; remove it, and --restart")
-    return config
-
-
-def differences(before, config):
-    """A line for each value in which two configurations differ."""
-    lines = []
-    for key in sorted({*before, *config}):
-        if before.get(key) != config.get(key):
-            lines.append(f"  {key}: {before.get(key)} then, {config.get(key)} now")
-    return lines
 
 
 def told_apart(model):
-    """The name of a model as `begin` writes it: a folder's with a hash of what is in it."""
-    if os.path.isdir(model):
-        return f"{os.path.basename(model)} {folder_hash(model)}"
-    return model
-
-
-def file_hash(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-
-
-def folder_hash(folder):
-    """Of a checkpoint folder: its config and weights; large files count by name and size alone."""
+    """The name of a model as `begin` writes it: a folder's with a hash of what is in it, where
+    large files count by name and size alone."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
     digest = hashlib.sha256()
-    folder = Path(folder)
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
-        if size < LARGE_FILE:
+        if size < 2**26:
             digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+    return f"{folder.name} {digest.hexdigest()[:12]}"
+
+
+def hashed(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def lock(folder):
@@ -273,9 +239,8 @@ def lock(folder):
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)  # open until the process ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stop(f"another run works in {folder}; wait for it to end, or choose another --out")
-    lock.file = file  # open until the process ends

@@ -9,10 +9,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.running.errors import stop
+from support.running.errors import explain_out_of_memory, stop
 from support.running.files import lock
 from support.running.presets import settings_of
-from support.running.processes import RANK, program, start_processes
+from support.running.processes import program, start_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = "toy/base"
@@ -22,9 +22,8 @@ EMBEDDED = "toy/base"
 class Flag:
     """A flag of one script, no hyperparameter.
 
-    kind: None (a text), "switch", or a path, which is checked before any work: "file", "folder",
-    "file or folder", "folders" (several), "new file" and "new folder" (to be written; may be
-    there).
+    kind: None (a text), "switch", or a path, which `check_path` checks before any work; "folders"
+    are several.
     """
 
     help: str
@@ -34,13 +33,13 @@ class Flag:
 
 
 def flags(phase, doc, **extra):
-    """Parses the command line -> Namespace: --preset, --out, --restart, --skip-bad, each row of
-    PRESETS that `settings_of` the phase has, and `extra` (name -> Flag).
+    """Parses the command line -> Namespace: --preset, --out, --restart, each row of PRESETS that
+    `settings_of` the phase has, and `extra` (name -> Flag).
 
     phase: None for a script with no rows of its own. doc: its first paragraph is the help text.
     `out` is a Path, other paths are as they were given. Prints the resolved configuration. Exits on
     an unknown flag, a value of the wrong type or out of range, a path that is not what it should
-    be, and while another run works in --out.
+    be, and while another run works in --out. From here on running out of memory is explained.
     """
     settings = settings_of(phase)
     parser = make_parser(doc, settings, extra)
@@ -56,14 +55,15 @@ def flags(phase, doc, **extra):
     args.out = Path(args.out)
     for name, flag in extra.items():
         value = getattr(args, name)
-        if flag.kind == "folders":
-            for folder in value:
-                check_path(flag_of(name), folder, "folder")
-        elif flag.kind not in (None, "switch") and value is not None:
-            check_path(flag_of(name), value, flag.kind)
+        if flag.kind in (None, "switch") or value is None:
+            continue
+        for path in value if flag.kind == "folders" else [value]:
+            check_path(flag_of(name), path, flag.kind.removesuffix("s"))
     args.model = model_path(args.model)
     print_configuration(args)
     lock(args.out)
+    sizes = ("max_pixels", "batch_size", "prompts_at_once", "max_tokens")
+    explain_out_of_memory(" or ".join(flag_of(name) for name in sizes if name in settings))
     # Ctrl-C ends at once: nothing has begun that could be lost.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
     return args
@@ -103,9 +103,6 @@ def make_parser(doc, settings, extra):
     parser.add_argument(
         "--restart", action="store_true", help="begin this phase again, dropping its checkpoint"
     )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="go on without samples that do not pass the checks"
-    )
     for name, setting in settings.items():
         values = str(setting.paper) or "none"
         if setting.paper != setting.toy:
@@ -135,69 +132,35 @@ def check_range(parser, name, setting, value):
 
 
 def print_configuration(args):
+    print(f"{program()} --preset {args.preset} --out {args.out}")
     values = dict(vars(args))
-    for name in ("preset", "out", "restart", "skip_bad"):
-        del values[name]
     if os.path.isdir(args.model):
         values["model"] = os.path.relpath(args.model)
-    given = []
-    for name, value in values.items():
-        if value is None or value is False or value in ((), ""):
-            continue
-        given.append(f"{name}={value}")
-    print(f"{program()} --preset {args.preset} --out {args.out}")
-    print("  " + "  ".join(given), flush=True)
+    for name in ("preset", "out", "restart"):
+        del values[name]
+    not_given = ("None", "False", "", "()")
+    words = [f"{name}={v}" for name, v in values.items() if str(v) not in not_given]
+    print("  " + "  ".join(words), flush=True)
 
 
 def check_path(flag, value, kind):
-    """Stops, with one line that names flag, value and remedy, unless the path is of this kind."""
-    if kind in ("file", "folder", "file or folder"):
-        check_existing(flag, value, kind)
-    elif not RANK:
-        check_writable(flag, value, kind)
+    """Stops, with one line that names flag, value, reason and remedy, unless the path can be used.
 
-
-def check_existing(flag, value, kind):
-    try:
-        if os.path.isdir(value):
-            if kind == "file":
-                stop(f"{flag} {value}: is a folder; give a file")
-            os.listdir(value)
-        else:
-            with open(value, "rb"):
-                pass
-            if kind == "folder":
-                stop(f"{flag} {value}: is a file; give a folder")
-    except (FileNotFoundError, NotADirectoryError):
-        stop(f"{flag} {value}: no such {kind}; give the path of one that is there")
-    except OSError as e:
-        allow = f"allow reading it, or give another {kind}"
-        stop(f"{flag} {value}: cannot be read ({e.strerror}); {allow}")
-    except ValueError as e:  # a null byte
-        stop(f"{flag} {value!r}: is no path ({e}); give the path of a {kind} that is there")
-
-
-def check_writable(flag, value, kind):
-    """By writing: permissions alone do not tell of a full disk or one that takes no writes."""
+    kind: "file", "folder" or "file or folder", to be read; "new file" or "new folder", to be
+    written, which may be there. It is opened or made: permissions alone do not tell of a full disk.
+    """
     path = Path(value)
     try:
         if kind == "new folder":
-            if path.exists() and not path.is_dir():
-                stop(f"{flag} {value}: is a file; give a folder")
             path.mkdir(parents=True, exist_ok=True)
-            folder = path
+            tempfile.TemporaryFile(dir=path).close()
+        elif kind == "new file":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        elif kind == "folder" or kind != "file" and path.is_dir():
+            os.listdir(path)
         else:
-            if path.is_dir():
-                stop(f"{flag} {value}: is a folder; give the path of a file to write")
-            if path.exists() and not os.access(path, os.W_OK):
-                raise PermissionError(13, "Permission denied")
-            folder = path.parent
-            folder.mkdir(parents=True, exist_ok=True)
-            if path.is_symlink():
-                path.stat()  # a loop of links shows here
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        allow = "allow writing there, or give another path"
-        stop(f"{flag} {value}: cannot be written ({reason}); {allow}")
+            path.open("rb").close()
+    except OSError as e:
+        use = f"cannot be used as a {kind} ({e.strerror})"
+        stop(f"{flag} {value}: {use}; give another path, or allow reading and writing it")

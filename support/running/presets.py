@@ -141,7 +141,6 @@ PRESETS = {  # phase -> name -> Setting
         "attempts": Setting(3, 3, "of two paths each, for each question", high=99),
         "temperature": Setting(2.0, 1.0, "of boxes and answers", low=0.01, high=10),
         "iou_max": Setting(0.05, 0.05, "tau of Eq. 3: boxes that overlap more", low=0, high=1),
-        "tolerance": Setting(0.4, 0.4, "of Eq. 3, share of the area", low=0, high=0.99),
         "win": Setting(0.8, 0.8, "a winning path has both scores from here on", low=0, high=1),
         "lose": Setting(0.2, 0.2, "a losing path has both scores up to here", low=0, high=1),
         "critic": Setting(
@@ -163,12 +162,6 @@ PRESETS = {  # phase -> name -> Setting
         "batch_size": Setting(3, 8, "pairs per forward pass"),
         "grad_accum": Setting(8, 1, "forward passes per update"),
         "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
-        "condition": Setting(
-            "own",
-            "own",
-            "stage 2, crop before the rejected answer; chosen: as the authors' code does",
-            ("own", "chosen"),
-        ),
         "save_every": Setting(10, 10, "updates between checkpoints; ours"),
     },
     "visrl.evaluate": {

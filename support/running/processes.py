@@ -23,7 +23,7 @@ import torch.distributed as dist
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-_interrupt_asked = False
+stop_asked = []  # the signals of Ctrl-C so far
 
 
 def start_processes():
@@ -101,21 +101,21 @@ def program():
 
 
 def catch_interrupts():
-    """From here on Ctrl-C ends a loop after the update or batch at hand, with all saved."""
-    signal.signal(signal.SIGINT, _interrupt)
+    """From here on Ctrl-C ends a loop after the update or batch at hand, with all saved, and a
+    second one at once."""
+    signal.signal(signal.SIGINT, ask_to_stop)
 
 
-def _interrupt(number, frame):
-    global _interrupt_asked
-    if _interrupt_asked:  # a second Ctrl-C ends at once
+def ask_to_stop(number, frame):
+    if stop_asked:
         sys.exit(130)
-    _interrupt_asked = True
+    stop_asked.append(number)
     print("\nstopping after this update; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
 
 def interrupted():
     """Whether any process was asked to stop: all of them have to leave at the same update."""
-    return any(gather([_interrupt_asked]))
+    return any(gather([bool(stop_asked)]))
 
 
 def leave_if_interrupted():
