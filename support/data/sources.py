@@ -1,10 +1,8 @@
 """Where the samples of phase 0 come from: the toy's world, a file of your own, the paper's data."""
 
-from pathlib import Path
-
 from common import normalize_box
 from support.data import datasets
-from support.data.samples import read_samples
+from support.data.samples import own_samples, read_side
 from support.running.errors import stop
 from support.running.files import begin, write_jsonl
 from support.running.flags import Flag, command
@@ -13,10 +11,10 @@ from support.running.processes import RANK, barrier, minutes, seed_all
 import torch
 
 SIDES = ("train", "val", "test")
-MADE = (*SIDES, "student", "traces", "sft")  # the files of make_data.py, in their order
 
 FLAGS = {
     "data": Flag("your own samples: a .jsonl to split into train, val and test", kind="file"),
+    "skip_bad": Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
     **{
         name: Flag(f"folder with {dataset['about']}")  # missing_files says more than a path check
         for name, dataset in datasets.DATASETS.items()
@@ -31,28 +29,31 @@ def begin_data(args, data):
     With --restart, what was made before goes, so that all of it is made anew.
     """
     seed_all(args.seed)
-    folders = {name: getattr(args, name) for name in datasets.DATASETS}
+    folders = folders_of(args)
     if args.data and any(folders.values()):
         stop("--data is for samples of your own, the folders are for the paper's; give one of them")
     if from_paper(args) and (args.restart or not split_is_there(data)):
-        missing = datasets.missing_files(folders)
-        if missing:
+        if missing := datasets.missing_files(folders):
             head = "the paper's data is not all there (for samples of your own: --data FILE.jsonl)"
             stop("\n".join([head, *missing]))
     inputs = [args.data] if args.data else []
-    begin(args, "make_data", *inputs, ignore=("batch_size", *datasets.DATASETS))
+    begin(args, "make_data", *inputs, ignore=("batch_size", "skip_bad", *datasets.DATASETS))
     if (data / "sft.jsonl").exists() and not args.restart:
         print(f"{data / 'sft.jsonl'} is finished; --restart makes everything again")
         raise SystemExit
     if args.restart and not RANK:
-        for name in MADE:
+        for name in (*SIDES, "student", "traces", "sft"):
             (data / f"{name}.jsonl").unlink(missing_ok=True)
     barrier()
 
 
+def folders_of(args):
+    """flag -> folder of the paper's datasets, or None."""
+    return {name: getattr(args, name) for name in datasets.DATASETS}
+
+
 def from_paper(args):
-    folders = [getattr(args, name) for name in datasets.DATASETS]
-    return not args.data and (args.preset == "paper" or any(folders))
+    return not args.data and (args.preset == "paper" or any(folders_of(args).values()))
 
 
 def split_is_there(data):
@@ -67,11 +68,10 @@ def prepare(args, data, make_toy_samples):
     """
     sizes = {side: getattr(args, f"{side}_samples") for side in SIDES}
     if not split_is_there(data) and not RANK:
-        folders = {name: getattr(args, name) for name in datasets.DATASETS}
         if args.data:
-            samples = own_samples(args.data, args.skip_bad)
+            samples = own_samples(args)
         elif from_paper(args):
-            samples = datasets.paper_samples(folders, args.seed)
+            samples = datasets.paper_samples(folders_of(args), args.seed)
         else:
             samples = make_toy_samples(data, -(-sum(sizes.values()) // 3), args.seed)
         try:
@@ -80,24 +80,14 @@ def prepare(args, data, make_toy_samples):
             flags = "--train-samples, --val-samples, --test-samples"
             stop(f"{e}; give more samples or lower {flags}")
         if from_paper(args):
-            datasets.write_images([s for side in sides.values() for s in side], data, folders)
+            everything = [sample for side in sides.values() for sample in side]
+            datasets.write_images(everything, data, folders_of(args))
         for side, rows in sides.items():
             write_jsonl(data / f"{side}.jsonl", rows)
     barrier()
-    checked = {}
-    for side in SIDES:
-        path = data / f"{side}.jsonl"
-        checked[side] = read_samples(path, "python make_data.py")
+    checked = {side: read_side(args, side) for side in SIDES}
     print("samples: " + ", ".join(f"{side} {len(rows)}" for side, rows in checked.items()))
     return checked["train"]
-
-
-def own_samples(path, skip_bad):
-    """The samples of a file of your own, with absolute paths of their images."""
-    samples = read_samples(path, "python make_data.py --data FILE.jsonl", skip_bad=skip_bad)
-    for sample in samples:
-        sample["image"] = str((Path(path).parent / sample["image"]).resolve())
-    return samples
 
 
 def show_student(samples, predictions):
