@@ -26,7 +26,7 @@ def phase(monkeypatch, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
 
     def begin(*more):
-        monkeypatch.setattr(processes, "_interrupt_asked", False)
+        monkeypatch.setattr(processes, "stop_asked", [])
         monkeypatch.setattr(sys, "argv", ["sft.py", "--out", str(tmp_path), *FLAGS.split(), *more])
         run = Run("sft", "A phase.")
         run.reads()
@@ -87,4 +87,4 @@ def test_a_batch_is_shared_and_named_where_it_would_spoil_the_weights(phase, mon
         run.check(float("nan"), 1.0, ROWS[:2])
     monkeypatch.setattr(processes, "WORLD", 2)
     monkeypatch.setattr(processes, "RANK", 1)
-    assert run.share(ROWS) == errors._at_work["samples"] == ROWS[5:]
+    assert run.share(ROWS) == errors.at_work == ROWS[5:]

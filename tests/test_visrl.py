@@ -425,11 +425,11 @@ def test_visual_cot_is_read_as_published(viscot, capsys):
     assert [sample["source"] for sample in test] == ["flickr30k", "visual7w"]
     printed = capsys.readouterr().out
     for reason in (
-        "training: 3 kept",
+        "training: 6 read, 3 kept",
         "1 without a box inside the image",
         "1 without a readable image",
         "1 without words",
-        "test: 2 kept; dropped: 2 without one box",
+        "test: 4 read, 2 kept; dropped: 2 without one box",
     ):
         assert reason in printed, printed
     write_jsonl(viscot / "s.jsonl", train + test)
@@ -457,7 +457,7 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
         (dict(own, answer=" "), "answer is ' '; write it in words"),
         (dict(own, question="<|im_end|>"), "question is .*without special tokens"),
         (dict(own, answer=3), "answer is '3'; expected str"),
-        (dict(own, bbox=[0, 0, 30, 5]), "outside the 20 x 10 image"),
+        (dict(own, bbox=[0, 0, 30, 5]), "in pixels of the 20 x 10 image"),
         ({k: v for k, v in own.items() if k != "question"}, "question is 'None'"),
     ):
         write_jsonl(tmp_path / "s.jsonl", [bad])

@@ -27,6 +27,7 @@ args = flags(
     "visrl.make_data",
     __doc__,
     data=Flag("your own samples: a .jsonl to split into sft, train and test", kind="file"),
+    skip_bad=Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
     viscot=Flag("folder of Visual CoT, images unpacked to cot/ in it", kind="folder"),
 )
 processes.seed_all(args.seed)
@@ -35,8 +36,10 @@ data = args.out / "data"
 if args.data and args.viscot:
     errors.stop("--data is for samples of your own, --viscot for the paper's; give one of them")
 if args.preset == "paper" and not (args.data or args.viscot):
-    errors.stop(f"the paper's data: --viscot DIR; {sources.GET}. Your own: --data FILE.jsonl")
-files.begin(args, "make_data", *([args.data] if args.data else []))
+    errors.stop(
+        f"for samples of your own: --data FILE.jsonl; for the paper's: --viscot DIR. {sources.GET}"
+    )
+files.begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad",))
 there = all((data / f"{side}.jsonl").exists() for side in sources.SIDES)
 if there and not args.restart:
     print(f"{data / 'test.jsonl'} is finished; --restart makes everything again")

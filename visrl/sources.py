@@ -6,11 +6,11 @@ and "bbox" (pixels x1 y1 x2 y2 of the region that the answer is in) where the so
 
 import json
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
-from support.data.datasets import clip
-from support.data.samples import VISRL_FIELDS, read_samples
+from support.data.datasets import as_published, by_image, usable
+from support.data.samples import VISRL_FIELDS, own_samples, read_side
 from support.running.errors import stop
 from support.running.files import write_jsonl
 from support.running.processes import RANK, barrier
@@ -69,13 +69,10 @@ TABLE_7 = {  # data set -> samples for SFT, questions for RL
     "cub": (1987, 2000),
     "visual7w": (4000, 20000),
 }
-FOLDERS = {
-    "visual7w": "v7w",
-    "textcap": "textvqa",
-}  # of images, where of another name
+FOLDERS = {"visual7w": "v7w", "textcap": "textvqa"}  # of images, where of another name
 REQUEST = "Please provide the bounding box"  # what follows the question in a conversation
 GET = (
-    "it takes the files of hub id deepcs233/Visual-CoT (annotations Apache-2.0, images under their "
+    "It takes the files of hub id deepcs233/Visual-CoT (annotations Apache-2.0, images under their "
     "own licences, 143 GB), with the images unpacked to cot/<data set>/"
 )
 
@@ -90,12 +87,11 @@ def viscot_samples(folder):
     conversations = folder / "viscot_363k.json"
     metadata = sorted((folder / "metadata").glob("*.jsonl"))
     if not conversations.exists() or not metadata:
-        stop(f"--viscot {folder} has no viscot_363k.json or no metadata/*.jsonl; {GET}")
-    try:
-        train = usable("training", conversation_rows(folder, conversations))
-        test = usable("test", metadata_rows(folder, metadata))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
-        stop(f"--viscot {folder} is not as published ({type(e).__name__}: {e}); {GET}")
+        stop(f"--viscot {folder} has no viscot_363k.json or no metadata/*.jsonl. {GET}")
+    with as_published(f"--viscot {folder}", GET):
+        words = ("question", "answer")
+        train = usable("Visual CoT, training", conversation_rows(folder, conversations), words)
+        test = usable("Visual CoT, test", metadata_rows(folder, metadata), words)
     tested = {sample["key"] for sample in test}
     return [sample for sample in train if sample["key"] not in tested], test
 
@@ -110,10 +106,10 @@ def conversation_rows(folder, path):
         yield {
             "id": f"{row['dataset']}_{number}",
             "source": row["dataset"],
-            "image": folder / name,
+            **photo(folder / name),
             "question": question,
             "answer": row["conversations"][3]["value"],
-            "boxes": [json.loads(box)],
+            "bbox": json.loads(box),
         }
 
 
@@ -128,43 +124,21 @@ def metadata_rows(folder, paths):
             yield {
                 "id": f"{name}_{row['split']}_{number}",
                 "source": name,
-                "image": folder / "cot" / FOLDERS.get(name, name) / row["image"],
+                **photo(folder / "cot" / FOLDERS.get(name, name) / row["image"]),
                 "question": row["question"],
                 "answer": row["answer"],
-                "boxes": row["bboxs"],
+                "bbox": row["bboxs"][0] if len(row["bboxs"]) == 1 else None,
             }
 
 
-def usable(side, rows):
-    """The rows of a reader as samples; prints how many are dropped, and why."""
-    samples = []
-    dropped = Counter()
-    for row in rows:
-        boxes = row.pop("boxes")
-        question, answer = row["question"].strip(), row["answer"].strip()
-        if not question or not answer or "<|" in question + answer:
-            dropped["without words, or with special tokens"] += 1
-            continue
-        if len(boxes) != 1:
-            dropped["without one box"] += 1
-            continue
-        try:
-            with Image.open(row["image"]) as image:
-                width, height = image.size
-        except OSError:
-            dropped["without a readable image"] += 1
-            continue
-        x1, y1, x2, y2 = bbox = clip(boxes[0], width, height)
-        if not (x1 < x2 and y1 < y2):
-            dropped["without a box inside the image"] += 1
-            continue
-        # The photo's place is its key: textcap's are those of textvqa
-        image = str(row["image"])
-        more = {"image": image, "key": image, "width": width, "height": height, "bbox": bbox}
-        samples.append({**row, **more, "question": question, "answer": answer})
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
-    print(f"Visual CoT, {side}: {len(samples)} kept; dropped: {reasons}")
-    return samples
+def photo(path):
+    """What a sample says of its image. The photo's place is its key: textcap's are textvqa's."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except OSError:
+        width = height = None
+    return {"image": str(path), "key": str(path), "width": width, "height": height}
 
 
 # Sides --------------------------------------------------------------------------------------------
@@ -192,11 +166,6 @@ def split(samples, wanted, seed):
     with a box alone.
     """
     rng = random.Random(seed)
-    by_image = defaultdict(list)
-    for sample in samples:
-        by_image[sample.get("key", sample["image"])].append(sample)
-    images = sorted(by_image)
-    rng.shuffle(images)
     sides = {side: [] for side in wanted}
     have = {side: Counter() for side in wanted}
 
@@ -206,8 +175,7 @@ def split(samples, wanted, seed):
             return 0
         return 1 - have[side][source] / wanted[side][source]
 
-    for image in images:
-        group = by_image[image]
+    for group in by_image(samples, rng):
         side = max(wanted, key=lambda side: sum(lacking(side, sample) for sample in group))
         for sample in group:
             if lacking(side, sample) > 0:
@@ -227,11 +195,10 @@ def prepare(args, data):
                 stop(f"no sample is left for {side}; {others}")
             write_jsonl(data / f"{side}.jsonl", rows)
     barrier()
-    checked = {}
-    for side, fields in (("sft", BOXED), ("train", VISRL_FIELDS), ("test", VISRL_FIELDS)):
-        path = data / f"{side}.jsonl"
-        checked[side] = read_samples(path, "python -m visrl.make_data", fields)
-    return checked
+    fields = {"sft": BOXED, "train": VISRL_FIELDS, "test": VISRL_FIELDS}
+    return {
+        side: read_side(args, side, "python -m visrl.make_data", fields[side]) for side in SIDES
+    }
 
 
 def make_sides(args, data):
@@ -242,9 +209,7 @@ def make_sides(args, data):
         sides = split(samples, shares_of_table_7(sizes), args.seed)
         return sides | split(test, {"test": equal_shares(test, sizes["test"])}, args.seed)
     if args.data:
-        samples = read_samples(args.data, "", VISRL_FIELDS, args.skip_bad)
-        for sample in samples:
-            sample["image"] = str((Path(args.data).parent / sample["image"]).resolve())
+        samples = own_samples(args, VISRL_FIELDS)
     else:
         per_source = sum(-(-size // len(TOY_SOURCES)) for size in sizes.values())
         samples = toy_samples(data, per_source, args.seed)

@@ -7,8 +7,8 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.model.loading import load_vlm, quiet
-from support.running.errors import out_of_memory, stop
+from support.model.loading import load_vlm, loading, quiet
+from support.running.errors import stop
 from support.running.files import agrees, writing
 from support.running.flags import command
 from support.running.presets import PRESETS
@@ -24,26 +24,23 @@ from peft import (
 )
 from safetensors import safe_open
 
+ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
+
 
 def fingerprint(vlm):
-    """What tells one base model from another: its shape and a hash of its norms.
-
-    4-bit loading leaves the norms as they are. Computed once for each model.
-    """
-    base = vlm.base
-    if not hasattr(base, "base_fingerprint"):
-        digest = hashlib.sha256()
-        for name, p in base.model.language_model.named_parameters():
-            if name.endswith("norm.weight"):
-                digest.update(p.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
-        text = base.config.text_config
-        base.base_fingerprint = {
-            "layers": text.num_hidden_layers,
-            "hidden_size": text.hidden_size,
-            "vocab_size": text.vocab_size,
-            "norms": digest.hexdigest()[:12],
-        }
-    return base.base_fingerprint
+    """What tells one base model from another: its shape and a hash of its norms, which 4-bit
+    loading leaves as they are."""
+    digest = hashlib.sha256()
+    for name, p in vlm.base.model.language_model.named_parameters():
+        if name.endswith("norm.weight"):
+            digest.update(p.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
+    text = vlm.base.config.text_config
+    return {
+        "layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "vocab_size": text.vocab_size,
+        "norms": digest.hexdigest()[:12],
+    }
 
 
 def lora_config(rank, alpha):
@@ -104,38 +101,21 @@ def add_adapter(vlm, folder, name):
 def load_adapter(vlm, folder, name):
     """PEFT's own loading, and what it passes over in silence: another base, and keys that only one
     of the adapter's two files speaks of."""
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).exists():  # PEFT would look for it on the hub
-            stop(f"{folder} is no adapter folder: {file} is not there")
-    try:
-        check_base(vlm, folder / "base.json")
-        if isinstance(vlm.model, PeftModel):
-            vlm.model.load_adapter(str(folder), adapter_name=name)
-        else:
-            vlm.model = PeftModel.from_pretrained(vlm.model, str(folder), adapter_name=name)
+    with loading(f"adapter {folder}", "*.json and *.safetensors"):
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             there = {key for key in file.keys() if "lora_" in key}
-    except Exception as e:
-        if out_of_memory(e):
-            raise
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        stop(
-            f"{folder} cannot be loaded on this --model ({reason}); give its own adapter, "
-            "or train it again"
-        )
-    state = get_peft_model_state_dict(vlm.model, adapter_name=name, save_embedding_layers=False)
-    if not there or there != set(state):
-        key = min(there ^ set(state), default="no LoRA")
-        one = "only one of adapter_config.json and adapter_model.safetensors"
-        stop(f"{folder} does not fit the model loaded: {one} speaks of {key}")
-
-
-def check_base(vlm, file):
-    """Stops where base.json names another base model. Without the file it is taken on trust."""
-    if file.exists():
-        then, now = json.loads(file.read_text()), fingerprint(vlm)
+        then = now = fingerprint(vlm)
+        if (folder / "base.json").exists():
+            then = json.loads((folder / "base.json").read_text())
         if then != now:
-            stop(f"{file.parent} was trained on another base model: {then}; --model is {now}")
+            stop(f"{folder} was trained on another base model: {then}; --model is {now}")
+        place = folder.resolve()  # which is never taken for a hub id
+        if isinstance(vlm.model, PeftModel):
+            vlm.model.load_adapter(place, adapter_name=name)
+        else:
+            vlm.model = PeftModel.from_pretrained(vlm.model, place, adapter_name=name)
+    for key in sorted(there ^ set(adapter_state(vlm.model, name)))[:1]:
+        stop(f"adapter {folder}: only one of {' and '.join(ADAPTER_FILES[1:])} speaks of {key}")
 
 
 @contextmanager
@@ -158,9 +138,6 @@ def load_with_adapter(args, folder=None):
 
 
 # Files of an adapter ------------------------------------------------------------------------------
-ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
-
-
 def save_adapter(vlm, folder, name=None):
     """The adapter of this name (default: the active one) as a PEFT folder: adapter_config.json and
     adapter_model.safetensors, each moved into place whole, and the fingerprint of the base model,
@@ -172,9 +149,8 @@ def save_adapter(vlm, folder, name=None):
     temporary = folder.with_name(folder.name + ".tmp")
     with writing(folder):
         vlm.model.save_pretrained(temporary, selected_adapters=[name], save_embedding_layers=False)
-        made = temporary
-        if name != "default":  # PEFT puts any other adapter into a subfolder
-            made = temporary / name
+        # PEFT puts any other adapter than the default into a subfolder
+        made = temporary if name == "default" else temporary / name
         (made / "base.json").write_text(json.dumps(fingerprint(vlm)) + "\n")
         folder.mkdir(parents=True, exist_ok=True)
         for file in ADAPTER_FILES:

@@ -23,9 +23,6 @@ from transformers import (
 SPECIAL_TOKENS = ("<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
-AGAIN = "a download may have been cut short: get it again"
-
-
 def quiet():
     """No library chatter in normal runs; our own messages are printed, not logged."""
     warnings.filterwarnings("ignore")
@@ -61,7 +58,7 @@ def load_vlm(args, name=None, quantize=None):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=["lm_head", "model.visual"],
         )
-    with loading(name, "config.json and *.safetensors"):
+    with loading(f"--model {name}", "config.json and *.safetensors"):
         model, report = Qwen3VLForConditionalGeneration.from_pretrained(
             name,
             dtype=dtype,
@@ -73,10 +70,10 @@ def load_vlm(args, name=None, quantize=None):
             **options,
         )
     check_report(name, report)
-    with loading(name, "tokenizer.json and tokenizer_config.json"):
+    with loading(f"--model {name}", "tokenizer.json and tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     # By its class: Qwen3-VL's own processor, and early AutoImageProcessors, need torchvision.
-    with loading(name, "preprocessor_config.json"):
+    with loading(f"--model {name}", "preprocessor_config.json or processor_config.json"):
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         smallest = min(image_processor.size["shortest_edge"], args.max_pixels)
         image_processor.size = {"shortest_edge": smallest, "longest_edge": args.max_pixels}  # areas
@@ -101,17 +98,16 @@ def free_memory():
 
 
 @contextmanager
-def loading(name, files):
-    """Around the loading of a part of a checkpoint: whatever the library raises, from damage to no
-    network, ends with a message."""
+def loading(what, files):
+    """Around the libraries' own loading: whatever they raise, from damage to no network, ends with
+    one line that names what, the reason and the files to look at."""
     try:
         yield
     except Exception as e:
         if out_of_memory(e):
             raise
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        where = f"; look at its {files}, or get them again" if os.path.isdir(name) else ""
-        stop(f"--model {name} cannot be loaded: {reason}{where}")
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        stop(f"{what} cannot be loaded ({reason}); look at its {files}, or get it again")
 
 
 def check_kind(name):
@@ -120,7 +116,7 @@ def check_kind(name):
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") != 1):
         example = "Qwen/Qwen3-VL-4B-Instruct"
         stop(f"--model {name}: no such folder, and not a hub id such as {example}")
-    with loading(name, "config.json"):
+    with loading(f"--model {name}", "config.json"):
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if kind != "qwen3_vl":
         stop(f"--model {name}: its model_type is {kind}; a qwen3_vl is expected")
@@ -128,13 +124,10 @@ def check_kind(name):
 
 def check_report(name, report):
     """Of from_pretrained: without this, what the files lack would stay random, in silence."""
-    if report["mismatched_keys"]:
-        key = sorted(report["mismatched_keys"])[0][0]
-        stop(f"--model {name}: {key} in its *.safetensors has another shape than config.json says")
-    if report["missing_keys"]:
-        keys = sorted(report["missing_keys"])
-        lack = f"its *.safetensors lack {len(keys)} weights that config.json speaks of ({keys[0]})"
-        stop(f"--model {name}: {lack}; {AGAIN}")
+    for kind, fault in (("mismatched_keys", "another shape"), ("missing_keys", "no value")):
+        for key in sorted(map(str, report[kind]))[:1]:
+            count = f"{len(report[kind])} weights that config.json speaks of have {fault}"
+            stop(f"--model {name}: {count} in its *.safetensors ({key}); get it again")
 
 
 def check_tokenizer(name, tokenizer):
@@ -142,21 +135,17 @@ def check_tokenizer(name, tokenizer):
     for token in SPECIAL_TOKENS:
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             missing.append(token)
-    if missing:
-        lack = f"tokenizer has no {', '.join(missing)}"
-        stop(f"{name}: its {lack} (tokenizer.json); a Qwen3-VL checkpoint is expected")
     if not tokenizer.chat_template:
-        stop(f"{name}: its tokenizer has no chat template (chat_template.jinja); {AGAIN}")
+        missing.append("chat template (chat_template.jinja)")
+    if missing:
+        lack = f"its tokenizer has no {', '.join(missing)}"
+        stop(f"--model {name}: {lack}; a Qwen3-VL checkpoint is expected")
 
 
 def check_image_processor(name, processor, vision):
     """Patches of another size would be cut from the image than the vision tower takes."""
-    pairs = {
-        "patch_size": (processor.patch_size, vision.patch_size),
-        "merge_size": (processor.merge_size, vision.spatial_merge_size),
-        "temporal_patch_size": (processor.temporal_patch_size, vision.temporal_patch_size),
-    }
-    for key, (given, needed) in pairs.items():
-        if given != needed:
-            here = f"preprocessor_config.json says {key} {given}, config.json {needed}"
-            stop(f"--model {name}: its {here}; the files are of two models")
+    given = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    needed = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    if given != needed:
+        sizes = f"patches, merges and frames of {given}, its config.json {needed}"
+        stop(f"--model {name}: its image processor has {sizes}; the files are of two models")

@@ -16,19 +16,6 @@ from support.running.flags import Flag, command, flags
 
 import torch
 
-
-def save_merged(args, adapter, folder):
-    """Writes a checkpoint folder of the kind that --model takes."""
-    dtype = getattr(torch, args.dtype)
-    args.dtype = "float32"
-    vlm = load_vlm(args, quantize="none")
-    add_adapter(vlm, adapter, "policy")
-    with writing(folder):
-        vlm.model.merge_and_unload().to(dtype).save_pretrained(folder)
-        vlm.tokenizer.save_pretrained(folder)
-        vlm.image_processor.save_pretrained(folder)
-
-
 if __name__ == "__main__":
     args = flags(None, __doc__, folder=Flag("where the checkpoint is written", kind="new folder"))
     if not args.folder:
@@ -36,5 +23,12 @@ if __name__ == "__main__":
     adapter = best_adapter(args.out)
     if not adapter:
         stop(f"{args.out} has no adapter; first run: {command(args, 'python sft.py')}")
-    save_merged(args, adapter, args.folder)
+    dtype = getattr(torch, args.dtype)
+    args.dtype = "float32"
+    vlm = load_vlm(args, quantize="none")
+    add_adapter(vlm, adapter, "policy")
+    with writing(args.folder):
+        vlm.model.merge_and_unload().to(dtype).save_pretrained(args.folder)
+        vlm.tokenizer.save_pretrained(args.folder)
+        vlm.image_processor.save_pretrained(args.folder)
     print(f"{adapter} merged into {args.model}: {args.folder}")
