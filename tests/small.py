@@ -47,3 +47,12 @@ def picture(width, height, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def one_line(call, *arguments, **options):
+    """The message with which a call ends the program."""
+    with pytest.raises(SystemExit) as ended:
+        call(*arguments, **options)
+    message = str(ended.value)
+    assert message.startswith("error: ") and "\n" not in message, message
+    return message

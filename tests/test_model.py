@@ -1,0 +1,394 @@
+"""Base models, adapters, checkpoints, decoding, memory: what is refused, what stays the same."""
+
+import argparse
+import copy
+import json
+import re
+import resource
+import shutil
+import weakref
+from pathlib import Path
+
+from common import IVT, VLM, build_trajectory, encode_images, rollout, trajectory_logprobs
+from support.data.samples import load_image
+from support.model import adapters, checkpoints, decoding, loading, memory
+from support.running import errors, files
+from tests.small import GOOD, TEXTS, one_line, picture, vlm  # noqa: F401  vlm is a fixture
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+
+def model_args(folder, **changes):
+    """The flags that `load_vlm` reads."""
+    values = dict(
+        model=str(folder),
+        dtype="float32",
+        max_pixels=2**20,
+        quantize="none",
+        checkpointing="off",
+    )
+    return argparse.Namespace(**{**values, **changes})
+
+
+def save_parts(vlm, folder):
+    """A checkpoint folder of the small model."""
+    vlm.base.save_pretrained(folder)
+    vlm.tokenizer.save_pretrained(folder)
+    vlm.image_processor.save_pretrained(folder)
+    return folder
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil"),))
+
+
+def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints.save_checkpoint("c", update=1, weight=torch.ones(3))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a full disk
+    try:
+        with pytest.raises(SystemExit, match="c cannot be written .*make room"):
+            checkpoints.save_checkpoint("c", update=2, weight=torch.ones(100_000))
+        log = files.Log("log")
+        with pytest.raises(SystemExit, match="log cannot be written"):
+            for _ in range(3):
+                log.write(text="x" * 60_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert checkpoints.load_checkpoint("c")["update"] == 1
+    torch.save({"update": Evil()}, "c")
+    assert "no checkpoint of this code" in one_line(checkpoints.load_checkpoint, "c")
+    assert not Path("evil").exists()
+
+
+def test_a_phase_takes_the_best_adapter_and_says_where_it_stopped(tmp_path, capsys):
+    args = argparse.Namespace(out=tmp_path, preset="toy", model="m")
+    assert checkpoints.best_adapter(tmp_path) is None
+    assert "first run: python x" in one_line(adapters.weights_of, args, "sft", "python x")
+    for name, finished in (("base_grpo", True), ("sft", True), ("grpo", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").touch()
+        file = tmp_path / f"{name}.checkpoint"
+        checkpoints.save_checkpoint(file, update=3, finished=finished)
+        assert checkpoints.best_adapter(tmp_path) == tmp_path / name
+        said = f"{name}: the run stopped after update 3" in capsys.readouterr().out
+        assert said is not finished
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def change(name, **changes):
+    """None removes a value."""
+
+    def damage(folder):
+        content = {**json.loads((folder / name).read_text()), **changes}
+        kept = {key: value for key, value in content.items() if value is not None}
+        (folder / name).write_text(json.dumps(kept))
+
+    return damage
+
+
+def damaged(whole, damage):
+    """A copy of a folder, with a damage done to it."""
+    folder = whole.with_name("damaged")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    damage(folder)
+    return folder
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(vlm, tmp_path):
+    whole = save_parts(vlm, tmp_path / "whole")
+    text = json.loads((whole / "config.json").read_text())["text_config"]
+    weights, sizes = "model.safetensors", "preprocessor_config.json"
+    foreign = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), unk_token="<unk>")
+
+    def other_shards(folder):
+        (folder / weights).rename(folder / "model-1.safetensors")
+        index = {"metadata": {}, "weight_map": {"a": "model-2.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    taller, wider = {**text, "num_hidden_layers": 3}, {**text, "intermediate_size": 64}
+    cases = [
+        (remove("config.json"), "look at its config.json"),
+        (write("config.json", "[]"), "look at its config.json"),
+        (change("config.json", model_type="qwen2"), "model_type is qwen2"),
+        (change("config.json", text_config=3), "look at its config.json"),
+        (change("config.json", text_config=taller), r"11 weights .* no value .*layers\.2\."),
+        (change("config.json", text_config=wider), "6 weights .* another shape"),
+        (cut(weights, 50_000), r"look at its config.json and \*.safetensors"),
+        (remove(weights), r"look at its config.json and \*.safetensors"),
+        (other_shards, r"look at its config.json and \*.safetensors"),
+        (remove(sizes), f"look at its {sizes}"),
+        (change(sizes, size={"shortest_edge": "a"}), f"look at its {sizes}"),
+        (change(sizes, patch_size=None), r"image processor has .*\(14, 2, 2\), .* \(8, 2, 2\)"),
+        (write("tokenizer.json", "{"), "look at its tokenizer.json"),
+        (remove("chat_template.jinja"), "has no chat template"),
+        (foreign.save_pretrained, "tokenizer has no .*image_pad"),
+    ]
+    for damage, words in cases:
+        folder = damaged(whole, damage)
+        message = one_line(loading.load_vlm, model_args(folder))
+        assert re.search(words, message) and f"--model {folder}" in message, message
+    for value in ("nope", "./nope", "a/b/c"):
+        message = one_line(loading.load_vlm, model_args(value))
+        assert f"--model {value}: no such folder, and not a hub id" in message
+
+
+def test_image_settings_may_lie_in_the_processors_file(vlm, tmp_path):
+    """As transformers 5 saves them."""
+    folder = save_parts(vlm, tmp_path)
+    inner = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
+    assert loading.load_vlm(model_args(folder)).image_processor.patch_size == 8
+
+
+def test_a_foreign_or_damaged_adapter_is_refused_in_one_line(vlm, tmp_path):
+    def plain():
+        return VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.image_processor)
+
+    trained = plain()
+    adapters.new_adapter(trained, 4, 8)
+    whole = tmp_path / "whole"
+    adapters.save_adapter(trained, whole)
+    config, tensors = "adapter_config.json", "adapter_model.safetensors"
+    weights = load_file(whole / tensors)
+    first = sorted(weights)[0]
+    fewer = {key: value for key, value in weights.items() if key != first}
+    narrow = {**weights, first: weights[first][:, :-1].contiguous()}
+    cases = [
+        (write(config, "{oops"), "cannot be loaded"),
+        (change(config, peft_type="IA3"), "cannot be loaded"),
+        (change(config, r=8), "size mismatch"),
+        (change(config, target_modules="z"), "cannot be loaded"),
+        (change(config, target_modules=r".*\.q_proj"), f"one of {config} and {tensors} speaks of"),
+        (lambda folder: save_file(narrow, folder / tensors), "size mismatch"),
+        (lambda folder: save_file(fewer, folder / tensors), f"speaks of {first}"),
+        (cut(tensors, 20_000), "cannot be loaded"),
+        (remove(config), "cannot be loaded"),
+        (remove(tensors), "cannot be loaded"),
+        (change("base.json", layers=9), "was trained on another base model"),
+    ]
+    for damage, words in cases:
+        folder = damaged(whole, damage)
+        beside = plain()
+        adapters.new_adapter(beside, 4, 8, "other")
+        for one in (plain(), beside):
+            message = one_line(adapters.add_adapter, one, folder, "policy")
+            assert words in message and str(folder) in message, message
+    one = plain()
+    adapters.add_adapter(one, whole, "sft")
+    adapters.add_adapter(one, tmp_path / "none", "sft")  # it is there, and is not read again
+    assert one.model.active_adapter == "sft"
+    one.base.model.language_model.norm.weight.data.mul_(2)
+    assert "another base model" in one_line(adapters.add_adapter, one, whole, "policy")
+
+
+def test_another_adapter_is_used_for_a_while(vlm, tmp_path):
+    both = loading.load_vlm(model_args(save_parts(vlm, tmp_path)))
+    for name in ("policy", "reference"):
+        adapters.new_adapter(both, *adapters.lora_size("toy"), name)
+    both.model.set_adapter("policy")
+
+    def trainable():
+        return {name for name, p in both.model.named_parameters() if p.requires_grad}
+
+    before = trainable()
+    with pytest.raises(ZeroDivisionError), adapters.using(both, "reference"):
+        assert both.model.active_adapter == "reference"
+        raise ZeroDivisionError
+    assert both.model.active_adapter == "policy" and trainable() == before
+    assert before and all("policy" in name for name in before)
+
+
+def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):
+    folder = save_parts(vlm, tmp_path)
+    one = loading.load_vlm(model_args(folder))
+    for name in ("reference", "policy"):
+        adapters.new_adapter(one, 4, 8, name)
+    for name, p in one.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+
+    def weights():
+        return {k: p.detach().clone() for k, p in one.model.named_parameters() if "base_layer" in k}
+
+    asked = [picture(32, 32)], ["x"], 1
+    before = weights()
+    for adapter in ("policy", "reference"):
+        one.model.set_adapter(adapter)
+        beside = rollout(one, *asked, max_tokens=9)[0]
+        with pytest.raises(ZeroDivisionError), decoding.merged(one):
+            changed = [not torch.equal(before[key], weight) for key, weight in weights().items()]
+            assert all(changed) and len(changed) == 2 * 7
+            within = rollout(one, *asked, max_tokens=9)[0]
+            raise ZeroDivisionError
+        assert within.target == beside.target
+        assert within.logprob == pytest.approx(beside.logprob, abs=1e-4)
+        after = weights()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        again = rollout(one, *asked, max_tokens=9)[0]
+        assert again.logprob == beside.logprob  # LoRA is beside the weights again
+    with one.model.disable_adapter(), decoding.merged(one):  # the model before SFT, as a critic
+        assert all(torch.equal(before[key], weight) for key, weight in weights().items())
+    one.model.to(torch.bfloat16)
+    before = weights()
+    with decoding.merged(one):
+        assert all(torch.equal(before[key], weight) for key, weight in weights().items())
+
+
+def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, capsys):
+    save_parts(vlm, tmp_path)
+    one = loading.load_vlm(model_args(tmp_path, quantize="nf4"))
+    asked = [picture(32, 32)], ["x"], 1
+
+    def same_as_packed():
+        packed = rollout(one, *asked, max_tokens=9)[0]
+        with pytest.raises(ZeroDivisionError), decoding.unpacked(one):
+            within = rollout(one, *asked, max_tokens=9)[0]
+            raise ZeroDivisionError
+        assert within.target == packed.target
+        assert within.logprob == pytest.approx(packed.logprob, abs=1e-4)
+        assert rollout(one, *asked, max_tokens=9)[0].logprob == packed.logprob
+        assert not any("forward" in vars(module) for module in one.model.modules())
+        return packed.logprob
+
+    found = [same_as_packed()]
+    for name in ("reference", "policy"):
+        adapters.new_adapter(one, 4, 8, name)
+    for name, p in one.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    for adapter in ("policy", "reference"):
+        one.model.set_adapter(adapter)
+        found.append(same_as_packed())
+    with one.model.disable_adapter(), decoding.unpacked(one):
+        assert rollout(one, *asked, max_tokens=9)[0].logprob == found[0]
+    assert found[0] != found[1] != found[2]
+    layer = one.base.model.language_model.layers[0].self_attn.q_proj
+    layer.lora_dropout["reference"] = torch.nn.Dropout(0.5)  # PEFT's own business
+    with decoding.unpacked(one):
+        changed = ["forward" in vars(m) for m in one.model.modules() if isinstance(m, LoraLayer)]
+        assert "forward" not in vars(layer) and sum(changed) == len(changed) - 1
+    layer.lora_dropout["reference"] = torch.nn.Identity()
+
+    as_it_is = decoding.rollout
+    projection = one.base.model.language_model.layers[0].mlp.up_proj
+    tries = []
+    held = []
+
+    def little_room(vlm, *args, **options):
+        tries.append("forward" in vars(projection))
+        assert not any(tensor() is not None for tensor in held)  # free before the second try
+        if tries[-1]:
+            cache = torch.zeros(10)
+            held.append(weakref.ref(cache))
+            raise torch.OutOfMemoryError
+        return as_it_is(vlm, *args, **options)
+
+    monkeypatch.setattr(decoding, "rollout", little_room)
+    monkeypatch.setattr(decoding, "no_room", float("inf"))
+    rows = [decoding.play(one, *asked, max_tokens=9)[0] for _ in range(2)]
+    assert tries == [True, False, False]
+    decoding.play(one, [picture(32, 16)], ["x"], 1, max_tokens=2)  # a smaller one is tried
+    assert tries == [True, False, False, True, False]
+    assert rows[0].logprob == rows[1].logprob == found[2]
+    assert capsys.readouterr().out.count("no room") == 2
+
+    def no_room_at_all(*args, **options):
+        tries.append("once")
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decoding, "rollout", no_room_at_all)
+    monkeypatch.setattr(decoding, "no_room", float("inf"))
+    with one.model.disable_adapter(), pytest.raises(torch.OutOfMemoryError):  # there are no copies
+        decoding.play(one, *asked, max_tokens=2)
+    assert tries.count("once") == 1 and decoding.no_room == float("inf")
+
+
+def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
+    """NF4 with gradient checkpointing, as the paper preset loads it, after decoding, against the
+    same weights in float32."""
+    import bitsandbytes as bnb
+
+    save_parts(vlm, tmp_path)
+    quantized = loading.load_vlm(model_args(tmp_path, quantize="nf4", checkpointing="on"))
+    plain = loading.load_vlm(model_args(tmp_path))
+    language = plain.base.model.language_model
+    for name, module in quantized.base.model.language_model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = module.weight
+            exact = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            language.get_submodule(name).weight.data.copy_(exact)
+    down = quantized.base.model.language_model.layers[1].mlp.down_proj
+    assert isinstance(down, bnb.nn.Linear4bit)
+
+    gradients = []
+    for one in (quantized, plain):
+        torch.manual_seed(0)
+        adapters.new_adapter(one, 4, 8)
+        rollout(one, [picture(32, 32)], ["x"], 1, max_tokens=4)
+        images = encode_images(one, [picture(32, 32)] * 2)
+        trajectory = build_trajectory(one, images, "it", TEXTS, IVT)
+        trajectory_logprobs(one, [trajectory])[0].mean().backward()
+        named = one.model.named_parameters()
+        gradients.append({name: p.grad for name, p in named if "lora_B" in name})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * 7
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 1e-4, name
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-2, atol=1e-4), name
+
+
+def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monkeypatch, capsys):
+    """The second is larger in pixels; reduced to --max-pixels, the first is."""
+    sizes = {"square": (128, 128), "long": (512, 64), "small": (32, 32)}
+    made = {}
+    for name, (width, height) in sizes.items():
+        picture(width, height).save(tmp_path / f"{name}.png")
+        made[name] = dict(GOOD, id=name, image=f"{name}.png", width=width, height=height)
+    monkeypatch.setattr(
+        vlm.image_processor, "size", {"shortest_edge": 256, "longest_edge": 128 * 128}
+    )
+    for sample in made.values():
+        images = encode_images(vlm, [load_image(sample, tmp_path)])
+        assert memory.image_token_count(vlm, sample) == images[0].rows * images[0].columns
+    weight = vlm.base.model.language_model.norm.weight.requires_grad_(True)
+    probed = []
+
+    def examples(rows):
+        probed.extend(row["id"] for row in rows)
+        pictures = [load_image(made[row["id"]], tmp_path) for row in rows]
+        images = encode_images(vlm, pictures)
+        return [build_trajectory(vlm, [image], "it", TEXTS[:1], IVT) for image in images]
+
+    rows = [dict(sample, traces="x" * number) for number, sample in enumerate(made.values())]
+    args = argparse.Namespace(steps=2, max_tokens=7, batch_size=3, grad_accum=4, group_size=6)
+    memory.try_largest(vlm, rows, examples, args)
+    assert probed == ["square"] * 3 and weight.grad is None
+    assert re.search(r"forward and backward, 3 x \d+ tokens", capsys.readouterr().out)
+    args.batch_size, args.val_prompts = 2, 8
+    memory.try_largest_rollout(vlm, rows, args, tmp_path, IVT)
+    weight.requires_grad_(False)
+    count = int(re.search(r"2 x (\d+) tokens", capsys.readouterr().out)[1])
+    assert count > 3 * (64 + 7)
+    assert errors.at_work == rows[:1]
