@@ -204,11 +204,18 @@ def test_a_foreign_or_damaged_adapter_is_refused_in_one_line(vlm, tmp_path):
     assert "another base model" in one_line(adapters.add_adapter, one, whole, "policy")
 
 
+def add_two_adapters(one):
+    """Of which the last is active, and neither leaves the model as it is."""
+    for name in ("reference", "policy"):
+        adapters.new_adapter(one, 4, 8, name)
+    for name, p in one.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+
+
 def test_another_adapter_is_used_for_a_while(vlm, tmp_path):
     both = loading.load_vlm(model_args(save_parts(vlm, tmp_path)))
-    for name in ("policy", "reference"):
-        adapters.new_adapter(both, *adapters.lora_size("toy"), name)
-    both.model.set_adapter("policy")
+    adapters.policy_and_reference(both, None, adapters.lora_size("toy"))
 
     def trainable():
         return {name for name, p in both.model.named_parameters() if p.requires_grad}
@@ -224,11 +231,7 @@ def test_another_adapter_is_used_for_a_while(vlm, tmp_path):
 def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):
     folder = save_parts(vlm, tmp_path)
     one = loading.load_vlm(model_args(folder))
-    for name in ("reference", "policy"):
-        adapters.new_adapter(one, 4, 8, name)
-    for name, p in one.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
+    add_two_adapters(one)
 
     def weights():
         return {k: p.detach().clone() for k, p in one.model.named_parameters() if "base_layer" in k}
@@ -274,11 +277,7 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
         return packed.logprob
 
     found = [same_as_packed()]
-    for name in ("reference", "policy"):
-        adapters.new_adapter(one, 4, 8, name)
-    for name, p in one.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
+    add_two_adapters(one)
     for adapter in ("policy", "reference"):
         one.model.set_adapter(adapter)
         found.append(same_as_packed())

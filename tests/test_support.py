@@ -119,23 +119,6 @@ def test_flags_check_their_paths_before_any_work(parse):
     assert f"/file/run: {unusable} new folder" in one_line(parse, "sft", out="file/run")
 
 
-def test_a_script_in_a_folder_is_named_as_it_is_started(tmp_path):
-    script = tmp_path / "rooms/hello.py"
-    script.parent.mkdir()
-    script.write_text(
-        "from support.running.flags import flags\n"
-        "from support.running.processes import program\n"
-        "flags(None, 'Says hello.')\n"
-        "print(program())\n"
-    )
-    command = [sys.executable, "-m", "rooms.hello", "--out", "run"]
-    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    lines = ran.stdout.splitlines()
-    assert lines[0] == "python -m rooms.hello --preset toy --out run", ran
-    assert lines[-1] == "python -m rooms.hello"
-
-
 def test_another_phase_is_named_with_the_runs_own_flags():
     args = argparse.Namespace(preset="toy", out=Path("runs/toy"), model=model_path("toy/base"))
     assert command(args, "python sft.py") == "python sft.py"
@@ -334,15 +317,15 @@ def test_what_the_log_says_of_a_batch_of_rollouts():
 
 # Memory -------------------------------------------------------------------------------------------
 WORKER = """
-import sys
 import torch
-from support.running.errors import explain_out_of_memory, working_on
-from support.running.processes import RANK, gather, start_processes
+from support.running.errors import working_on
+from support.running.flags import flags
+from support.running.processes import RANK, WORLD, gather, program
 
-start_processes()
-explain_out_of_memory("--max-pixels")
+flags(None, "Runs out of memory.")
+print(program())
 working_on([{"id": "7", "width": 20, "height": 10}])
-if RANK == int(sys.argv[1]):
+if RANK == WORLD - 1:
     torch.empty(10**15)
 gather([1])
 """
@@ -371,15 +354,21 @@ def test_running_out_of_memory_names_the_samples_and_the_flag(monkeypatch, capsy
 
 @pytest.mark.parametrize("processes", (1, 2))
 def test_running_out_of_memory_ends_all_processes(tmp_path, processes):
-    """The last of them runs out; alone it prints nothing but the message."""
-    script = tmp_path / "worker.py"
+    """The last of them runs out; alone it prints nothing but the message. A script in a folder is
+    named as it was started."""
+    script = tmp_path / "rooms/worker.py"
+    script.parent.mkdir()
     script.write_text(WORKER)
-    start = [sys.executable]
+    start = [sys.executable, "-m"]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    start += [str(script), str(processes - 1)]
-    ran = subprocess.run(start, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    start += ["rooms.worker", "--out", "run"]
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    ran = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
     message = "error: out of memory with the samples 7 (20 x 10); lower --max-pixels."
     assert ran.returncode == 1 and message in ran.stderr, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines[0] == "python -m rooms.worker --preset toy --out run", ran
+    assert lines[-1] == "python -m rooms.worker"
     if processes == 1:
         assert len(ran.stderr.splitlines()) == 1
