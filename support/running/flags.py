@@ -162,5 +162,5 @@ def check_path(flag, value, kind):
         else:
             path.open("rb").close()
     except OSError as e:
-        use = f"cannot be used as a {kind} ({e.strerror})"
-        stop(f"{flag} {value}: {use}; give another path, or allow reading and writing it")
+        remedy = f"give a path that can be used as a {kind}"
+        stop(f"{flag} {value}: {e.strerror.lower()}; {remedy}")
