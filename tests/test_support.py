@@ -11,7 +11,7 @@ from pathlib import Path
 from common import IVT, Trajectory
 from support.data import samples
 from support.report import health
-from support.report.rows import Row, begin_row
+from support.report.rows import Row, play_row
 from support.running import errors, files
 from support.running.flags import ROOT, Flag, check_path, command, flags, model_path
 from support.running.presets import PRESETS
@@ -278,21 +278,28 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
 
 
 # Rows and logs ------------------------------------------------------------------------------------
-def test_a_row_depends_on_what_it_is_played_with(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "test.jsonl").write_text("{}\n")
-    given = dict(guard="off", feedback="overlay", surroundings=1.5, seed=0)
+def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path):
+    files.write_jsonl(tmp_path / "data/test.jsonl", [GOOD])
+    given = dict(guard="off", seed=0, batch_size=1)
     args = argparse.Namespace(out=tmp_path, restart=False, model="m", **given)
-    refined = Row("b", "b", IVT, 2)
-    flags = ("feedback", "guard")
-    assert not begin_row(args, Row("a", "a", IVT)) and not begin_row(args, refined, *flags)
+    made = []
+
+    def work(batch):
+        made.extend(batch)
+        return [{"id": sample["id"]} for _, sample in batch]
+
+    def plays(name, *flags):
+        made.clear()
+        play_row(args, Row(name, name), [GOOD], work, *flags)
+        return len(made)
+
+    assert plays("once") == 1 and plays("refined", "guard") == 1
     args.seed, args.guard = 1, "on"  # nothing is sampled, and one box is not refined
-    assert begin_row(args, Row("a", "a", IVT))
+    assert plays("once") == 0
     with pytest.raises(SystemExit, match="guard: off then, on now"):
-        begin_row(args, refined, *flags)
+        plays("refined", "guard")
     args.restart = True
-    assert not begin_row(args, refined, *flags) and begin_row(args, refined, *flags)
+    assert plays("refined", "guard") == 1 and plays("refined", "guard") == 0
 
 
 def test_what_the_log_says_of_a_batch_of_rollouts():
