@@ -1,0 +1,154 @@
+"""The generated tables of README.md and docs/tables/, from finished runs on the toy.
+
+    python -m support.report.docs_tables --runs runs/seed0 runs/seed1 runs/seed2
+
+Each run was made with its own `--seed` in every phase, and evaluated with `--ablations`. Start this
+on the machine that made the runs: its processor and its libraries are named above each table.
+
+Reads results.json and log/*.config.json of each run. Writes docs/tables/seeds.md (a column a run),
+docs/tables/main.md (the first run) and the table of README.md (the mean of all).
+"""
+
+import argparse
+import json
+import re
+from functools import reduce
+from importlib.metadata import version
+from operator import getitem
+from pathlib import Path
+
+from support.report.tables import cell, finding_lines, odds, of_right, of_wrong, table
+from support.running.errors import stop
+from support.running.files import differences, read_config, write_text
+from support.running.flags import ROOT
+
+SFT, GRPO, GUARDED = "SFT + IVT", "SFT + GRPO + IVT", "Base, asked again, zoomed and guarded"
+CHOSEN = "best of steps"  # with the truth
+BASE = "Base (single-shot)"
+ROWS = (BASE, "Base + IVT (no training)", SFT, "SFT + GRPO (single-step)", GRPO, GUARDED)
+PHASES = ("make_data", "sft", "grpo", "grpo_single", "evaluate_grpo")
+BLOCK = re.compile(r"(<!-- table: seeds -->\n).*?(<!-- end -->)", re.S)
+INTERVALS = "[low, high]: 95 percent bootstrap interval over the samples; *: without zero."
+
+
+def read_results(folder):
+    path = folder / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not results.get("ablations"):
+        stop(f"{path} has no ablations; first run: python evaluate.py --ablations --out {folder}")
+    return results
+
+
+def settings(folder, phase):
+    """What a phase was made with, without the seed and the files, which follow it."""
+    config = read_config(folder / f"log/{phase}.config.json")
+    return {key: value for key, value in config.items() if "/" not in key and key != "seed"}
+
+
+def refuse_others(folders):
+    """Stops where a run has other settings than the first: a mean of the two would say nothing."""
+    for folder in folders[1:]:
+        for phase in PHASES:
+            lines = differences(settings(folders[0], phase), settings(folder, phase))
+            if lines:
+                head = f"{phase} is not the same in {folders[0]} (then) and {folder} (now):"
+                stop("\n".join([head, *lines]))
+
+
+def machine():
+    """The processor and the libraries of this machine, in words."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    libraries = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
+    return ", ".join([*names[:1], *libraries])
+
+
+def over(values, sign="", spread=False):
+    """The mean over the runs of estimates; with spread the lowest and the highest of them too."""
+    means = [value[0] for value in values]
+    text = f"{sum(means) / len(means):{sign}.3f}"
+    return f"{text} ({min(means):{sign}.3f} to {max(means):{sign}.3f})" if spread else text
+
+
+def mean_table(runs):
+    """The table of README.md."""
+    rows = []
+    for name in ROWS:
+        ways = [run["table1"][name] for run in runs]
+        ends = [way.get("last step") or way["its only box"] for way in ways]
+        last = over([end["mean IoU"] for end in ends], spread=True)
+        sharp = over([end["Acc@0.9"] for end in ends])
+        if name not in runs[0]["table2"]:
+            rows.append([name, last, "", "", "", sharp])
+            continue
+        first, best = ([way[box]["mean IoU"] for way in ways] for box in ("first step", CHOSEN))
+        change = over([run["table2"][name]["delta"] for run in runs], "+", spread=True)
+        rows.append([name, over(first), last, change, over(best), sharp])
+    head = ["mean IoU", "step 0", "last step", "change", CHOSEN, "Acc@0.9, last step"]
+    return table(head, rows)
+
+
+def seeds_table(runs):
+    """A line per question, a column per run, with the run's own interval."""
+    questions = {}
+    for name in (SFT, GRPO, GUARDED):
+        questions[f"{name}: last step - step 0"] = ("table2", name, "delta")
+        end = ("differences", name, "last step", "mean IoU")
+        questions[f"{name}: last step - {BASE}"] = end
+    for name in (f"{GRPO}, no overlay", f"{GRPO}, a box elsewhere", f"{GUARDED}, a view elsewhere"):
+        questions[f"{name}: last step - that of its own box"] = ("ablations", name, "against")
+    for name in (SFT, GRPO):
+        traces = ("second_look", name, "traces", 0)
+        for box, words in (("wrong object", "on a wrong object"), ("right", "right")):
+            question = f'{name}: of the boxes that are {words}, called "wrong object" at step 1'
+            questions[question] = (*traces, "boxes", box, "wrong object")
+        questions[f"{name}: balanced accuracy at step 1, chance 0.333"] = (*traces, "balanced")
+    rows = []
+    for question, place in questions.items():
+        sign = "" if place[0] == "second_look" else "+"
+        rows.append([question, *(cell(reduce(getitem, place, run), sign) for run in runs)])
+    return table(["", *(f"seed {run['seed']}" for run in runs)], rows)
+
+
+def main_tables(results):
+    """Tables 1 and 2 of one run."""
+    boxes, steps = [], []
+    for name, ways in results["table1"].items():
+        for way in ("its only box", CHOSEN, "last step"):
+            if way in ways:
+                shares = [f"{ways[way][f'Acc@{limit}'][0]:.3f}" for limit in (0.5, 0.7, 0.9)]
+                boxes.append([name, way, *shares, cell(ways[way]["mean IoU"])])
+    for name, row in results["table2"].items():
+        ious = " / ".join(f"{mean:.3f}" for mean, _, _ in row["iou"][: results["steps"] + 1])
+        moves = " / ".join(f"{row[key][0]:.0%}" for key in ("improved", "stagnated", "degraded"))
+        turns = results["second_look"][name]["turns"]
+        looks = [of_wrong(turns), of_right(turns)]
+        looks.append(f"{odds(turns['ratio'])}, {odds(turns['needed'])}")
+        steps.append([name, ious, cell(row["delta"], "+"), moves, *looks])
+    head = ["Table 2", "mean IoU per step", "change", "improved / stagnated / degraded"]
+    head += ["wrong, corrected", "right, spoilt", "ECR / EIR, needed"]
+    metrics = ["Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU"]
+    return table(["Table 1", "box", *metrics], boxes) + table(head, steps)
+
+
+def write_all(folders, root=ROOT):
+    refuse_others(folders)
+    runs = [read_results(folder) for folder in folders]
+    made = f"{machine()}; {runs[0]['n']} test samples a seed, T = {runs[0]['steps']}, greedy."
+    head = ["# Each seed", "", f"{made} {INTERVALS}", ""]
+    write_text(root / "docs/tables/seeds.md", "\n".join(head + seeds_table(runs)))
+    head = [f"# Seed {runs[0]['seed']}", "", f"{made} {INTERVALS}", ""]
+    lines = head + main_tables(runs[0]) + finding_lines(runs[0])
+    write_text(root / "docs/tables/main.md", "\n".join(lines))
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    head = [f"Mean of seeds {seeds} (lowest to highest); {made}", ""]
+    block = "\n".join(head + mean_table(runs))
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    readme = BLOCK.sub(lambda match: f"{match[1]}{block}\n{match[2]}", readme)
+    write_text(root / "README.md", readme)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="folders, one a seed")
+    write_all(parser.parse_args().runs)
