@@ -17,7 +17,7 @@ from importlib.metadata import version
 from operator import getitem
 from pathlib import Path
 
-from support.report.tables import cell, finding_lines, odds, of_right, of_wrong, table
+from support.report.tables import cell, markdown, markdown_table, report
 from support.running.errors import stop
 from support.running.files import differences, read_config, write_text
 from support.running.flags import ROOT
@@ -28,6 +28,7 @@ BASE = "Base (single-shot)"
 ROWS = (BASE, "Base + IVT (no training)", SFT, "SFT + GRPO (single-step)", GRPO, GUARDED)
 PHASES = ("make_data", "sft", "grpo", "grpo_single", "evaluate_grpo")
 BLOCK = re.compile(r"(<!-- table: seeds -->\n).*?(<!-- end -->)", re.S)
+SECTIONS = ("Table 1", "Table 2", "The paper's findings here", "The second look")
 INTERVALS = "[low, high]: 95 percent bootstrap interval over the samples; *: without zero."
 
 
@@ -85,7 +86,7 @@ def mean_table(runs):
         change = over([run["table2"][name]["delta"] for run in runs], "+", spread=True)
         rows.append([name, over(first), last, change, over(best), sharp])
     head = ["mean IoU", "step 0", "last step", "change", CHOSEN, "Acc@0.9, last step"]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def seeds_table(runs):
@@ -107,28 +108,7 @@ def seeds_table(runs):
     for question, place in questions.items():
         sign = "" if place[0] == "second_look" else "+"
         rows.append([question, *(cell(reduce(getitem, place, run), sign) for run in runs)])
-    return table(["", *(f"seed {run['seed']}" for run in runs)], rows)
-
-
-def main_tables(results):
-    """Tables 1 and 2 of one run."""
-    boxes, steps = [], []
-    for name, ways in results["table1"].items():
-        for way in ("its only box", CHOSEN, "last step"):
-            if way in ways:
-                shares = [f"{ways[way][f'Acc@{limit}'][0]:.3f}" for limit in (0.5, 0.7, 0.9)]
-                boxes.append([name, way, *shares, cell(ways[way]["mean IoU"])])
-    for name, row in results["table2"].items():
-        ious = " / ".join(f"{mean:.3f}" for mean, _, _ in row["iou"][: results["steps"] + 1])
-        moves = " / ".join(f"{row[key][0]:.0%}" for key in ("improved", "stagnated", "degraded"))
-        turns = results["second_look"][name]["turns"]
-        looks = [of_wrong(turns), of_right(turns)]
-        looks.append(f"{odds(turns['ratio'])}, {odds(turns['needed'])}")
-        steps.append([name, ious, cell(row["delta"], "+"), moves, *looks])
-    head = ["Table 2", "mean IoU per step", "change", "improved / stagnated / degraded"]
-    head += ["wrong, corrected", "right, spoilt", "ECR / EIR, needed"]
-    metrics = ["Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU"]
-    return table(["Table 1", "box", *metrics], boxes) + table(head, steps)
+    return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
 def write_all(folders, root=ROOT):
@@ -137,9 +117,9 @@ def write_all(folders, root=ROOT):
     made = f"{machine()}; {runs[0]['n']} test samples a seed, T = {runs[0]['steps']}, greedy."
     head = ["# Each seed", "", f"{made} {INTERVALS}", ""]
     write_text(root / "docs/tables/seeds.md", "\n".join(head + seeds_table(runs)))
-    head = [f"# Seed {runs[0]['seed']}", "", f"{made} {INTERVALS}", ""]
-    lines = head + main_tables(runs[0]) + finding_lines(runs[0])
-    write_text(root / "docs/tables/main.md", "\n".join(lines))
+    head = f"# Seed {runs[0]['seed']}\n\n{machine()}.\n\n"
+    sections = [section for section in report(runs[0]) if section[0] in SECTIONS]
+    write_text(root / "docs/tables/main.md", head + markdown(sections))
     seeds = ", ".join(str(run["seed"]) for run in runs)
     head = [f"Mean of seeds {seeds} (lowest to highest); {made}", ""]
     block = "\n".join(head + mean_table(runs))

@@ -58,9 +58,14 @@ def markdown(sections):
     """A report as results.md has it."""
     lines = []
     for name, text, head, rows in sections:
-        lines += [f"**{name}.** {text}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        lines += [f"| {' | '.join(map(str, row))} |" for row in rows] + [""]
+        lines += [f"**{name}.** {text}", "", *markdown_table(head, rows)]
     return "\n".join(lines)
+
+
+def markdown_table(head, rows):
+    """Its lines, and an empty one."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
 
 
 # The terminal -------------------------------------------------------------------------------------
