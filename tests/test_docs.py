@@ -98,7 +98,7 @@ def flags_and_problems():
         if words[number] in ("pytest", "tests.browser"):  # they have no flags of ours
             continue
         with (
-            mock.patch.object(sys, "argv", words[number:]),
+            mock.patch.object(sys, "argv", list(words[number:])),
             mock.patch("argparse.ArgumentParser.parse_args", parse_args),
             mock.patch("support.running.flags.start_processes", side_effect=KeyboardInterrupt),
         ):

@@ -14,17 +14,14 @@ def make_run(folder, seed, value, lr=0.1):
     box = {metric: estimate for metric in ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")}
     ways = {way: box for way in ("best of steps", "last step", "first step")}
     loops = [name for name in ROWS if name not in (BASE, "SFT + GRPO (single-step)")]
-    turns = {"wrong, right": 1, "wrong, wrong": 2, "right, wrong": 3, "right, right": 4}
-    turns |= {"ratio": None, "needed": 0.5}
     called = {"wrong object": estimate}
     traces = [{"boxes": {"wrong object": called, "right": called}, "balanced": estimate}]
-    moves = dict.fromkeys(("delta", "improved", "stagnated", "degraded"), estimate)
     others = (f"{GRPO}, no overlay", f"{GRPO}, a box elsewhere", f"{GUARDED}, a view elsewhere")
-    results = {"n": 5, "seed": seed, "steps": 2, "findings": [["It falls", "-0.2", "holds"]]}
+    results = {"n": 5, "seed": seed, "steps": 2}
     results["table1"] = {name: ways if name in loops else {"its only box": box} for name in ROWS}
-    results["table2"] = {name: {"iou": [estimate] * 3, **moves} for name in loops}
+    results["table2"] = {name: {"delta": estimate} for name in loops}
     results["differences"] = {name: {"last step": box} for name in (SFT, GRPO, GUARDED)}
-    results["second_look"] = {name: {"turns": turns, "traces": traces} for name in loops}
+    results["second_look"] = {name: {"traces": traces} for name in loops}
     results["ablations"] = {name: {"against": estimate} for name in others}
     (folder / "log").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -33,7 +30,11 @@ def make_run(folder, seed, value, lr=0.1):
     return folder
 
 
-def test_the_tables_are_of_all_runs_and_only_their_place_in_the_readme_changes(tmp_path):
+def test_the_tables_are_of_all_runs_and_only_their_place_in_the_readme_changes(
+    tmp_path, monkeypatch
+):
+    one = ("Table 2", "words", ("head",), [["cell"]])  # tests/test_report.py has the real ones
+    monkeypatch.setattr(docs_tables, "report", lambda results: [one, ("Strata", *one[1:])])
     block = "<!-- table: seeds -->\nold\n<!-- end -->"
     (tmp_path / "README.md").write_text(f"before\n{block}\nafter\n")
     folders = [make_run(tmp_path / f"{seed}", seed, 0.4 + 0.1 * seed) for seed in (0, 1)]
@@ -49,13 +50,12 @@ def test_the_tables_are_of_all_runs_and_only_their_place_in_the_readme_changes(t
     seeds = (tmp_path / "docs/tables/seeds.md").read_text()
     assert "| +0.400 [+0.300, +0.500] * | +0.500 [+0.400, +0.600] * |" in seeds
     main = (tmp_path / "docs/tables/main.md").read_text()
-    assert f"| {BASE} | its only box | 0.400 | 0.400 | 0.400 | 0.400 [0.300, 0.500] |" in main
-    assert "| 1 of 3 | 3 of 7 | -, 0.5 |" in main and "- holds: It falls: -0.2" in main
+    assert main.startswith("# Seed 0") and "**Table 2.**" in main and "Strata" not in main
 
 
 def test_runs_that_differ_in_more_than_the_seed_and_unfinished_ones_are_refused(tmp_path):
     folders = [make_run(tmp_path / "a", 0, 0.4), make_run(tmp_path / "b", 1, 0.5, lr=0.2)]
-    with pytest.raises(SystemExit, match="lr: 0.1 then, 0.2 now"):
+    with pytest.raises(SystemExit, match="sft: lr is 0.1 in"):
         docs_tables.write_all(folders, tmp_path)
     (tmp_path / "a/results.json").unlink()
     with pytest.raises(SystemExit, match="python evaluate.py --ablations --out"):

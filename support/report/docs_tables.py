@@ -19,7 +19,7 @@ from pathlib import Path
 
 from support.report.tables import cell, markdown, markdown_table, report
 from support.running.errors import stop
-from support.running.files import differences, read_config, write_text
+from support.running.files import read_config, write_text
 from support.running.flags import ROOT
 
 SFT, GRPO, GUARDED = "SFT + IVT", "SFT + GRPO + IVT", "Base, asked again, zoomed and guarded"
@@ -50,10 +50,11 @@ def refuse_others(folders):
     """Stops where a run has other settings than the first: a mean of the two would say nothing."""
     for folder in folders[1:]:
         for phase in PHASES:
-            lines = differences(settings(folders[0], phase), settings(folder, phase))
-            if lines:
-                head = f"{phase} is not the same in {folders[0]} (then) and {folder} (now):"
-                stop("\n".join([head, *lines]))
+            first, own = settings(folders[0], phase), settings(folder, phase)
+            for key in first.keys() | own.keys():
+                if first.get(key) != own.get(key):
+                    both = f"{first.get(key)} in {folders[0]} and {own.get(key)} in {folder}"
+                    stop(f"{phase}: {key} is {both}; give runs that differ in their seed alone")
 
 
 def machine():
