@@ -133,9 +133,7 @@ def box_complete(text):
 # The loop, and what varies in it ------------------------------------------------------------------
 def draw_overlay(image, box, color=(255, 0, 0), alpha=0.25):
     """The image (PIL, RGB) with a translucent box (0..1000) and its outline; None gives a copy.
-
-    Section 3.1, "Render". The paper names the colour alone; fill and width of the line are ours.
-    """
+    Section 3.1, "Render". The paper names the colour alone; fill and width of the line are ours."""
     if box is None:
         return image.copy()
     layer = Image.new("RGBA", image.size, (0, 0, 0, 0))
@@ -354,12 +352,6 @@ def build_trajectory(vlm, images, text, written, loop):
 
 
 # The model: embeddings, image tokens put in their places, language model --------------------------
-def recompute_activations(vlm):
-    """On where gradients are wanted, off elsewhere: a checkpointed layer writes no cache."""
-    for layer in vlm.base.model.language_model.layers:
-        layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
-
-
 def hidden_states(vlm, ids, positions, mask, images, cache=None):
     """ids [B, K], positions [3, B, K], mask [B, cached + K] (0: padding) -> [B, K, D].
 
@@ -367,7 +359,8 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
     mask each token sees all before it: enough where rows are padded at their end.
     """
     language = vlm.base.model.language_model
-    recompute_activations(vlm)
+    for layer in language.layers:  # a layer that recomputes its activations writes no cache
+        layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
     embeds = language.embed_tokens(ids)  # [B, K, D]
     visual = {}
     if images:

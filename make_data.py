@@ -33,18 +33,18 @@ from common import (
     box_in_view,
     box_iou,
     format_box,
-    iou,
     normalize_box,
     rollout,
     written_boxes,
 )
 from support.data import sources
+from support.data.datasets import counted
+from support.data.geometry import perturb
 from support.data.samples import load_image
 from support.data.teacher import template_trace, trace_fault
 from support.model.decoding import rollouts
 from support.model.loading import load_vlm
 from support.model.views import loop_of
-from support.running.errors import stop
 from support.running.files import resumable
 from support.running.flags import flags
 from toy import world
@@ -88,22 +88,6 @@ def boxes_to_the_truth(sample, prediction, args, loop):
         return "next box outside the view"
     words = {"id": sample["id"], "expression": sample["expression"]}
     return {**words, "iou": box_iou(first, sample), "truth": truth, "boxes": boxes}
-
-
-def perturb(rng, box, iou_max):
-    """The box (0..1000), its sides moved at random: an IoU of 0.1 to iou_max with the original.
-
-    What the paper tried first, and found to teach poor first answers. Stops when iou_max asks for
-    what hardly exists.
-    """
-    x1, y1, x2, y2 = box
-    for _ in range(10_000):
-        # Sides that cross leave a box with which nothing has an IoU
-        moved = [v + rng.gauss(0, 0.3) * side for v, side in zip(box, (x2 - x1, y2 - y1) * 2)]
-        out = [min(1000, max(0, round(v))) for v in moved]
-        if 0.1 < iou(out, box) <= iou_max:
-            return out
-    stop(f"no box with an IoU of 0.1 to {iou_max} with {box}; raise --iou-max")
 
 
 # The teacher, a VLM that is told the next box and may not say so ----------------------------------
@@ -235,8 +219,7 @@ if __name__ == "__main__":
             dropped[row] += 1
         else:
             rows.append(row)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
-    print(f"filter: {len(rows)} of {len(train)} kept; dropped: {reasons}")
+    print(f"filter: {len(rows)} of {len(train)} kept; dropped: {counted(dropped)}")
 
     # 5. Traces ------------------------------------------------------------------------------------
     # The teacher sees at each step what the student will see there, and knows the next box besides.
@@ -258,9 +241,7 @@ if __name__ == "__main__":
         sample_of = {sample["id"]: sample for sample in train}
         todo = [{**sample_of[row["id"]], **row} for row in rows]
         taught = resumable(data / "traces.jsonl", todo, args.batch_size, "teacher", teach)
-        rejections = Counter(fault for made in taught for fault in made["rejected"])
+        sources.show_teacher(taught)
         rows = [{**row, "traces": made["traces"]} for row, made in zip(rows, taught)]
-        unusable = sum(row["traces"] is None for row in rows)
-        print(f"teacher: rejected traces: {dict(rejections) or 'none'}; {unusable} rows dropped")
         rows = [row for row in rows if row["traces"]]
     sources.write_trajectories(args, rows, start)

@@ -11,10 +11,15 @@ from common import (
     continuation_ids,
     last_valid,
     read_box,
-    recompute_activations,
 )
 
 import torch
+
+
+def recompute_activations(vlm):
+    """On where gradients are wanted, off elsewhere: a checkpointed layer writes no cache."""
+    for layer in vlm.base.model.language_model.layers:
+        layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
 
 
 def size_in_tokens(vlm, image):

@@ -34,6 +34,7 @@ import time
 from collections import Counter
 
 from common import format_box, iou
+from support.data.datasets import counted
 from support.data.samples import VISRL_FIELDS, load_image, read_side
 from support.model import adapters, loading
 from support.model.decoding import rollouts
@@ -281,6 +282,5 @@ if __name__ == "__main__":
         mean = sum(given) / max(1, len(given))
         spread = f"mean {mean:.3f}, {high} from {args.win} on, {low} up to {args.lose}"
         print(f"  {key}: {spread}, {len(flat) - len(given)} without")
-    reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "none"
-    print(f"questions kept: {len(pairs)}; dropped: {reasons}")
+    print(f"questions kept: {len(pairs)}; dropped: {counted(dropped)}")
     print(f"{len(pairs)} pairs in {data / name}.jsonl, {processes.minutes(start)}")

@@ -1,4 +1,4 @@
-"""The three published datasets of the paper as samples, and their split (docs/paper_preset.md).
+"""The three published datasets of the paper as samples, and their split (docs/your_gpu.md).
 
 A reader yields dicts with id, source, image, key, width, height, expression and bbox (pixels, [x1,
 y1, x2, y2] from here on); `usable` makes samples of them. The key names the photo, and is the same
@@ -200,9 +200,8 @@ def usable(title, rows, texts=("expression",)):
         else:
             box = clip(row["bbox"], row["width"], row["height"])
             samples[row["id"]] = {**row, "bbox": box}
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     read = len(samples) + dropped.total()
-    print(f"{title}: {read} read, {len(samples)} kept; dropped: {reasons}")
+    print(f"{title}: {read} read, {len(samples)} kept; dropped: {counted(dropped)}")
     return [samples[name] for name in sorted(samples)]
 
 
@@ -218,6 +217,11 @@ def fault_of(row, words):
     if not (x1 < x2 and y1 < y2):
         return "without a box inside the image"
     return None
+
+
+def counted(dropped):
+    """A Counter in words: "3 without words", or "none"."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
 
 
 def clip(bbox, width, height):

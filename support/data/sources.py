@@ -1,5 +1,7 @@
 """Where the samples of phase 0 come from: the toy's world, a file of your own, the paper's data."""
 
+from collections import Counter
+
 from common import normalize_box
 from support.data import datasets
 from support.data.samples import own_samples, read_side
@@ -125,3 +127,10 @@ def write_trajectories(args, rows, start):
         print(f"  {box}  {text}")
     then = command(args, "python sft.py")
     print(f"{len(rows)} trajectories in {path}, {minutes(start)}; next: {then}")
+
+
+def show_teacher(taught):
+    """Prints which traces were refused. taught: rows of data/traces.jsonl."""
+    rejections = Counter(fault for row in taught for fault in row["rejected"])
+    unusable = sum(row["traces"] is None for row in taught)
+    print(f"teacher: rejected traces: {datasets.counted(rejections)}; {unusable} rows dropped")
