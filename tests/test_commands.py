@@ -147,13 +147,13 @@ def test_scripts_around_a_run(whole, tmp_path):
     other = before["ablations"][f"{whole[0]}: SFT + GRPO + IVT"]
     assert own["first"] == other["first"] and own["validation"] == other["validation"]
     assert "SFT + GRPO + IVT, a box elsewhere" in before["ablations"]
-    look = before["second_look"]
-    assert "confidence" in look["SFT + IVT"]  # and where a box can be refused, it is not its own
-    assert "confidence" not in look["Base, asked again, zoomed and guarded"]
+    rules = {name: look["rules"] for name, look in before["second_look"].items()}
+    assert "confidence" in rules["SFT + IVT"]  # where a box can be refused, it is not its own
+    assert "confidence" not in rules["Base, asked again, zoomed and guarded"]
 
     well("-m support.report.score_predictions --predictions theirs.jsonl")
     after = json.loads((out / "theirs/results.json").read_text())
-    for key in ("table1", "table2", "differences", "strata", "adaptive", "findings", "second_look"):
+    for key in ("table1", "table2", "differences", "strata", "findings", "second_look"):
         assert after[key] == before[key], key
 
     picture(90, 70).save(tmp_path / "photo.png")
@@ -209,8 +209,8 @@ MISTAKES = [  # a command on the whole run -> what it says
     (f"{SMALL['sft']} --epochs 2", "epochs: 1 then, 2 now"),
     ("sft.py --model empty", "was made with --model"),
     ("make_data.py --data missing", "--data missing: no such file"),
-    ("grpo.py --out file", "--out file: is a file; give a folder"),
-    (f"{SMALL['evaluate']} --compare empty", "empty"),
+    ("grpo.py --out file", "--out file: file exists; give a path"),
+    (f"{SMALL['evaluate']} --compare empty", "--compare empty: "),
     ("evaluate.py --image empty --expression x", "--image empty: no picture in this folder"),
     ("-m support.report.score_predictions --predictions file", "file, line 1: "),
     ("-m speed.benchmark --run empty", "--run empty: "),

@@ -43,7 +43,7 @@ def test_the_main_job(whole):
     report = (out / "results.md").read_text()
     names = ["Base, no box", "RL2, shown the true box", "RL2 only", "Plain DPO", "iteration 2"]
     assert all(name in report for name in [*names, "without the diversity controller"])
-    assert (out / "figures/first.png").exists()
+    assert (out / "report.html").exists()
     for name, steps in (("rl1", 1), ("rl2", 2), ("rl2_only", 2), ("plain_dpo", 1)):
         first, *later = lines(out / f"log/{name}.jsonl")
         # The policy begins as its reference, and leaves it
