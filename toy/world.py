@@ -1,5 +1,4 @@
-"""The toy's world: scenes of simple objects with small marks, what can be said of them, views,
-frames, questions.
+"""The toy's world: scenes of simple objects with small marks, and expressions that refer to them.
 
 A scene is drawn at 320 x 320 pixels and the model sees it reduced to 96 x 96 (its image processor
 brings every image to that area). So a view or a crop of the scene, enlarged to 320 x 320, shows
@@ -31,10 +30,8 @@ COLORS = {
     "white": (248, 248, 248),
     "black": (20, 20, 20),
 }
-SIZES = {
-    "small": (58, 74),
-    "large": (90, 116),
-}  # longer side in pixels; the gap keeps the words apart
+# Longer side in pixels; the gap keeps the words apart
+SIZES = {"small": (58, 74), "large": (90, 116)}
 MARKS = ("dot", "ring", "cross", "bar", "post")
 MARK = 7  # pixels across: 2 of those that the model sees in a whole scene
 
@@ -43,6 +40,7 @@ MARK = 7  # pixels across: 2 of those that the model sees in a whole scene
 # (Ref-L4).
 SOURCES = ("attributes", "distractors", "relations")
 MARGIN = 45  # of 1000: by how much a place must differ, so that no expression hangs on one pixel
+FINE = 12  # the same, in the samples: an expression that is hard to follow
 
 
 def center(box):
@@ -54,8 +52,6 @@ def area(box):
     """The area of a box, in its unit squared."""
     return (box[2] - box[0]) * (box[3] - box[1])
 
-
-FINE = 12  # the same, in the samples: an expression that is hard to follow
 
 SUPERLATIVES = {
     "leftmost": lambda box: -center(box)[0],
@@ -109,18 +105,16 @@ def place_objects(rng, objects):
 
 
 def make_objects(rng, low=2, high=5, distractors=None, same=None):
-    """low to high placed objects; with `distractors` (None: one time in two) 2 or 3 share kind
-    and color; `same`: that many do.
+    """low to high placed objects, of which `same` share kind and color; where it is None, 2 or 3
+    with `distractors` (None: one time in two).
     """
     while True:
-        n = rng.randint(low, high)
-        objects = [make_object(rng) for _ in range(n)]
-        if same:
-            for i in range(1, same):
-                objects[i] = make_object(rng, objects[0]["kind"], objects[0]["color"])
-        elif distractors or (distractors is None and n > 1 and rng.random() < 0.5):
-            for i in range(1, min(n, rng.choice((2, 3)))):
-                objects[i] = make_object(rng, objects[0]["kind"], objects[0]["color"])
+        objects = [make_object(rng) for _ in range(rng.randint(low, high))]
+        alike = same or 1
+        if not same and (distractors or distractors is None and rng.random() < 0.5):
+            alike = min(len(objects), rng.choice((2, 3)))
+        for i in range(1, alike):
+            objects[i] = make_object(rng, objects[0]["kind"], objects[0]["color"])
         placed = place_objects(rng, objects)
         if placed:
             rng.shuffle(placed)
@@ -133,11 +127,10 @@ def outline(kind, x1, y1, x2, y2):
         return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     if kind == "triangle":
         return [((x1 + x2) / 2, y1), (x2, y2), (x1, y2)]
-    angles = [-math.pi / 2 + i * math.pi / 5 for i in range(10)]
-    star = [
-        ((1, 0.45)[i % 2] * math.cos(t), (1, 0.45)[i % 2] * math.sin(t))
-        for i, t in enumerate(angles)
-    ]
+    star = []
+    for i in range(10):
+        radius, angle = (1, 0.45)[i % 2], -math.pi / 2 + i * math.pi / 5
+        star.append((radius * math.cos(angle), radius * math.sin(angle)))
     left, right = min(p[0] for p in star), max(p[0] for p in star)
     top, bottom = min(p[1] for p in star), max(p[1] for p in star)
     w, h = (x2 - x1) / (right - left), (y2 - y1) / (bottom - top)
@@ -145,9 +138,7 @@ def outline(kind, x1, y1, x2, y2):
 
 
 def draw_mark(draw, mark, x, y, ink):
-    """A mark of MARK pixels about (x, y); all have about the same area, so that none is darker
-    from afar.
-    """
+    """A mark of MARK pixels about (x, y); all of about one area: none is darker from afar."""
     r = MARK / 2
     if mark == "dot":
         draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=ink)
@@ -170,8 +161,7 @@ def draw_scene(rng, objects):
     shade = np.linspace(-slope, slope, SIDE)[:, None]
     line = (level + shade + tint).astype(np.uint8)  # [SIDE, 3]: brighter from end to end
     line = line[:, None] if rng.random() < 0.5 else line[None]
-    ground = np.ascontiguousarray(np.broadcast_to(line, (SIDE, SIDE, 3)))
-    image = Image.fromarray(ground)
+    image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(line, (SIDE, SIDE, 3))))
     draw = ImageDraw.Draw(image)
     for o in objects:
         corners = o["bbox"]
@@ -205,14 +195,19 @@ def along(box, anchor, direction):
     return dx * direction[0] + dy * direction[1], abs(dx * direction[1]) + abs(dy * direction[0])
 
 
-def fitting(objects, words):
-    """The objects that have all of `words`, a dict such as {"color": "blue", "kind": "star"}."""
-    return [o for o in objects if all(o[key] == word for key, word in words.items())]
+def alike(objects, o, keys):
+    """The objects that have the same words as `o` under these keys, such as ("color", "kind")."""
+    return [other for other in objects if all(other[key] == o[key] for key in keys)]
 
 
-def words_of(o, keys):
-    """The words of an object under these keys, in order."""
-    return {key: o[key] for key in keys}
+def unique(objects, o, options):
+    """The options, tuples of keys, under which no other object has the words of `o`."""
+    return [keys for keys in options if len(alike(objects, o, keys)) == 1]
+
+
+def name_of(o, keys):
+    """The words of an object under these keys."""
+    return " ".join(o[key] for key in keys)
 
 
 def best(objects, superlative, fine=False):
@@ -241,31 +236,26 @@ def refer(rng, objects, source, sizes=True, fine=False):
     target = rng.choice(objects)
     if target["seen"] < 0.7:
         return None
+    sized = [("size", "color", "kind")] * sizes
     if source == "attributes":
-        options = [("color", "kind")] + [("size", "color", "kind")] * sizes
-        options = [keys for keys in options if len(fitting(objects, words_of(target, keys))) == 1]
+        options = unique(objects, target, [("color", "kind"), *sized])
         if not options:
             return None
         keys = options[0] if rng.random() < 0.75 else options[-1]
-        return "the " + " ".join(words_of(target, keys).values()), target
+        return f"the {name_of(target, keys)}", target
     if source == "distractors":
-        words = words_of(target, rng.choice((("kind",), ("color", "kind"), ("color", "kind"))))
-        same = fitting(objects, words)
-        options = (
-            [s for s in SUPERLATIVES if best(same, s, fine) is target] if len(same) > 1 else []
-        )
+        keys = rng.choice((("kind",), ("color", "kind"), ("color", "kind")))
+        same = alike(objects, target, keys)
+        options = [s for s in SUPERLATIVES if len(same) > 1 and best(same, s, fine) is target]
         if not options:
             return None
-        return f"the {rng.choice(options)} {' '.join(words.values())}", target
+        return f"the {rng.choice(options)} {name_of(target, keys)}", target
     if len(objects) < 2:
         return None
     anchor = rng.choice([o for o in objects if o is not target])
-    names = [("kind",), ("color", "kind")] + [("size", "color", "kind")] * sizes
-    names = [keys for keys in names if len(fitting(objects, words_of(anchor, keys))) == 1]
-    words = words_of(
-        target, rng.choice([("kind",), ("color", "kind")] + [("size", "kind")] * sizes)
-    )
-    others = [o for o in fitting(objects, words) if o is not target and o is not anchor]
+    names = unique(objects, anchor, [("kind",), ("color", "kind"), *sized])
+    keys = rng.choice([("kind",), ("color", "kind")] + [("size", "kind")] * sizes)
+    others = [o for o in alike(objects, target, keys) if o is not target and o is not anchor]
     options = []
     for phrase, direction in RELATIONS.items():
         far, across = along(target["box"], anchor["box"], direction)
@@ -274,8 +264,8 @@ def refer(rng, objects, source, sizes=True, fine=False):
             options.append(phrase)
     if not (names and options):
         return None
-    name = " ".join(words_of(anchor, rng.choice(names)).values())
-    return f"the {' '.join(words.values())} that is {rng.choice(options)} the {name}", target
+    name = name_of(anchor, rng.choice(names))
+    return f"the {name_of(target, keys)} that is {rng.choice(options)} the {name}", target
 
 
 def refer_somehow(rng, objects, sources=SOURCES, sizes=True, tries=12):
@@ -300,9 +290,7 @@ def crowded(rng, source):
 
 
 def make_samples(folder, per_source, seed):
-    """Draws one scene for each of 3 * per_source samples into folder/images; returns the samples
-    (DESIGN: one line each).
-    """
+    """Draws one scene for each of 3 * per_source samples into folder/images -> the samples."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     samples = []
