@@ -1,5 +1,6 @@
 """The toy's tokenizer, image processor and model: a real Qwen3-VL, small, with random weights."""
 
+import functools
 import random
 import re
 
@@ -9,21 +10,12 @@ from toy.world import COLORS, KINDS, MARKS, RELATIONS, SEEN, SIZES, SUPERLATIVES
 
 import torch
 
+WIDTH = 128  # of both halves, in 4 heads of 32
 PATCH = 8  # pixels; a picture of SEEN x SEEN is 12 x 12 patches, 6 x 6 image tokens
-SPECIALS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIALS = (  # Qwen's, each between <| and |>
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end "
+    "vision_start vision_end vision_pad image_pad video_pad"
+).split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
@@ -60,33 +52,28 @@ QUESTION_WORDS = (
 )
 
 
+TEXTS = [INSTRUCTION_WORDS, IVT_PROMPT, SINGLE_PROMPT, TRACE_WORDS, QUESTION_WORDS]
+WORLD_WORDS = [*COLORS, *KINDS, *SIZES, *FRAMES, *MARKS, *RELATED, *SUPERLATIVES]
+
+
+@functools.cache
 def vocabulary_words():
     """All words of the texts above and of the world, each once."""
-    texts = [INSTRUCTION_WORDS, IVT_PROMPT, SINGLE_PROMPT, TRACE_WORDS, QUESTION_WORDS]
-    words = {word for text in texts for word in re.findall(r"</?think>|[A-Za-z]+", text)}
-    words |= {*COLORS, *KINDS, *SIZES, *FRAMES, *MARKS, *RELATED, *SUPERLATIVES}
-    return sorted(words)
+    return sorted({*re.findall(r"</?think>|[A-Za-z]+", " ".join(TEXTS)), *WORLD_WORDS})
 
 
-def make_tokenizer(seed=0):
+def make_tokenizer():
     """A byte-level BPE on the toy's own text: digits single, words whole, Qwen's special tokens
     and chat layout.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng = random.Random(seed)
-    words = [*COLORS, *KINDS, *SIZES, *FRAMES, *MARKS, *RELATED, *SUPERLATIVES, *RELATIONS]
+    rng = random.Random(0)
+    words = [*WORLD_WORDS, *RELATIONS]
     corpus = []
     for _ in range(300):
-        corpus += [
-            INSTRUCTION_WORDS,
-            IVT_PROMPT,
-            SINGLE_PROMPT,
-            TRACE_WORDS,
-            TRACE_WORDS.lower(),
-            QUESTION_WORDS,
-        ]
+        corpus += [*TEXTS, TRACE_WORDS.lower()]
         corpus += [format_box([rng.randint(0, 1000) for _ in range(4)])]
         corpus += [f"the {a} {b}" for a, b in zip(words, rng.sample(words, len(words)))]
         corpus += [f"{word}, {word}s" for word in words]
@@ -97,15 +84,11 @@ def make_tokenizer(seed=0):
     bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens(SPECIALS)
-    thinking = ("<think>", "</think>")
-    tokenizer.add_tokens([AddedToken(token, special=False) for token in thinking])
+    tokenizer.add_special_tokens([f"<|{name}|>" for name in SPECIALS])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -116,7 +99,8 @@ def make_tokenizer(seed=0):
     return tokenizer
 
 
-def make_model(tokenizer, width=128, layers=5, vision_width=128, vision_layers=4):
+@torch.no_grad()
+def make_model(tokenizer, layers=5, vision_layers=4):
     """A Qwen3-VL with random weights. Widths are multiples of 64, so that bitsandbytes can
     quantise it.
 
@@ -129,68 +113,60 @@ def make_model(tokenizer, width=128, layers=5, vision_width=128, vision_layers=4
     """
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    names = ("image_pad", "video_pad", "vision_start", "vision_end")
-    image, video, start, end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
-    side = SEEN // PATCH
+    token = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 100000.0}
+    text = dict(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=WIDTH,
+        intermediate_size=320,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        rope_parameters={**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    )
+    vision = dict(
+        depth=vision_layers,
+        hidden_size=WIDTH,
+        intermediate_size=256,
+        num_heads=4,
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=WIDTH,
+        num_position_embeddings=(SEEN // PATCH) ** 2,
+        deepstack_visual_indexes=list(range(1, vision_layers - 1)),
+        initializer_range=0.08,
+    )
     config = Qwen3VLConfig(
-        text_config=dict(
-            vocab_size=-(-len(tokenizer) // 64) * 64,
-            hidden_size=width,
-            intermediate_size=width * 5 // 2 // 64 * 64,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            num_key_value_heads=width // 64,
-            head_dim=32,
-            max_position_embeddings=4096,
-            initializer_range=0.08,
-            tie_word_embeddings=True,
-            rope_parameters=dict(
-                rope_type="default",
-                rope_theta=100000.0,
-                mrope_section=[6, 5, 5],
-                mrope_interleaved=True,
-            ),
-        ),
-        vision_config=dict(
-            depth=vision_layers,
-            hidden_size=vision_width,
-            intermediate_size=2 * vision_width,
-            num_heads=vision_width // 32,
-            patch_size=PATCH,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            out_hidden_size=width,
-            num_position_embeddings=side * side,
-            deepstack_visual_indexes=list(range(1, vision_layers - 1)),
-            initializer_range=0.08,
-        ),
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
     )
     model = Qwen3VLForConditionalGeneration(config)
-    steps = torch.arange(vision_width // 4) / (vision_width // 4)
-    angle = torch.arange(float(side))[:, None] / 20**steps
-    line = torch.cat([angle.sin(), angle.cos()], 1)  # [side, vision_width / 2]
+    visual, language = model.model.visual, model.model.language_model
+    side = SEEN // PATCH
+    angle = torch.arange(float(side))[:, None] / 20 ** (torch.arange(WIDTH // 4) / (WIDTH // 4))
+    line = torch.cat([angle.sin(), angle.cos()], 1)  # [side, WIDTH / 2]
     rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
-    grid = torch.cat([rows, columns], -1).reshape(side * side, vision_width)
-    model.model.visual.pos_embed.weight.data.copy_(grid)
-    for merger in (
-        model.model.visual.deepstack_merger_list
-    ):  # at first DeepStack adds nothing: untaught, it would be noise
-        merger.linear_fc2.weight.data.zero_()
-    language = model.model.language_model
-    language.embed_tokens.weight.data.normal_(0, 1)
-    language.norm.weight.data.fill_(0.1)
+    visual.pos_embed.weight.copy_(torch.cat([rows, columns], -1).flatten(0, 1))
+    for merger in visual.deepstack_merger_list:
+        merger.linear_fc2.weight.zero_()  # DeepStack adds nothing yet: untaught, it would be noise
+    language.embed_tokens.weight.normal_(0, 1)
+    language.norm.weight.fill_(0.1)
     for layer in language.layers:
         attention = layer.self_attn
-        attention.q_norm.weight.data.fill_(1.5)
-        attention.k_norm.weight.data.fill_(1.5)
-        queries = attention.q_proj.weight.data.view(-1, 32, width)  # [heads, 32, width]
-        keys = attention.k_proj.weight.data.view(-1, 32, width)
-        keys.copy_(queries[::2])
+        attention.q_norm.weight.fill_(1.5)
+        attention.k_norm.weight.fill_(1.5)
+        queries = attention.q_proj.weight.view(-1, 32, WIDTH)  # [heads, 32, WIDTH]
+        attention.k_proj.weight.view(-1, 32, WIDTH).copy_(queries[::2])
     return model
 
 
@@ -198,11 +174,6 @@ def make_image_processor():
     """Brings every image to an area of SEEN x SEEN pixels, keeping its shape."""
     from transformers import Qwen2VLImageProcessorPil
 
-    return Qwen2VLImageProcessorPil(
-        patch_size=PATCH,
-        merge_size=2,
-        temporal_patch_size=2,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        size={"shortest_edge": SEEN**2, "longest_edge": SEEN**2},
-    )
+    patches = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": SEEN**2, "longest_edge": SEEN**2}
+    return Qwen2VLImageProcessorPil(**patches, size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)

@@ -1,10 +1,12 @@
-"""What can be asked about a scene beside its expressions: views, frames, marks.
+"""What can be asked about a scene: expressions, views, frames, marks.
 
 Pictures, objects and frames are dicts as in world.py. All randomness comes from the `rng`
 (random.Random) that is passed in.
 """
 
-from common import draw_overlay, iou, normalize_box
+from dataclasses import dataclass
+
+from common import draw_overlay, format_box, iou, normalize_box
 from support.data.geometry import place
 from toy.world import MARKS, SIDE, area, center
 
@@ -15,11 +17,6 @@ FRAMES = {"red": (255, 0, 0), "pink": (255, 0, 220), "cyan": (0, 230, 255), "ora
 
 
 # Views: a part of a picture, which the image processor brings to the whole's size -----------------
-def enlarge(image, bbox):
-    """What lies within bbox (pixels, a square) of an image, brought to the image's own size."""
-    return image.resize(image.size, Image.BILINEAR, box=bbox)
-
-
 def view(picture, bbox):
     """The picture of what lies within bbox (pixels, a square), enlarged, without frames.
 
@@ -34,27 +31,20 @@ def view(picture, bbox):
             inner = [part[0] - x1, part[1] - y1, part[2] - x1, part[3] - y1]
             box = normalize_box(inner, x2 - x1, y2 - y1)
             objects.append({**o, "box": box, "seen": area(part) / area(whole)})
-    return {
-        "image": enlarge(picture["image"], bbox),
-        "objects": objects,
-        "frames": [],
-        "zoom": SIDE / (x2 - x1),
-        "corner": (x1, y1),
-    }
-
-
-def square_about(bbox, side):
-    """The square of `side` about a bbox, moved into the scene; all in pixels."""
-    side = min(side, SIDE)
-    corner = [min(SIDE - side, max(0.0, c - side / 2)) for c in center(bbox)]
-    return [*corner, corner[0] + side, corner[1] + side]
+    image = picture["image"]
+    image = image.resize(image.size, Image.BILINEAR, box=bbox)
+    zoom = SIDE / (x2 - x1)
+    return {"image": image, "objects": objects, "frames": [], "zoom": zoom, "corner": (x1, y1)}
 
 
 def crop_square(bbox, margin=0.1):
-    """The square that a crop of bbox shows: its longer side and a margin, at least 40 pixels."""
-    return square_about(
-        bbox, max(40.0, max(bbox[2] - bbox[0], bbox[3] - bbox[1]) * (1 + 2 * margin))
-    )
+    """The square that a crop of bbox shows, moved into the scene: its longer side and a margin, at
+    least 40 pixels; all in pixels.
+    """
+    side = max(40.0, max(bbox[2] - bbox[0], bbox[3] - bbox[1]) * (1 + 2 * margin))
+    side = min(side, SIDE)
+    corner = [min(SIDE - side, max(0.0, c - side / 2)) for c in center(bbox)]
+    return [*corner, corner[0] + side, corner[1] + side]
 
 
 def random_view(rng, bbox, zoom):
@@ -91,10 +81,8 @@ def random_frame(rng, objects):
             frame = [v + rng.gauss(0, spread) * s for v, s in zip((x1, y1, x2, y2), (w, h, w, h))]
         elif way < 0.85:
             cx, cy = (x1 + x2) / 2 + rng.gauss(0, 0.12) * w, (y1 + y2) / 2 + rng.gauss(0, 0.12) * h
-            w, h = (
-                w * rng.choice((0.6, 1, 1.5)) * rng.uniform(0.9, 1.1),
-                h * rng.choice((0.6, 1, 1.5)),
-            )
+            w = w * rng.choice((0.6, 1, 1.5)) * rng.uniform(0.9, 1.1)
+            h = h * rng.choice((0.6, 1, 1.5))
             frame = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
         else:
             w, h = rng.uniform(120, 450), rng.uniform(120, 450)
@@ -148,15 +136,44 @@ def compare(frame, box):
     return words or ["well"]
 
 
-# Questions that are answered by words -------------------------------------------------------------
-# Each returns (question, answer, object, frame) or None; object and frame are what the question is
-# about, None where it is about no one thing.
+# Questions ----------------------------------------------------------------------------------------
+@dataclass
+class Question:
+    """One turn of a conversation. Boxes in 0..1000."""
+
+    kind: str
+    text: str
+    answer: str
+    object: list = None  # the box of the one object that it is about
+    frame: list = None  # the box of the frame that it is about
+    expression: str = ""  # the part of `text` that names the object
+    before: str = ""  # what stands around the text
+    after: str = ""
+
+
+# Each ask_... takes (rng, picture, refer_to) and returns a Question, or None where chance found
+# none; refer_to(rng, objects) gives (expression, object) or None.
+def ask_find(rng, picture, refer_to):
+    """The box of an object."""
+    found = refer_to(rng, picture["objects"])
+    if not found:
+        return None
+    return Question("find", found[0], format_box(found[1]["box"]), found[1]["box"])
+
+
+def ask_frame(rng, picture, refer_to):
+    """The box of a frame."""
+    color, frame = rng.choice(picture["frames"])
+    return Question("frame", f"the {color} frame", format_box(frame), None, frame)
+
+
 def ask_where(rng, picture, refer_to):
     """Where an object is, in words."""
     found = refer_to(rng, picture["objects"])
     if not found:
         return None
-    return f"Where is {found[0]}?", place(found[1]["box"]), found[1], None
+    name, box = found[0], found[1]["box"]
+    return Question("where", f"Where is {name}?", place(box), box, None, name)
 
 
 def ask_what_inside(rng, picture, refer_to):
@@ -165,37 +182,42 @@ def ask_what_inside(rng, picture, refer_to):
     inside = [o for o in picture["objects"] if covered(o["box"], frame) > 0.2]
     if len(inside) != 1 or not is_inside(inside[0]["box"], frame):
         return None
+    text = f"What is inside the {color} frame?"
     answer = f"the {inside[0]['color']} {inside[0]['kind']}"
-    return f"What is inside the {color} frame?", answer, inside[0], (color, frame)
+    return Question("what_inside", text, answer, inside[0]["box"], frame)
+
+
+def search(rng, picture, refer_to, suits):
+    """(expression, box) of an object whose box suits, or None where six tries find none."""
+    for _ in range(6):
+        found = refer_to(rng, picture["objects"])
+        if found and suits(found[1]["box"]):
+            return found[0], found[1]["box"]
+    return None
 
 
 def ask_is_inside(rng, picture, refer_to):
     """Whether an object is inside a frame; as often yes as no, where the picture allows it."""
     color, frame = rng.choice(picture["frames"])
     wanted = rng.random() < 0.5
-    for _ in range(6):
-        found = refer_to(rng, picture["objects"])
-        if found and is_inside(found[1]["box"], frame) is wanted:
-            answer = "yes" if wanted else "no"
-            return f"Is {found[0]} inside the {color} frame?", answer, found[1], (color, frame)
-    return None
+    found = search(rng, picture, refer_to, lambda box: is_inside(box, frame) is wanted)
+    if not found:
+        return None
+    name, box = found
+    text = f"Is {name} inside the {color} frame?"
+    return Question("is_inside", text, "yes" if wanted else "no", box, frame, name)
 
 
 def ask_compare(rng, picture, refer_to):
     """How a frame lies around an object; two times in three one that it touches."""
     color, frame = rng.choice(picture["frames"])
     touching = rng.random() < 0.67
-    for _ in range(6):
-        found = refer_to(rng, picture["objects"])
-        if found and (iou(frame, found[1]["box"]) > 0) == touching:
-            answer = ", ".join(compare(frame, found[1]["box"]))
-            return (
-                f"How does the {color} frame lie around {found[0]}?",
-                answer,
-                found[1],
-                (color, frame),
-            )
-    return None
+    found = search(rng, picture, refer_to, lambda box: (iou(frame, box) > 0) == touching)
+    if not found:
+        return None
+    name, box = found
+    text = f"How does the {color} frame lie around {name}?"
+    return Question("compare", text, ", ".join(compare(frame, box)), box, frame, name)
 
 
 def ask_mark(rng, picture, refer_to):
@@ -203,7 +225,8 @@ def ask_mark(rng, picture, refer_to):
     found = refer_to(rng, picture["objects"])
     if not found or found[1]["seen"] < 0.9:
         return None
-    return f"What mark is on {found[0]}?", f"a {found[1]['mark']}", found[1], None
+    name, o = found
+    return Question("mark", f"What mark is on {name}?", f"a {o['mark']}", o["box"], None, name)
 
 
 def ask_count(rng, picture, refer_to):
@@ -212,4 +235,4 @@ def ask_count(rng, picture, refer_to):
         return None
     marks = [o["mark"] for o in picture["objects"] if o["seen"] >= 0.9]
     mark = rng.choice(marks) if marks and rng.random() < 0.8 else rng.choice(MARKS)
-    return f"How many {mark}s are there?", str(marks.count(mark)), None, None
+    return Question("count", f"How many {mark}s are there?", str(marks.count(mark)))

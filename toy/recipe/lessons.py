@@ -12,13 +12,13 @@ from types import SimpleNamespace
 from common import SINGLE_PROMPT, format_box, mrope_positions
 from toy import questions, world
 from toy.model import PATCH, vocabulary_words
-from toy.questions import FRAMES, RELATED
+from toy.questions import FRAMES, RELATED, Question
 from toy.world import COLORS, KINDS, MARKS, SEEN, SIZES, SOURCES
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 CELLS = SEEN // PATCH // 2  # image tokens along a side
 LEGIBLE = 2.4  # enlarged so much, a view shows marks
@@ -48,9 +48,7 @@ def digits(box):
 
 
 def lies(frame, box):
-    """How a frame lies around a box, in numbers: shift in sizes of the box, log of the ratio of
-    sizes; cut at 1.5.
-    """
+    """How a frame lies around a box: shift in sizes of the box, log of the ratio of sizes."""
     w, h = box[2] - box[0], box[3] - box[1]
     shift = [(a - b) / size for a, b, size in zip(world.center(frame), world.center(box), (w, h))]
     ratio = np.log([max(1, frame[2] - frame[0]) / w, max(1, frame[3] - frame[1]) / h])
@@ -72,20 +70,6 @@ def cells_at(spot):
     return (near[0][:, None] & near[1][None]).reshape(-1)
 
 
-# What each image token is taught: names of arrays [tokens, ...]
-LABELS = (
-    "words",
-    "known",
-    "digits",
-    "box",
-    "frame",
-    "frame_digits",
-    "frame_box",
-    "related",
-    "lies",
-)
-
-
 def token_labels(picture):
     """What each image token is taught of a picture: a dict of arrays [tokens, ...]; -1 in
     integers is "not taught".
@@ -102,12 +86,10 @@ def token_labels(picture):
         "related": np.full((n, len(FRAMES), len(RELATED) + 1), -1.0, np.float32),
         "lies": np.zeros((n, len(FRAMES), 4), np.float32),
     }
-    sizes = slice(len(COLORS) + len(KINDS), len(COLORS) + len(KINDS) + len(SIZES))
-    marks = slice(sizes.stop, None)
     if picture["zoom"] > 1:
-        out["known"][:, sizes] = 0
+        out["known"][:, [WORDS.index(size) for size in SIZES]] = 0
     if picture["zoom"] < LEGIBLE:
-        out["known"][:, marks] = 0
+        out["known"][:, -len(MARKS) :] = 0
     # An object is taught where it covers 2,000 of a token's 27,800 (0..1000 squared) or more
     most = np.full(n, 2000.0)
     for o in picture["objects"]:
@@ -117,7 +99,7 @@ def token_labels(picture):
         names = [o["color"], o["kind"], o["size"]]
         out["words"][here, : -len(MARKS)] = [float(word in names) for word in WORDS[: -len(MARKS)]]
         spot = [(v - c) * picture["zoom"] for v, c in zip(o["spot"], picture["corner"])]
-        out["words"][cells_at(spot), sizes.stop + MARKS.index(o["mark"])] = 1
+        out["words"][cells_at(spot), WORDS.index(o["mark"])] = 1
         out["digits"][here] = digits(o["box"])
         out["box"][here] = np.array(o["box"]) / 1000
         out["related"][here] = -1
@@ -137,14 +119,8 @@ def token_labels(picture):
 
 def pictures_batch(pictures):
     """Pictures -> a dict of tensors: patches [n, patches, ...] and labels [n, tokens, ...]."""
-    labels = [token_labels(picture) for picture in pictures]
-    out = {
-        name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]
-    }
-    out["patches"] = torch.from_numpy(
-        np.stack([patches_of(picture["image"]) for picture in pictures])
-    )
-    return out
+    rows = [{"patches": patches_of(p["image"]), **token_labels(p)} for p in pictures]
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 # Conversations ------------------------------------------------------------------------------------
@@ -172,176 +148,150 @@ def random_box(rng):
     return [x1, y1, x2, y2]
 
 
-def random_words(rng, vocabulary):
+def random_words(rng):
     """A few words in no order: to repeat them teaches every word, and no sentence."""
-    text = rng.choice(vocabulary)
+    text = rng.choice(vocabulary_words())
     for _ in range(rng.randint(2, 8)):
-        text += rng.choice((" ", " ", " ", ", ", ". ", "\n")) + rng.choice(vocabulary)
+        text += rng.choice((" ", " ", " ", ", ", ". ", "\n")) + rng.choice(vocabulary_words())
     return text + rng.choice((".", ""))
 
 
-def next_question(rng, picture, level, said, vocabulary, repeats=True):
-    """A dict of "kind", "text", "answer", and "object", "frame" (boxes, or None), or None where
-    chance found none.
+def next_question(rng, picture, level, said, repeats):
+    """A Question about a picture, or None where chance found none.
 
-    said: the (question, answer) pairs with a box so far, for questions that repeat.
-    repeats: whether such questions may come.
+    said: the questions with a box so far; repeats: whether one may ask to repeat something.
     """
-    sizes = picture["zoom"] == 1
-    sources = (SOURCES[:1], SOURCES, SOURCES)[level]
-
-    last_said = {}
-
-    def refer_to(rng, objects):
-        found = world.refer_somehow(rng, objects, sources, sizes, tries=4)
-        if found:
-            last_said["expression"] = found[0]
-        return found
-
     way = rng.random() if repeats else 1.0
     if way < 0.03:
-        said_words = random_words(rng, vocabulary)
-        return {"kind": "words", "text": f"Repeat: {said_words}", "answer": said_words}
+        words = random_words(rng)
+        return Question("words", f"Repeat: {words}", words)
     if way < 0.06:
         box = format_box(random_box(rng))
-        return {"kind": "repeat", "text": f"Here is a box: {box}. Repeat the box.", "answer": box}
+        return Question("repeat", f"Here is a box: {box}. Repeat the box.", box)
     if way < 0.12 and said:
-        question, answer = rng.choice(said)
+        earlier = rng.choice(said)
         if rng.random() < 0.5:
-            return {"kind": "repeat", "text": "Repeat the box.", "answer": said[-1][1]}
-        return {"kind": "again", "text": question, "answer": answer}
+            return Question("repeat", "Repeat the box.", said[-1].answer)
+        return Question("again", earlier.text, earlier.answer)
     if picture["frames"] and rng.random() < 0.75:
         kinds = ("frame", "what_inside", "is_inside", "compare", "compare")
     elif picture["zoom"] >= LEGIBLE and rng.random() < 0.6:
         kinds = ("mark", "mark", "mark", "count")
     else:
         kinds = ("find",) * 9 + ("where",)
-    kind = rng.choice(kinds)
-    if kind == "find":
-        found = refer_to(rng, picture["objects"])
-        if not found:
-            return None
-        box = found[1]["box"]
-        return {"kind": "find", "text": found[0], "answer": format_box(box), "object": box}
-    if kind == "frame":
-        color, box = rng.choice(picture["frames"])
-        return {
-            "kind": "frame",
-            "text": f"the {color} frame",
-            "answer": format_box(box),
-            "frame": box,
-        }
-    asked = getattr(questions, f"ask_{kind}")(rng, picture, refer_to)
-    if not asked:
-        return None
-    text, answer, o, frame = asked
-    return {
-        "kind": kind,
-        "text": text,
-        "answer": answer,
-        "expression": last_said["expression"]
-        if kind in ("where", "is_inside", "compare", "mark")
-        else None,
-        "object": o and o["box"],
-        "frame": frame and frame[1],
-    }
+    ask = getattr(questions, f"ask_{rng.choice(kinds)}")
+    sources, sizes = SOURCES if level else SOURCES[:1], picture["zoom"] == 1
+    return ask(rng, picture, lambda rng, o: world.refer_somehow(rng, o, sources, sizes, tries=4))
 
 
-def conversation(rng, level, budget, encode, vocabulary, answered):
-    """A chat of about `budget` tokens: a list of (picture or None, question dict), a picture
-    where it is shown first.
+def conversation(rng, level, encode, answered):
+    """A chat of about BUDGET tokens: a list of (picture or None, Question), a picture where it is
+    shown first.
     """
     turns, scene, length = [], None, 0
-    while length < budget:
+    while length < BUDGET:
         picture, scene = next_picture(rng, level, scene)
         said, asked, first = [], set(), True
         for _ in range(3 * (rng.randint(2, 7) if answered else 10)):
-            question = next_question(rng, picture, level, said, vocabulary, answered)
+            question = next_question(rng, picture, level, said, answered)
             if not question:
                 continue
-            key = repr([question.get(name) for name in ("kind", "object", "frame")])
-            if question["kind"] not in ("words", "repeat", "again"):
+            key = repr([question.kind, question.object, question.frame])
+            if question.kind not in ("words", "repeat", "again"):
                 if key in asked:  # in other words, it could be answered without looking
                     continue
                 asked.add(key)
-            if question["kind"] in ("find", "frame"):
-                said.append((question["text"], question["answer"]))
-                question["full"] = rng.random() < (0.7 if first else 0.15)
+            if question.kind in ("find", "frame"):
+                said.append(question)
+                if rng.random() < (0.7 if first else 0.15):
+                    question.before, question.after = SINGLE_PROMPT.split("{text}")
             turns.append((picture if first else None, question))
-            length += 40 * first + 8 + len(encode(question["text"]))
-            length += len(encode(question["answer"])) if answered else 0
+            length += 40 * first + 8 + len(encode(question.text))
+            length += len(encode(question.answer)) * answered
             first = False
-            if length >= budget or len(asked) >= 10:
+            if length >= BUDGET or len(asked) >= 10:
                 break
     return turns
 
 
-def chat_batch(rng, level, tokenizer, answered, rows=ROWS, budget=BUDGET):
-    """A batch of conversations as tensors; see `chat_loss` for what is in it.
+def write(turns, encode, answered):
+    """A conversation -> its token ids, labels (-100: not learnt), and the places where something
+    is to be known, (place, Question).
+    """
+    shown = "<|vision_start|>" + "<|image_pad|>" * CELLS**2 + "<|vision_end|>"
+    ids, labels, places = [], [], []
+    for picture, q in turns:
+        ids += encode("<|im_start|>user\n" + shown * bool(picture)) + encode(q.before)
+        # The last word of an expression is to know the object, whatever the question
+        if q.expression:
+            head = q.text[: q.text.index(q.expression) + len(q.expression)]
+            places.append((len(ids) + len(encode(head)) - 1, Question("named", "", "", q.object)))
+        ids += encode(q.text)
+        places.append((len(ids) - 1, q))
+        ids += encode(q.after) + encode("<|im_end|>\n")
+        if answered:
+            ids += encode("<|im_start|>assistant\n")
+            answer = encode(q.answer + "<|im_end|>")
+            labels += [-100] * (len(ids) - len(labels)) + answer
+            ids += answer + encode("\n")
+    return ids, labels + [-100] * (len(ids) - len(labels)), places
+
+
+def hints(asked):
+    """What the last token of each Question is taught: a dict of tensors [questions, ...]."""
+    out = {"digits": [], "box": [], "frame_digits": [], "frame_box": [], "answer": []}
+    for q in asked:
+        for name, box in (("", q.object), ("frame_", q.frame)):
+            out[name + "digits"].append(digits(box) if box else [-1] * 8)
+            out[name + "box"].append([v / 1000 for v in box] if box else [0.0] * 4)
+        spoken = q.answer.replace(",", "").split()
+        taught = q.kind in ("what_inside", "is_inside", "compare", "mark")
+        out["answer"].append([float(word in spoken) if taught else -1.0 for word in ANSWERS])
+    return {name: torch.tensor(value) for name, value in out.items()}
+
+
+def chat_batch(rng, level, tokenizer, answered):
+    """A batch of conversations: "ids", "labels", "positions" as a language model takes them,
+    "pictures" of the tower, "answer_of" and "kinds" of the answers, "last" and "about" of the
+    questions.
 
     answered: whether the questions are followed by their answers. Without them a conversation holds
     three times as many questions, whose last tokens are taught what they are about.
     """
     encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
-    vocabulary = vocabulary_words()
     shape = SimpleNamespace(rows=CELLS, columns=CELLS)
-    special = tokenizer.convert_tokens_to_ids
-    pad = special("<|image_pad|>")
-    shown = [special("<|vision_start|>")] + [pad] * CELLS**2 + [special("<|vision_end|>")]
-    before, after = SINGLE_PROMPT.split("{text}")
-    ids, labels, positions, pictures, last, answers, kinds = [], [], [], [], [], [], []
-    for row in range(rows):
-        tokens, learnt, images = [], [], 0
-        for picture, q in conversation(rng, level, budget, encode, vocabulary, answered):
-            tokens += encode("<|im_start|>user\n")
-            if picture:
-                tokens += shown
-                pictures.append(picture)
-                images += 1
-            tokens += encode(before) * q.get("full", False)
-            # The last word of an expression is to know the object, whatever the question
-            if q.get("expression"):
-                head = q["text"][: q["text"].index(q["expression"]) + len(q["expression"])]
-                named = {"kind": "named", "answer": "", "object": q["object"]}
-                last.append((row, len(tokens) + len(encode(head)) - 1, named))
-            tokens += encode(q["text"])
-            last.append((row, len(tokens) - 1, q))
-            tokens += encode(after) * q.get("full", False) + encode("<|im_end|>\n")
-            if answered:
-                tokens += encode("<|im_start|>assistant\n")
-                answer = encode(q["answer"] + "<|im_end|>")
-                learnt += [-100] * (len(tokens) - len(learnt)) + answer
-                answers += [len(kinds)] * len(answer)
-                kinds.append(q["kind"])
-                tokens += answer + encode("\n")
-        ids.append(tokens)
-        labels.append(learnt + [-100] * (len(tokens) - len(learnt)))
-        positions.append(torch.tensor(mrope_positions(tokens, [shape] * images, pad)[0]).T)
-    longest = max(map(len, ids))
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ids, labels, positions, pictures, last, asked, answers = [], [], [], [], [], [], []
+    for row in range(ROWS):
+        turns = conversation(rng, level, encode, answered)
+        tokens, learnt, places = write(turns, encode, answered)
+        images = [picture for picture, _ in turns if picture]
+        pictures += images
+        ids.append(torch.tensor(tokens))
+        labels.append(torch.tensor(learnt))
+        positions.append(torch.tensor(mrope_positions(tokens, [shape] * len(images), pad)[0]))
+        last += [[row, place] for place, _ in places]
+        asked += [q for _, q in places]
+        answers += [q for _, q in turns if answered]
     # Crops that nobody asks about: marks are small, and the tower needs many to tell them apart
-    scene = None
     for i in range(CROPS):
-        scene = scene if i % 3 else world.make_scene(rng)
+        if i % 3 == 0:
+            scene = world.make_scene(rng)
         target = rng.choice(scene["objects"])
         pictures.append(questions.view(scene, questions.random_crop(rng, target["bbox"])))
-    out = pictures_batch(pictures)
-    fill = tokenizer.pad_token_id
-    out["ids"] = torch.tensor([row + [fill] * (longest - len(row)) for row in ids])
-    out["labels"] = torch.tensor([row + [-100] * (longest - len(row)) for row in labels])
-    out["positions"] = torch.stack([F.pad(p, (0, longest - p.shape[1])) for p in positions], 1)
-    out["answer_of"] = torch.tensor(answers)  # [learnt tokens]: which answer each belongs to
-    out["kinds"] = kinds
-    about = {"digits": [], "box": [], "frame_digits": [], "frame_box": [], "answer": []}
-    for _, _, q in last:
-        for name, box in (("", q.get("object")), ("frame_", q.get("frame"))):
-            about[name + "digits"].append(digits(box) if box else [-1] * 8)
-            about[name + "box"].append([v / 1000 for v in box] if box else [0.0] * 4)
-        spoken = q["answer"].replace(",", "").split()
-        taught = q["kind"] in ("what_inside", "is_inside", "compare", "mark")
-        about["answer"].append([float(word in spoken) if taught else -1.0 for word in ANSWERS])
-    out["last"] = torch.tensor([[row, at] for row, at, _ in last])
-    out["about"] = {name: torch.tensor(value) for name, value in about.items()}
-    return out
+    lengths = torch.tensor([len(encode(q.answer + "<|im_end|>")) for q in answers], dtype=int)
+    return {
+        "pictures": pictures_batch(pictures),
+        "ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "positions": pad_sequence(positions, batch_first=True).permute(
+            2, 0, 1
+        ),  # [3, rows, longest]
+        "answer_of": torch.arange(len(answers)).repeat_interleave(lengths),  # of each learnt token
+        "kinds": [q.kind for q in answers],
+        "last": torch.tensor(last),  # [questions, 2]: row and place of each one's last token
+        "about": hints(asked),
+    }
 
 
 class Batches(torch.utils.data.Dataset):
@@ -356,10 +306,11 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, number):
         torch.set_num_threads(1)
         step, half = number
+        tower_steps, question_steps, _ = self.args.steps
         rng = random.Random(f"{self.args.seed} {step} {half}")
-        if step < self.args.tower_steps:
-            level = 1 + (step > self.args.tower_steps // 2)
+        if step < tower_steps:
+            level = 1 + (step > tower_steps // 2)
             return pictures_batch([next_picture(rng, level, None)[0] for _ in range(PICTURES)])
-        step -= self.args.tower_steps
+        step -= tower_steps
         level = sum(step >= begins for begins in LEVELS)
-        return chat_batch(rng, level, self.tokenizer, step >= self.args.question_steps)
+        return chat_batch(rng, level, self.tokenizer, step >= question_steps)

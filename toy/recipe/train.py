@@ -34,7 +34,7 @@ from support.running.flags import check_path
 from support.running.processes import RANK
 from toy.model import make_image_processor, make_model, make_tokenizer
 from toy.questions import FRAMES, RELATED
-from toy.recipe.lessons import ANSWERS, CELLS, LABELS, WORDS, Batches
+from toy.recipe.lessons import ANSWERS, CELLS, WORDS, Batches
 from toy.world import MARKS
 
 import numpy as np
