@@ -7,17 +7,20 @@ import argparse
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 
 from common import SINGLE_PROMPT, SINGLE_SHOT, VLM, format_box, iou, parse_box, rollout
 from toy import questions, world
 from toy.model import make_image_processor
 from toy.questions import FRAMES, RELATED
+from toy.recipe.train import BASE
 from toy.world import MARKS, SOURCES
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
+ASK = replace(SINGLE_SHOT, prompt="{text}")
 TURN = "<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n"
 
 
@@ -28,175 +31,82 @@ def load(folder):
     return VLM(model.eval().requires_grad_(False), tokenizer, make_image_processor())
 
 
-ASK = replace(SINGLE_SHOT, prompt="{text}")
-
-
-def ask(vlm, images, questions, batch=64):
-    """The greedy answers to one question about each image (PIL), as text. A question may hold
-    earlier turns (`TURN`).
-    """
-    return [row.texts[0] for row in replies(vlm, images, questions, batch)]
-
-
-def replies(vlm, images, questions, batch=64):
-    """As `ask`: Trajectories, with the answers' log-probabilities."""
-    rows = []
-    for i in range(0, len(images), batch):
-        part = slice(i, i + batch)
-        rows += rollout(vlm, images[part], questions[part], 0, max_tokens=40, loop=ASK)
-    return rows
-
-
-def locate(vlm, pictures, expressions, batch=64):
-    """The boxes (0..1000, or None) of expressions, asked for with SINGLE_PROMPT."""
-    questions = [SINGLE_PROMPT.format(text=e) for e in expressions]
-    images = [picture["image"] for picture in pictures]
-    return [parse_box(text) for text in ask(vlm, images, questions, batch)]
-
-
-def overlap(boxes, truths):
-    """The IoU of each box (None: 0) and its truth, both 0..1000."""
-    return [iou(box, truth) if box else 0.0 for box, truth in zip(boxes, truths)]
-
-
-def mean(values):
-    """The mean; NaN of nothing."""
-    values = list(values)
-    return sum(values) / len(values) if values else float("nan")
-
-
-def refer_anyhow(rng, objects):
-    """An expression of any source that may be said of a view too."""
-    return world.refer_somehow(rng, objects, sizes=True)
-
-
-def draw(rng, make, n):
-    """n results of make(rng), without those that are None."""
+# Items: (image, question, answer), the answer a text or a box (0..1000) ---------------------------
+def draw(n, make):
+    """n results of make(), without those that are None."""
     out = []
     while len(out) < n:
-        made = make(rng)
+        made = make()
         if made:
             out.append(made)
     return out
 
 
-def found_in_scene(rng, source, sizes=True):
+def ask_for(expression):
+    """The question for the box of something."""
+    return SINGLE_PROMPT.format(text=expression)
+
+
+def in_scene(rng, sizes=True):
     """(picture, expression, object) of a fresh scene, like those that the base learnt on."""
-    distractors = True if source == "distractors" else None
-    picture = world.make_scene(rng, distractors=distractors)
+    source = rng.choice(SOURCES)
+    picture = world.make_scene(rng, distractors=True if source == "distractors" else None)
     found = world.refer(rng, picture["objects"], source, sizes)
     return (picture, *found) if found else None
 
 
-def found_in_sample(rng, source):
-    """(picture, expression, object) as the methods' samples have them."""
-    objects, expression, target = world.crowded(rng, source)
-    picture = {"image": world.draw_scene(rng, objects), "objects": objects, "frames": []}
-    return picture, expression, target
-
-
 def scene_and_view(rng):
-    """(picture, view, expression, object in the scene, object in the view): the expression fits
-    it in both.
-    """
-    made = found_in_scene(rng, rng.choice(SOURCES), sizes=False)
+    """Two items for one object, the scene and an enlarged view; the expression fits it in both."""
+    made = in_scene(rng, sizes=False)
     if not made:
         return None
     picture, expression, target = made
     part = questions.view(picture, questions.random_view(rng, target["bbox"], rng.uniform(1.5, 3)))
-    inner = [o for o in part["objects"] if o["bbox"] == target["bbox"]]
-    named = expression.rpartition("the ")[2].split()
-    anchors = [o for o in part["objects"] if set(named) <= {o["kind"], o["color"], *named[:-2]}]
-    if part["zoom"] < 1.4 or not inner or inner[0]["seen"] < 0.9:
+    inner = [o for o in part["objects"] if o["bbox"] == target["bbox"] and o["seen"] >= 0.9]
+    if part["zoom"] < 1.4 or not inner:
         return None
-    if " that is " in expression and not any(o["seen"] > 0.7 for o in anchors):
+    named = set(expression.rpartition("the ")[2].split())  # kind and color, of the other object too
+    shown = [o for o in part["objects"] if named <= {o["kind"], o["color"]} and o["seen"] > 0.7]
+    if " that is " in expression and not shown:
         return None
-    return picture, part, expression, target, inner[0]
+    text = ask_for(expression)
+    return (picture["image"], text, target["box"]), (part["image"], text, inner[0]["box"])
 
 
-def framed(rng, name):
-    """(picture with one frame, question, answer) for a question of world.py about a frame."""
+def frame_to_find(rng):
     picture = questions.with_frames(rng, world.make_scene(rng), 1)
-    asked = getattr(questions, f"ask_{name}")(rng, picture, refer_anyhow)
-    return (picture, *asked[:2]) if asked else None
+    [(color, box)] = picture["frames"]
+    return picture["image"], ask_for(f"the {color} frame"), box
 
 
-def in_crop(rng, name):
-    """(crop, question, answer) for a question of world.py about marks, and the whole scene."""
+def asked(rng, kind, picture, sizes=True):
+    """An item of a kind of question of questions.py, or None."""
+
+    def refer_to(rng, objects):
+        return world.refer_somehow(rng, objects, sizes=sizes)
+
+    question = getattr(questions, f"ask_{kind}")(rng, picture, refer_to)
+    return (picture["image"], question.text, question.answer) if question else None
+
+
+def about_frame(rng, kind):
+    return asked(rng, kind, questions.with_frames(rng, world.make_scene(rng), 1))
+
+
+def about_mark(rng, kind):
+    """An item about what a crop (one mark), or an enlarged view (their count), shows."""
     scene = world.make_scene(rng)
-    target = rng.choice(scene["objects"])
-    if name == "mark":
-        crop = questions.view(scene, questions.random_crop(rng, target["bbox"]))
+    bbox = rng.choice(scene["objects"])["bbox"]
+    if kind == "mark":
+        part = questions.random_crop(rng, bbox)
     else:
-        crop = questions.view(
-            scene, questions.random_view(rng, target["bbox"], rng.uniform(2.4, 3))
-        )
-    asked = getattr(questions, f"ask_{name}")(
-        rng, crop, lambda rng, o: world.refer_somehow(rng, o, sizes=False)
-    )
-    return (crop, *asked[:2], scene) if asked else None
+        part = questions.random_view(rng, bbox, rng.uniform(2.4, 3))
+    return asked(rng, kind, questions.view(scene, part), sizes=False)
 
 
-def in_scene(rng):
-    """(picture, question, answer): the mark of an object, asked of the whole scene."""
-    scene = world.make_scene(rng)
-    asked = questions.ask_mark(rng, scene, refer_anyhow)
-    return (scene, *asked[:2]) if asked else None
-
-
-def exact(vlm, made):
-    """The share of (picture, question, answer, ...) that are answered to the letter."""
-    answers = ask(vlm, [m[0]["image"] for m in made], [m[1] for m in made])
-    return mean(a.strip() == m[2] for a, m in zip(answers, made))
-
-
-def yes(vlm, made):
-    """The probability of "yes" for each (picture, question that is answered by yes or no, ...)."""
-    rows = replies(vlm, [m[0]["image"] for m in made], [m[1] for m in made])
-    sure = [math.exp(row.logprob[0]) for row in rows]
-    return [p if row.texts[0] == "yes" else 1 - p for p, row in zip(sure, rows)]
-
-
-def area_under_curve(low, high):
-    """The share of pairs of a value of `low` and one of `high` in which the latter is larger."""
-    return mean((a < b) + (a == b) / 2 for a in low for b in high)
-
-
-def own_frames(rng, finds, boxes):
-    """From the model's own boxes: {"right" or "wrong": [(image, question, answer)]}, each drawn
-    as a frame of some color.
-    """
-    out = {"right": [], "wrong": []}
-    for (picture, expression, target), box in zip(finds, boxes):
-        inside = questions.is_inside(target["box"], box) if box else None
-        if inside is None:
-            continue
-        color = rng.choice(list(FRAMES))
-        shown = questions.draw_frame(picture, color, box, rng.choice((0.0, 0.25)))
-        question = f"Is {expression} inside the {color} frame?"
-        out["right" if inside else "wrong"].append((shown, question, "yes" if inside else "no"))
-    return out
-
-
-def f1_of_words(answers, truths):
-    """Mean over the words of RELATED of F1, and {word: F1}; words that are neither said nor true
-    are left out.
-    """
-    each = {}
-    for word in RELATED:
-        said = [word in a.replace(",", " ").split() for a in answers]
-        true = [word in t.replace(",", " ").split() for t in truths]
-        both = sum(s and t for s, t in zip(said, true))
-        if sum(said) + sum(true):
-            each[word] = 2 * both / (sum(said) + sum(true))
-    return mean(each.values()), each
-
-
-def repeats(rng):
-    """(picture, question, answer): a box that the user wrote, or that was an answer earlier in
-    the conversation.
-    """
-    made = found_in_scene(rng, rng.choice(SOURCES))
+def to_repeat(rng):
+    """A box that the user wrote, or that was an answer earlier in the conversation."""
+    made = in_scene(rng)
     if not made:
         return None
     picture, expression, target = made
@@ -204,118 +114,133 @@ def repeats(rng):
     y1, y2 = sorted(rng.sample(range(1001), 2))
     box = format_box([x1, y1, x2, y2])
     if rng.random() < 0.5:
-        return picture, f"Here is a box: {box}. Repeat the box.", box
+        return picture["image"], f"Here is a box: {box}. Repeat the box.", box
     box = format_box(target["box"])
-    return picture, expression + TURN.format(answer=box) + "Repeat the box.", box
+    return picture["image"], expression + TURN.format(answer=box) + "Repeat the box.", box
 
 
-def table(vlm, n, seed):
-    """The rows of the table: (skill, measure, value, chance, target)."""
-    rng = random.Random(f"skills {seed}")
+def own_frames(finds, boxes):
+    """Of the model's own boxes, each drawn as a frame of some color, (items of those that hold
+    the object, of those that do not).
+    """
+    rng = random.Random("own 1")  # of its own: how many it draws hangs on what the model found
+    right, wrong = [], []
+    for (picture, expression, target), box in zip(finds, boxes):
+        inside = questions.is_inside(target["box"], box) if box else None
+        if inside is None:
+            continue
+        color = rng.choice(list(FRAMES))
+        image = questions.draw_frame(picture, color, box, rng.choice((0.0, 0.25)))["image"]
+        item = image, f"Is {expression} inside the {color} frame?", "yes" if inside else "no"
+        (right if inside else wrong).append(item)
+    return right, wrong
+
+
+# Measures -----------------------------------------------------------------------------------------
+def ask(vlm, items):
+    """The greedy answers to items, Trajectories."""
     rows = []
-
-    def add(skill, measure, value, chance, target=""):
-        rows.append((skill, measure, value, chance, target))
-        print(f"{skill:44}{measure:19}{value:6.3f}  {chance:>6}  {target}".rstrip(), flush=True)
-
-    print(f"{'skill':44}{'measure':19}{'value':>6}  {'chance':>6}  target")
-    sources = iter(range(10**9))
-    finds = draw(rng, lambda rng: found_in_sample(rng, SOURCES[next(sources) % 3]), n)
-    boxes = locate(vlm, [m[0] for m in finds], [m[1] for m in finds])
-    ious = overlap(boxes, [m[2]["box"] for m in finds])
-    chance = f"{mean(1 / len(m[0]['objects']) for m in finds):.2f}"
-    add("find an object, crowded scene", "mean IoU", mean(ious), chance, "0.75 to 0.85")
-    add(
-        "find an object, crowded scene",
-        "Acc@0.5",
-        mean(v >= 0.5 for v in ious),
-        chance,
-        "0.80 to 0.92",
-    )
-    for source in SOURCES:
-        some = [v for v, m in zip(ious, finds) if found_by(m, source)]
-        add(f"  {source}", "Acc@0.5", mean(v >= 0.5 for v in some), chance, "")
-
-    views = draw(rng, scene_and_view, n)
-    whole = overlap(
-        locate(vlm, [m[0] for m in views], [m[2] for m in views]), [m[3]["box"] for m in views]
-    )
-    inner = overlap(
-        locate(vlm, [m[1] for m in views], [m[2] for m in views]), [m[4]["box"] for m in views]
-    )
-    add(
-        "find it in a view enlarged 1.5 to 3 times",
-        "mean IoU",
-        mean(inner),
-        chance,
-        f"{mean(whole) + 0.05:.3f}",
-    )
-    add("  the same in the whole scene, not crowded", "mean IoU", mean(whole), chance, "")
-
-    frames = [questions.with_frames(rng, world.make_scene(rng), 1) for _ in range(n)]
-    names = [f"the {picture['frames'][0][0]} frame" for picture in frames]
-    ious = overlap(locate(vlm, frames, names), [picture["frames"][0][1] for picture in frames])
-    add("find a frame, plain or translucent", "mean IoU", mean(ious), "0.1", "0.85")
-
-    made = draw(rng, lambda rng: framed(rng, "what_inside"), n)
-    add("what is inside the frame", "exact", exact(vlm, made), "0.05", "0.85")
-
-    # Of their own dice: how many they throw hangs on what the model found
-    own = own_frames(random.Random(f"own {seed}"), finds, boxes)
-    made = draw(rng, lambda rng: framed(rng, "is_inside"), 2 * n)
-    right = [m for m in made if m[2] == "yes"][: n // 2] + own["right"][: n // 2]
-    wrong = [m for m in made if m[2] == "no"][: n // 2] + own["wrong"]
-    balanced = (exact(vlm, right) + exact(vlm, wrong)) / 2
-    add("is X inside the frame", "balanced accuracy", balanced, "0.5", "0.85")
-    add(f"  its own wrong boxes ({len(own['wrong'])})", "no", exact(vlm, own["wrong"]), "0.5", "")
-    add(f"  its own right boxes ({len(own['right'])})", "yes", exact(vlm, own["right"]), "0.5", "")
-    # Its answer takes a yes for the likelier one; how well does its probability tell them apart?
-    area = area_under_curve(yes(vlm, own["wrong"]), yes(vlm, own["right"]))
-    number = min(len(own["wrong"]), len(own["right"]))
-    add(f"  p(yes), own right above own wrong ({number})", "area under curve", area, "0.5", "")
-
-    made = draw(rng, lambda rng: framed(rng, "compare"), n)
-    answers = ask(vlm, [m[0]["image"] for m in made], [m[1] for m in made])
-    f1, each = f1_of_words(answers, [m[2] for m in made])
-    shuffled = rng.sample([m[2] for m in made], n)
-    chance = f"{f1_of_words(shuffled, [m[2] for m in made])[0]:.2f}"
-    add("how the frame lies around X", "mean F1 of words", f1, chance, "0.80")
-    print("  " + "  ".join(f"{word} {value:.2f}" for word, value in each.items()))
-
-    add("repeat a box of the conversation", "exact", exact(vlm, draw(rng, repeats, n)), "0", "0.99")
-
-    one = f"{1 / len(MARKS):.2f}"
-    add(
-        "the mark, in a crop",
-        "exact",
-        exact(vlm, draw(rng, lambda rng: in_crop(rng, "mark"), n)),
-        one,
-        "0.95",
-    )
-    add(
-        "the mark, in the whole scene",
-        "exact",
-        exact(vlm, draw(rng, in_scene, n)),
-        one,
-        "near chance",
-    )
-    made = draw(rng, lambda rng: in_crop(rng, "count"), n // 2)
-    add("how many marks of a kind, in a view", "exact", exact(vlm, made), "0.5", "")
+    for i in range(0, len(items), 64):
+        images, texts = zip(*[item[:2] for item in items[i : i + 64]])
+        rows += rollout(vlm, images, texts, 0, max_tokens=40, loop=ASK)
     return rows
 
 
-def found_by(made, source):
-    """Whether the expression of (picture, expression, object) is of this source."""
-    relation = " that is " in made[1]
-    superlative = any(word in made[1] for word in world.SUPERLATIVES)
-    return source == ("relations" if relation else "distractors" if superlative else "attributes")
+def find(vlm, items):
+    """(the boxes that are found, or None, the IoU of each)."""
+    boxes = [parse_box(row.texts[0]) for row in ask(vlm, items)]
+    ious = [iou(box, item[2]) if box else 0.0 for box, item in zip(boxes, items)]
+    return boxes, np.array(ious)
+
+
+def exact(vlm, items):
+    """The share of items that are answered to the letter."""
+    rows = ask(vlm, items)
+    return np.mean([row.texts[0].strip() == item[2] for row, item in zip(rows, items)])
+
+
+def yes(vlm, items):
+    """The probability of "yes" for each item that is answered by yes or no."""
+    sure = [(row.texts[0], math.exp(row.logprob[0])) for row in ask(vlm, items)]
+    return [p if answer == "yes" else 1 - p for answer, p in sure]
+
+
+def f1_of_words(answers, truths):
+    """Mean over the words of RELATED of F1; words that are neither said nor true are left out."""
+    each = []
+    for word in RELATED:
+        said = [word in a.replace(",", " ").split() for a in answers]
+        true = [word in t.replace(",", " ").split() for t in truths]
+        both = sum(s and t for s, t in zip(said, true))
+        if sum(said) + sum(true):
+            each.append(2 * both / (sum(said) + sum(true)))
+    return np.mean(each)
+
+
+def table(vlm, n):
+    """The rows of the table, from n questions of each kind: (skill, measure, value, chance)."""
+    rng = random.Random("skills 1")
+    finds = []
+    for i in range(n):  # scenes as the methods' samples have them
+        objects, expression, target = world.crowded(rng, SOURCES[i % 3])
+        picture = {"image": world.draw_scene(rng, objects), "objects": objects, "frames": []}
+        finds.append((picture, expression, target))
+    boxes, ious = find(vlm, [(p["image"], ask_for(e), target["box"]) for p, e, target in finds])
+    one = np.mean([1 / len(picture["objects"]) for picture, *_ in finds])
+    yield "find an object, crowded scene", "mean IoU", ious.mean(), one
+    yield "find an object, crowded scene", "Acc@0.5", np.mean(ious >= 0.5), one
+    for i, source in enumerate(SOURCES):
+        yield f"  {source}", "Acc@0.5", np.mean(ious[i::3] >= 0.5), one
+
+    wholes, views = zip(*draw(n, lambda: scene_and_view(rng)))
+    yield "find it, scene not crowded", "mean IoU", find(vlm, wholes)[1].mean(), one
+    yield (
+        "  the same in a view enlarged 1.5 to 3 times",
+        "mean IoU",
+        find(vlm, views)[1].mean(),
+        one,
+    )
+
+    frames = [frame_to_find(rng) for _ in range(n)]
+    yield "find a frame, plain or translucent", "mean IoU", find(vlm, frames)[1].mean(), 0.1
+    items = draw(n, lambda: about_frame(rng, "what_inside"))
+    yield "what is inside the frame", "exact", exact(vlm, items), 0.05
+
+    own_right, own_wrong = own_frames(finds, boxes)
+    items = draw(2 * n, lambda: about_frame(rng, "is_inside"))
+    right = [item for item in items if item[2] == "yes"][: n // 2] + own_right[: n // 2]
+    wrong = [item for item in items if item[2] == "no"][: n // 2] + own_wrong
+    balanced = (exact(vlm, right) + exact(vlm, wrong)) / 2
+    yield "is X inside the frame", "balanced accuracy", balanced, 0.5
+    yield f"  its own wrong boxes ({len(own_wrong)})", "no", exact(vlm, own_wrong), 0.5
+    yield f"  its own right boxes ({len(own_right)})", "yes", exact(vlm, own_right), 0.5
+    # It says what is likelier; how well does the probability tell right from wrong?
+    pairs = list(product(yes(vlm, own_wrong), yes(vlm, own_right)))
+    area = np.mean([(low < high) + (low == high) / 2 for low, high in pairs])
+    yield "  p(yes), own right above own wrong", "area under curve", area, 0.5
+
+    items = draw(n, lambda: about_frame(rng, "compare"))
+    truths = [item[2] for item in items]
+    f1 = f1_of_words([row.texts[0] for row in ask(vlm, items)], truths)
+    chance = f1_of_words(rng.sample(truths, n), truths)
+    yield "how the frame lies around X", "mean F1 of words", f1, chance
+
+    items = draw(n, lambda: to_repeat(rng))
+    yield "repeat a box of the conversation", "exact", exact(vlm, items), 0.0
+    items = draw(n, lambda: about_mark(rng, "mark"))
+    yield "the mark, in a crop", "exact", exact(vlm, items), 1 / len(MARKS)
+    items = draw(n, lambda: asked(rng, "mark", world.make_scene(rng)))
+    yield "the mark, in the whole scene", "exact", exact(vlm, items), 1 / len(MARKS)
+    items = draw(n // 2, lambda: about_mark(rng, "count"))
+    yield "how many marks of a kind, in a view", "exact", exact(vlm, items), 0.5
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", default=str(Path(__file__).resolve().parents[1] / "base"))
-    parser.add_argument("--n", type=int, default=400, help="questions of each kind")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", default=BASE)
+    parser.add_argument("--n", type=int, default=400, help="questions of each kind (400)")
     args = parser.parse_args()
+    print(f"{'skill':46}{'measure':19}value  chance")
     with torch.inference_mode():
-        table(load(args.model), args.n, args.seed)
+        for skill, measure, value, chance in table(load(args.model), args.n):
+            print(f"{skill:46}{measure:19}{value:.3f}    {chance:.2f}", flush=True)
