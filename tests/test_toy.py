@@ -130,16 +130,15 @@ def test_a_conversation_is_a_chat_whose_boxes_are_right(tokenizer):
     kinds = set()
     for _ in range(40):
         said = []
-        turns = lessons.conversation(rng, 2, 170, tokenizer.tokenize, ["one", "two"], True)
+        turns = lessons.conversation(rng, 2, tokenizer.tokenize, True)
         assert turns[0][0] is not None
         for _, question in turns:
-            kinds.add(question["kind"])
-            box = parse_box(question["answer"])
-            if question["kind"] in ("find", "frame"):
-                assert box == (question.get("object") or question.get("frame"))
-            if question["kind"] == "repeat":
-                assert question["answer"] in said + [question["text"][15:-17]]
-            said.append(question["answer"])
+            kinds.add(question.kind)
+            if question.kind in ("find", "frame"):
+                assert parse_box(question.answer) == (question.object or question.frame)
+            if question.kind == "repeat":
+                assert question.answer in said + [question.text[15:-17]]
+            said.append(question.answer)
     assert kinds >= {"find", "frame", "repeat", "words", "compare", "is_inside", "mark", "count"}
 
 
@@ -215,52 +214,46 @@ def test_the_recipes_muon_is_torchs(shape):
 
 
 def test_the_recipe_does_not_go_on_from_another_run(tmp_path):
-    args = argparse.Namespace(seed=0, dtype="float32", tower_steps=8, question_steps=4)
+    args = argparse.Namespace(seed=0, dtype="float32", steps=[8, 4, 2])
     path = tmp_path / "checkpoint.pt"
-    train.save(path, 3, {}, [], args)
-    assert train.restore(path, {}, [], args) == 3
+    parts = torch.nn.ModuleDict()
+    train.save(path, 3, parts, [], args)
+    assert train.restore(path, parts, [], args) == 3
     args.seed = 1
-    with pytest.raises(SystemExit, match="'seed': 0(.|\n)*'seed': 1(.|\n)*another --work"):
-        train.restore(path, {}, [], args)
-
-
-def run_recipe(folder, work, *steps):
-    """`python -m toy.recipe.train` with these numbers of steps; its process, finished."""
-    argv = [sys.executable, "-m", "toy.recipe.train", "--folder", str(folder), "--work", str(work)]
-    flags = ("--tower-steps", "--question-steps", "--answer-steps")
-    argv += [word for pair in zip(flags, map(str, steps)) for word in pair]
-    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    with pytest.raises(SystemExit, match="'seed': 0(.|\n)*'seed': 1(.|\n)*another --folder"):
+        train.restore(path, parts, [], args)
 
 
 def test_the_recipe_ends_with_a_checkpoint_and_goes_on(tmp_path):
-    ran = run_recipe(tmp_path / "base", tmp_path / "work", 1, 1, 1)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    def run(*steps):
+        argv = [sys.executable, "-m", "toy.recipe.train", "--folder", str(tmp_path), "--steps"]
+        ran = subprocess.run([*argv, *steps], cwd=ROOT, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    run("1", "1", "1")
     assert {f.name for f in (tmp_path / "base").iterdir()} == {f.name for f in BASE.iterdir()}
     config = json.loads((tmp_path / "base/config.json").read_text())
     assert config["model_type"] == "qwen3_vl"
-    ran = run_recipe(tmp_path / "base", tmp_path / "work", 1, 1, 2)
-    assert ran.returncode == 0 and "going on from step 3" in ran.stdout, ran.stdout + ran.stderr
+    assert "going on from step 3" in run("1", "1", "2")
 
 
-def test_a_folder_that_is_a_file_is_refused_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    ran = run_recipe(tmp_path / "file", tmp_path / "work", 1, 1, 1)
-    assert ran.returncode == 1 and "--folder" in ran.stderr and "is a file" in ran.stderr
+LEAST = {  # what the shipped base can do, with room for chance: 60 questions of each kind
+    ("find an object, crowded scene", "mean IoU"): 0.65,
+    ("find it, scene not crowded", "mean IoU"): 0.75,
+    ("find a frame, plain or translucent", "mean IoU"): 0.75,
+    ("what is inside the frame", "exact"): 0.85,
+    ("is X inside the frame", "balanced accuracy"): 0.75,
+    ("how the frame lies around X", "mean F1 of words"): 0.7,
+    ("repeat a box of the conversation", "exact"): 0.95,
+    ("the mark, in a crop", "exact"): 0.8,
+}
 
 
-def test_the_base_can_do_what_the_table_says(capsys):
-    """docs/toy_base.md has what `python -m toy.recipe.skills` prints, and the same for 100."""
-    doc = (ROOT / "docs/toy_base.md").read_text()
-    printed = doc.split("```")[doc.count("```", 0, doc.index("--n 100")) :][1]
-    told = re.findall(r"^(.+?)  +(\S.*?)  +([\d.]+)  ", printed, re.M)
-    assert len(told) >= 15
+def test_the_base_has_its_skills():
     with torch.inference_mode():
-        found = skills.table(skills.load(BASE), 100, 1)
-    measured = {(name_of(skill), measure): value for skill, measure, value, *_ in found}
-    for skill, measure, value in told:
-        assert abs(measured[name_of(skill), measure] - float(value)) <= 0.02, skill
-
-
-def name_of(skill):
-    """Without the number of its questions, where that hangs on what the base found."""
-    return re.sub(r" \(\d+\)", "", skill.strip())
+        rows = list(skills.table(skills.load(BASE), 60))
+    found = {(skill, measure): value for skill, measure, value, _ in rows}
+    for skill, least in LEAST.items():
+        assert found[skill] >= least, skill
+    assert found["the mark, in the whole scene", "exact"] < 0.5  # what a crop is for

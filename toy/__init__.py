@@ -9,7 +9,7 @@ with 2.6 million parameters and patches of 8 pixels. No phase knows that it is a
 - model.py: tokenizer, image processor, and the model before it has learnt anything
 - lessons.py: what the base learns from
 - train.py: the recipe, `python -m toy.recipe.train`
-- skills.py: what the base can do, `python -m toy.recipe.skills` (docs/toy_base.md has the table)
+- skills.py: what the base can do, `python -m toy.recipe.skills` (README.md has the table)
 
 The base has general skills alone: it grounds expressions, finds frames of a named color, says how a
 frame lies around an object, reads marks. It has never met a prompt of the methods, a sentence of a
