@@ -3,7 +3,7 @@
     python -m speed.random_checkpoint --out runs/random_4b
 
 The time of a pass and its memory do not depend on what the weights are; --model takes them
-(docs/paper_preset.md). They write nonsense: each step is as long as --max-tokens, without a box.
+(docs/your_gpu.md). They write nonsense: each step is as long as --max-tokens, without a box.
 """
 
 import argparse

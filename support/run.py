@@ -66,8 +66,6 @@ class Run:
     def reads(self, *inputs, ignore=()):
         """Ends the program where the phase is finished, or was begun with other values or other
         input files. ignore: flags that do not change what it makes.
-
-        From here on running out of memory ends it too, with the flags to lower.
         """
         files.begin(self.args, self.name, *self.inputs, *inputs, ignore=ignore)
         state = load_checkpoint(self.checkpoint, self.args.restart)
@@ -75,9 +73,6 @@ class Run:
         if state and state["finished"]:
             print(f"{self.adapter} is finished; --restart begins again")
             raise SystemExit
-        sizes = ("max_pixels", "batch_size", "prompts_at_once", "max_tokens")
-        lower = [f"--{name.replace('_', '-')}" for name in sizes if hasattr(self.args, name)]
-        errors.explain_out_of_memory(" or ".join(lower))
 
     # The loop -------------------------------------------------------------------------------------
     def updates(self, count, vlm, optimizer):

@@ -179,7 +179,6 @@ def test_pictures_of_your_own_are_named_in_three_ways(tmp_path):
     for path, expression, words in (
         (own, None, "line 2: expected"),
         (photo, None, "give both"),
-        (photo, "<|im_end|>", "without special tokens"),
     ):
         with pytest.raises(SystemExit, match=words):
             pairs(str(path), expression)

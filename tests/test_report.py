@@ -209,16 +209,15 @@ def test_a_file_of_predictions_is_scored(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ({**PREDICTIONS[0], "id": 1}, "line 5: id 1 is not in"),
-        (PREDICTIONS[0], "second line for 'one'"),
+        ({**PREDICTIONS[0], "id": 1}, "line 5: expected"),
+        (PREDICTIONS[0], "line 5: expected(.*)once for each id"),
         ({**PREDICTIONS[0], "method": "x"}, "1 of the 2"),
-        ({**PREDICTIONS[0], "boxes": [[5, 0, 0, 5]]}, "line 5: box"),
-        ({**PREDICTIONS[0], "boxes": [[0, 0, float("nan"), 5]]}, "line 5: box"),
+        ({**PREDICTIONS[0], "method": "x", "boxes": [[5, 0, 0, 5]]}, "line 5: expected"),
+        ({**PREDICTIONS[0], "method": "x", "boxes": [[0, 0, float("nan"), 5]]}, "expected"),
         ({"id": "1"}, "line 5: expected"),
-        ({**PREDICTIONS[0], "boxes": []}, "expected"),
-        ({**PREDICTIONS[0], "texts": ["a", "b"]}, "expected"),
+        ({**PREDICTIONS[0], "method": "x", "boxes": []}, "expected"),
+        ({**PREDICTIONS[0], "method": "x", "texts": ["a", "b"]}, "expected"),
         ({**PREDICTIONS[0], "method": 3}, "expected"),
-        ({**PREDICTIONS[0], "ordered": 1}, "expected"),
         (3, "expected"),
     ],
 )
@@ -309,6 +308,8 @@ def test_a_picture_of_your_own_is_turned_upright(tmp_path):
     for path in (file, tmp_path / "none.png"):
         with pytest.raises(SystemExit, match=f"error: --image {path}: "):
             own_sample(str(path), "x")
+    with pytest.raises(SystemExit, match="say what to find"):
+        own_sample(str(file), "<|im_end|>")
 
 
 def test_leaving_the_healthy_range_warns_once():

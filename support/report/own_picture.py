@@ -12,7 +12,7 @@ from support.model.decoding import rollouts
 from support.report.page import group, write_page
 from support.report.pictures import write_strip
 from support.report.rows import Row
-from support.running.errors import explain_out_of_memory, stop, working_on
+from support.running.errors import stop, working_on
 from support.running.files import agrees, read_lines
 from support.running.flags import command
 
@@ -36,10 +36,11 @@ def look_at(args, image, expression, loop):
         stop(f"{args.out} has no adapter; first run: {command(args, 'python sft.py')}")
     agrees(args, adapter.name, "feedback")
     samples = [own_sample(path, words)[0] for path, words in wanted]
+    if not samples:
+        stop(f"--image {image}: no picture in this folder ({', '.join(KINDS)})")
     if len(samples) > 1:
         for number, sample in enumerate(samples, 1):  # a list may name a picture twice
             sample["id"] = f"{number} {sample['id']}"
-    explain_out_of_memory("--max-pixels or --batch-size")
     vlm = load_with_adapter(args, adapter)
     roll = rollouts(args)
     load = partial(load_image, upright=True)
@@ -81,47 +82,33 @@ def pairs(image, expression):
     """-> (path of an image, expression) pairs of: an image file and an expression; a folder of
     images and one expression for all; a .jsonl whose lines name both, images relative to the
     file. Exits with what is wrong, and where."""
-    if image and not expression and image.endswith(".jsonl") and Path(image).is_file():
-        return listed_pairs(Path(image))
-    if not image or not expression or image.endswith(".jsonl"):
+    path = Path(image or "")
+    if bool(expression) == (path.suffix == ".jsonl") or not image:
         stop(
             'give both: --image photo.jpg --expression "the cat on the left"; or a list alone: '
             f"--image my.jsonl, with lines as {LINE}"
         )
-    if unusable(expression):
-        stop(f"--expression {expression!r}: say what to find, without special tokens (<|...|>)")
-    if not Path(image).is_dir():
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS)
+        return [(str(file), expression) for file in files]
+    if expression:
         return [(image, expression)]
-    files = sorted(file for file in Path(image).iterdir() if file.suffix.lower() in KINDS)
-    if not files:
-        stop(f"--image {image}: no picture in this folder ({', '.join(KINDS)})")
-    return [(str(file), expression) for file in files]
-
-
-def listed_pairs(path):
     found = []
     for number, line in enumerate(read_lines(path, "what makes it"), 1):
-        where = f"--image {path}, line {number}"
         try:
             row = json.loads(line)
-            image, expression = str(path.parent / row["image"]), row["expression"]
-            wrong = unusable(expression)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found.append((str(path.parent / row["image"]), row["expression"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
             line = line[:80].decode("utf-8", "backslashreplace")
-            stop(f"{where}: expected {LINE}; found {line!r}")
-        if wrong:
-            stop(f"{where}: expression {expression!r}; say what to find, without <|...|>")
-        found.append((image, expression))
+            stop(f"--image {path}, line {number}: expected {LINE}; found {line!r}")
     return found
-
-
-def unusable(expression):
-    return not expression.strip() or "<|" in expression
 
 
 def own_sample(path, expression):
     """An image file -> (sample without a truth, image as a person sees it). Exits when it cannot be
-    read."""
+    read, or the expression is no text that can be used."""
+    if not isinstance(expression, str) or not expression.strip() or "<|" in expression:
+        stop(f"{path}: expression {expression!r}; say what to find, without <|...|>")
     try:
         with Image.open(path) as file:
             width, height = ImageOps.exif_transpose(file).size

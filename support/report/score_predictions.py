@@ -27,24 +27,27 @@ LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 def read_predictions(path, samples):
     """A file of predictions -> {Row: its lines, in the order of the samples}.
 
-    Raises ValueError with line, value and remedy.
+    Raises ValueError with line and remedy.
     """
     number_of = {sample["id"]: i for i, sample in enumerate(samples)}
     lines_of = {}
     for number, line in enumerate(read_lines(path, "the system that makes it"), 1):
-        where = f"{path}, line {number}"
-        own = read_prediction(line, where)
-        name = own["id"]
-        if not isinstance(name, str) or name not in number_of:
+        try:
+            own = json.loads(line)
+            place, boxes = number_of[own["id"]], own["boxes"]
+            own = {"texts": [""] * len(boxes), "ordered": True, **own}
+            row = Row(own["method"], samples=1 if own["ordered"] else len(boxes))
+            lines = lines_of.setdefault(row, [None] * len(samples))
+            usable = is_prediction(own) and lines[place] is None
+        except (ValueError, RecursionError, LookupError, TypeError):
+            usable = False
+        if not usable:
+            found = line[:80].decode("utf-8", "backslashreplace")
             raise ValueError(
-                f"{where}: id {name!r} is not in test.jsonl; give the ids of that file"
+                f"{path}, line {number}: expected {LINE}, once for each id of test.jsonl, boxes in "
+                f"0..1000 or null, and as many texts if any; found {found!r}"
             )
-        row = Row(own["method"], samples=1 if own.get("ordered", True) else len(own["boxes"]))
-        lines = lines_of.setdefault(row, [None] * len(samples))
-        if lines[number_of[name]]:
-            twice = f"a second line for {row.name!r} and id {name!r}"
-            raise ValueError(f"{where}: {twice}; give one")
-        lines[number_of[name]] = own
+        lines[place] = own
     for row, lines in lines_of.items():
         # Every sample is needed: a method that skips the hard ones would look better
         counts = {len(line["boxes"]) for line in lines if line}
@@ -57,37 +60,14 @@ def read_predictions(path, samples):
     return lines_of
 
 
-def read_prediction(line, where):
-    """A line (bytes) as a dict with method, id, boxes and texts."""
-    try:
-        own = json.loads(line)
-        boxes = own["boxes"]
-        texts = own.setdefault("texts", [""] * len(boxes))
-        usable = "id" in own and isinstance(own.get("ordered", True), bool) and own["method"]
-        usable = usable and boxes and type(boxes) is type(texts) is list
-        usable = usable and len(texts) == len(boxes)
-        usable = usable and all(isinstance(text, str) for text in (own["method"], *texts))
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        usable = False
-    if not usable:
-        found = line[:80].decode("utf-8", "backslashreplace")
-        raise ValueError(f'{where}: expected {LINE}, and as many "texts" if any; found {found!r}')
-    for box in boxes:
-        if box is not None and not is_box(box):
-            raise ValueError(
-                f"{where}: box {box}; expected [x1, y1, x2, y2] in 0..1000 with x1 < x2, y1 < y2, "
-                "or null"
-            )
-    return own
-
-
-def is_box(box):
-    """Whether this is a box in 0..1000."""
-    if not isinstance(box, list) or len(box) != 4:
-        return False
-    if not all(type(v) in (int, float) and 0 <= v <= 1000 for v in box):  # NaN is in no range
-        return False
-    return box[0] < box[2] and box[1] < box[3]
+def is_prediction(own):
+    """Whether method, boxes and texts are of their kinds, and each box lies in 0..1000."""
+    boxes, texts = own["boxes"], own["texts"]
+    for x1, y1, x2, y2 in (box for box in boxes if box is not None):
+        if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):  # NaN is in no range
+            return False
+    words = [own["method"], *texts]
+    return 0 < len(boxes) == len(texts) and all(isinstance(word, str) for word in words)
 
 
 if __name__ == "__main__":
