@@ -25,12 +25,11 @@ def view(picture, bbox):
     x1, y1, x2, y2 = bbox
     objects = []
     for o in picture["objects"]:
-        whole = o["bbox"]
-        part = [max(whole[0], x1), max(whole[1], y1), min(whole[2], x2), min(whole[3], y2)]
-        if part[0] < part[2] and part[1] < part[3] and area(part) > 0.15 * area(whole):
+        seen = covered(o["bbox"], bbox)
+        if seen > 0.15:
+            part = [*map(max, o["bbox"][:2], bbox[:2]), *map(min, o["bbox"][2:], bbox[2:])]
             inner = [part[0] - x1, part[1] - y1, part[2] - x1, part[3] - y1]
-            box = normalize_box(inner, x2 - x1, y2 - y1)
-            objects.append({**o, "box": box, "seen": area(part) / area(whole)})
+            objects.append({**o, "box": normalize_box(inner, x2 - x1, y2 - y1), "seen": seen})
     image = picture["image"]
     image = image.resize(image.size, Image.BILINEAR, box=bbox)
     zoom = SIDE / (x2 - x1)
@@ -152,10 +151,10 @@ class Question:
 
 
 # Each ask_... takes (rng, picture, refer_to) and returns a Question, or None where chance found
-# none; refer_to(rng, objects) gives (expression, object) or None.
+# none; refer_to(rng, picture) gives (expression, object) or None.
 def ask_find(rng, picture, refer_to):
     """The box of an object."""
-    found = refer_to(rng, picture["objects"])
+    found = refer_to(rng, picture)
     if not found:
         return None
     return Question("find", found[0], format_box(found[1]["box"]), found[1]["box"])
@@ -169,7 +168,7 @@ def ask_frame(rng, picture, refer_to):
 
 def ask_where(rng, picture, refer_to):
     """Where an object is, in words."""
-    found = refer_to(rng, picture["objects"])
+    found = refer_to(rng, picture)
     if not found:
         return None
     name, box = found[0], found[1]["box"]
@@ -190,7 +189,7 @@ def ask_what_inside(rng, picture, refer_to):
 def search(rng, picture, refer_to, suits):
     """(expression, box) of an object whose box suits, or None where six tries find none."""
     for _ in range(6):
-        found = refer_to(rng, picture["objects"])
+        found = refer_to(rng, picture)
         if found and suits(found[1]["box"]):
             return found[0], found[1]["box"]
     return None
@@ -222,7 +221,7 @@ def ask_compare(rng, picture, refer_to):
 
 def ask_mark(rng, picture, refer_to):
     """Which mark an object bears."""
-    found = refer_to(rng, picture["objects"])
+    found = refer_to(rng, picture)
     if not found or found[1]["seen"] < 0.9:
         return None
     name, o = found

@@ -268,10 +268,10 @@ def refer(rng, objects, source, sizes=True, fine=False):
     return f"the {name_of(target, keys)} that is {rng.choice(options)} the {name}", target
 
 
-def refer_somehow(rng, objects, sources=SOURCES, sizes=True, tries=12):
-    """Like `refer`, with a source by chance, tried several times."""
+def refer_somehow(rng, picture, sources=SOURCES, tries=12):
+    """Like `refer`, of a picture, with a source by chance, tried several times."""
     for _ in range(tries):
-        found = refer(rng, objects, rng.choice(sources), sizes)
+        found = refer(rng, picture["objects"], rng.choice(sources), picture["zoom"] == 1)
         if found:
             return found
     return None

@@ -180,8 +180,8 @@ def next_question(rng, picture, level, said, repeats):
     else:
         kinds = ("find",) * 9 + ("where",)
     ask = getattr(questions, f"ask_{rng.choice(kinds)}")
-    sources, sizes = SOURCES if level else SOURCES[:1], picture["zoom"] == 1
-    return ask(rng, picture, lambda rng, o: world.refer_somehow(rng, o, sources, sizes, tries=4))
+    sources = SOURCES if level else SOURCES[:1]
+    return ask(rng, picture, functools.partial(world.refer_somehow, sources=sources, tries=4))
 
 
 def conversation(rng, level, encode, answered):
@@ -252,8 +252,7 @@ def hints(asked):
 
 def chat_batch(rng, level, tokenizer, answered):
     """A batch of conversations: "ids", "labels", "positions" as a language model takes them,
-    "pictures" of the tower, "answer_of" and "kinds" of the answers, "last" and "about" of the
-    questions.
+    "pictures" of the tower, "kinds" of the answers, "last" and "about" of the questions.
 
     answered: whether the questions are followed by their answers. Without them a conversation holds
     three times as many questions, whose last tokens are taught what they are about.
@@ -261,7 +260,7 @@ def chat_batch(rng, level, tokenizer, answered):
     encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
     shape = SimpleNamespace(rows=CELLS, columns=CELLS)
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ids, labels, positions, pictures, last, asked, answers = [], [], [], [], [], [], []
+    ids, labels, positions, pictures, last, asked, kinds = [], [], [], [], [], [], []
     for row in range(ROWS):
         turns = conversation(rng, level, encode, answered)
         tokens, learnt, places = write(turns, encode, answered)
@@ -269,26 +268,23 @@ def chat_batch(rng, level, tokenizer, answered):
         pictures += images
         ids.append(torch.tensor(tokens))
         labels.append(torch.tensor(learnt))
-        positions.append(torch.tensor(mrope_positions(tokens, [shape] * len(images), pad)[0]))
+        at = mrope_positions(tokens, [shape] * len(images), pad)[0]
+        positions.append(torch.tensor(at))  # [length, 3]
         last += [[row, place] for place, _ in places]
         asked += [q for _, q in places]
-        answers += [q for _, q in turns if answered]
+        kinds += [q.kind for _, q in turns if answered]
     # Crops that nobody asks about: marks are small, and the tower needs many to tell them apart
     for i in range(CROPS):
         if i % 3 == 0:
             scene = world.make_scene(rng)
         target = rng.choice(scene["objects"])
         pictures.append(questions.view(scene, questions.random_crop(rng, target["bbox"])))
-    lengths = torch.tensor([len(encode(q.answer + "<|im_end|>")) for q in answers], dtype=int)
     return {
         "pictures": pictures_batch(pictures),
         "ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        "positions": pad_sequence(positions, batch_first=True).permute(
-            2, 0, 1
-        ),  # [3, rows, longest]
-        "answer_of": torch.arange(len(answers)).repeat_interleave(lengths),  # of each learnt token
-        "kinds": [q.kind for q in answers],
+        "positions": pad_sequence(positions, batch_first=True).permute(2, 0, 1),
+        "kinds": kinds,
         "last": torch.tensor(last),  # [questions, 2]: row and place of each one's last token
         "about": hints(asked),
     }
@@ -307,10 +303,11 @@ class Batches(torch.utils.data.Dataset):
         torch.set_num_threads(1)
         step, half = number
         tower_steps, question_steps, _ = self.args.steps
-        rng = random.Random(f"{self.args.seed} {step} {half}")
+        rng = random.Random(f"0 {step} {half}")
         if step < tower_steps:
             level = 1 + (step > tower_steps // 2)
-            return pictures_batch([next_picture(rng, level, None)[0] for _ in range(PICTURES)])
+            pictures = [next_picture(rng, level, None)[0] for _ in range(PICTURES)]
+            return {"pictures": pictures_batch(pictures)}
         step -= tower_steps
         level = sum(step >= begins for begins in LEVELS)
         return chat_batch(rng, level, self.tokenizer, step >= question_steps)

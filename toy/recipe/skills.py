@@ -79,13 +79,9 @@ def frame_to_find(rng):
     return picture["image"], ask_for(f"the {color} frame"), box
 
 
-def asked(rng, kind, picture, sizes=True):
+def asked(rng, kind, picture):
     """An item of a kind of question of questions.py, or None."""
-
-    def refer_to(rng, objects):
-        return world.refer_somehow(rng, objects, sizes=sizes)
-
-    question = getattr(questions, f"ask_{kind}")(rng, picture, refer_to)
+    question = getattr(questions, f"ask_{kind}")(rng, picture, world.refer_somehow)
     return (picture["image"], question.text, question.answer) if question else None
 
 
@@ -101,7 +97,7 @@ def about_mark(rng, kind):
         part = questions.random_crop(rng, bbox)
     else:
         part = questions.random_view(rng, bbox, rng.uniform(2.4, 3))
-    return asked(rng, kind, questions.view(scene, part), sizes=False)
+    return asked(rng, kind, questions.view(scene, part))
 
 
 def to_repeat(rng):

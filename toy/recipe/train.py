@@ -16,7 +16,6 @@ Two stages, Muon on the matrices and AdamW on the rest, everything seeded by the
 """
 
 import argparse
-import functools
 import json
 import os
 import shutil
@@ -35,7 +34,6 @@ from toy.questions import FRAMES, RELATED
 from toy.recipe.lessons import ANSWERS, CELLS, WORDS, Batches
 from toy.world import MARKS
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -53,14 +51,6 @@ LAST_HEADS = {"digits": 80, "box": 4, "frame_digits": 80, "frame_box": 4, "answe
 
 
 # The model, run quickly ---------------------------------------------------------------------------
-@functools.cache
-def block_order():
-    """[2, patches]: row and column of each patch, in the tower's order of 2 x 2 blocks."""
-    grid = np.stack(np.meshgrid(np.arange(2 * CELLS), np.arange(2 * CELLS), indexing="ij"))
-    blocks = grid.reshape(2, CELLS, 2, CELLS, 2).transpose(0, 1, 3, 2, 4)
-    return torch.from_numpy(blocks.reshape(2, -1))
-
-
 def see(visual, patches):
     """The vision tower on n pictures of one size at once: patches [n, P, ...] -> (features [n *
     tokens, D], deepstack).
@@ -69,12 +59,15 @@ def see(visual, patches):
     test holds the two equal.
     """
     n, count, _ = patches.shape
-    order = block_order().to(patches.device)
-    width = visual.config.hidden_size
+    side, width = 2 * CELLS, visual.config.hidden_size
+    # Where each patch lies, row by row, in the tower's order of 2 x 2 blocks
+    places = torch.arange(count, device=patches.device)
+    places = places.view(CELLS, 2, CELLS, 2).transpose(1, 2).flatten()
     projection = visual.patch_embed.proj
     hidden = F.linear(patches, projection.weight.view(width, -1), projection.bias)
-    hidden = hidden + visual.pos_embed.weight[order[0] * 2 * CELLS + order[1]]
-    cos, sin = visual.rotary_pos_emb(hidden, order.T)  # [P, head dim]
+    hidden = hidden + visual.pos_embed.weight[places]
+    rows_columns = torch.stack([places // side, places % side], 1)
+    cos, sin = visual.rotary_pos_emb(hidden, rows_columns)  # [P, head dim]
     deepstack = []
     for i, block in enumerate(visual.blocks):
         attention = block.attn
@@ -116,9 +109,9 @@ def attend_causal(module, query, key, value, attention_mask, **kwargs):
     return attend(query, key, value, ahead).transpose(1, 2), None
 
 
-def make_parts(tokenizer, seed):
+def make_parts(tokenizer):
     """A ModuleDict of all that is trained, with random weights: the model, and the heads."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = make_model(tokenizer).train()
     AttentionInterface.register("attend_causal", attend_causal)
     model.model.language_model.config._attn_implementation = "attend_causal"
@@ -210,32 +203,45 @@ def last_loss(heads, final, about):
 
 def text_loss(model, known, hidden, batch):
     """hidden [rows, length, D] -> (next-token loss on the answers, [answers]: 1 where exact)."""
-    ids, labels, answer_of = batch["ids"], batch["labels"][:, 1:], batch["answer_of"]
-    learnt = labels != -100
-    target, previous = labels[learnt], ids[:, :-1][learnt]
+    ids, labels = batch["ids"], batch["labels"]
+    learnt = labels[:, 1:] != -100
+    target, previous = labels[:, 1:][learnt], ids[:, :-1][learnt]
+    begins = (labels[:, :-1] == -100)[learnt]  # an answer
     logits = model.lm_head(hidden[:, :-1][learnt]).float()
     each = F.cross_entropy(logits, target, reduction="none")
     # First digits weigh more: to know the object is to know them. So do the words that answer;
     # with the weight on an answer's first token, "the" or "a", they were not learnt.
-    begins = F.pad(answer_of[1:] != answer_of[:-1], (1, 0), value=True)
     weight = torch.ones_like(each)
     weight[(previous == known["opening"]) | (previous == known["comma"])] = 3.0
     weight[torch.isin(target, known["answers"])] = 6.0
     weight[begins & torch.isin(target, known["counts"])] = 6.0
     weight[begins & (target == known["opening"])] = 0.5
     right = (logits.argmax(-1) == target).float()
+    answer_of = begins.cumsum(0) - 1
     exact = right.new_ones(len(batch["kinds"])).scatter_reduce(0, answer_of, right, "amin")
     return (each * weight).sum() / weight.sum(), exact
 
 
-def chat_loss(parts, known, batch, hints):
-    """All losses of a batch of conversations -> (loss, log: [(name, value)]). hints: the weight of
-    what the questions are about."""
-    model, pictures, ids = parts["model"], batch["pictures"], batch["ids"]
+def known_ids(tokenizer):
+    """The tokens that the losses speak of."""
+    spaced = [" " + word for word in ANSWERS]
+    ids = tokenizer([*ANSWERS, *spaced], add_special_tokens=False).input_ids
+    tokens = {
+        "words": tokenizer(" ".join(["", *WORDS]), add_special_tokens=False).input_ids,
+        "answers": [one[0] for one in ids if len(one) == 1],
+        "counts": tokenizer.convert_tokens_to_ids(list("0123")),
+        "opening": tokenizer.convert_tokens_to_ids('{"bbox_2d":Ġ['),
+        "comma": tokenizer.convert_tokens_to_ids(",Ġ"),
+    }
+    return {name: torch.tensor(value) for name, value in tokens.items()}
+
+
+def chat_loss(parts, known, batch, features, deepstack):
+    """The tower's features of a batch of conversations -> (loss of what the questions are about,
+    loss of the answers, log: [(name, value)]).
+    """
+    model, ids = parts["model"], batch["ids"]
     language = model.model.language_model
-    features, deepstack = see(model.model.visual, pictures["patches"])
-    words = model.get_input_embeddings().weight[known["words"]]
-    dense, seen = tower_loss(words, parts["tower_heads"], features, pictures)
     shown = ids == model.config.image_token_id
     embeds = language.embed_tokens(ids)
     asked = int(shown.sum())  # the crops for the tower alone come last
@@ -253,44 +259,27 @@ def chat_loss(parts, known, batch, hints):
     early, late = (last_loss(parts["last_heads"], final, batch["about"]) for final in layers)
     scale = {"digits": 2.0, "frame_digits": 1.0, "box": 1.0, "frame_box": 0.5, "answer": 5.0}
     told = sum(scale[name] * (late[name] + 0.5 * early[name]) for name in scale)
-    loss = hints * told + 0.4 * dense
-    log = [(f"tower {name}", value.item()) for name, value in seen.items()]
-    log += [(f"last {name}", value.item()) for name, value in late.items()]
-    if batch["kinds"]:
-        text, exact = text_loss(model, known, out.last_hidden_state, batch)
-        loss = loss + 2 * text
-        log += [("text", text.item()), *zip(batch["kinds"], exact.tolist())]
-    return loss, log
-
-
-def known_ids(tokenizer):
-    """The tokens that the losses speak of."""
-    spaced = [" " + word for word in ANSWERS]
-    ids = tokenizer([*ANSWERS, *spaced], add_special_tokens=False).input_ids
-    tokens = {
-        "words": tokenizer(" ".join(["", *WORDS]), add_special_tokens=False).input_ids,
-        "answers": [one[0] for one in ids if len(one) == 1],
-        "counts": tokenizer.convert_tokens_to_ids(list("0123")),
-        "opening": tokenizer.convert_tokens_to_ids('{"bbox_2d":Ġ['),
-        "comma": tokenizer.convert_tokens_to_ids(",Ġ"),
-    }
-    return {name: torch.tensor(value) for name, value in tokens.items()}
+    log = [(f"last {name}", value.item()) for name, value in late.items()]
+    if not batch["kinds"]:  # questions without answers
+        return 1.5 * told, 0.0, log
+    text, exact = text_loss(model, known, out.last_hidden_state, batch)
+    log += [("text", text.item()), *zip(batch["kinds"], exact.tolist())]
+    return 0.6 * told, 2 * text, log
 
 
 def loss_of(step, batch, parts, known, args):
     """The loss of a step and its log, [(name, value)]."""
-    device = processes.device()
+    device, model = processes.device(), parts["model"]
     batch, known = moved(batch, device), moved(known, device)
-    tower_steps, question_steps, _ = args.steps
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        if step >= tower_steps:
-            answered = step - tower_steps >= question_steps
-            return chat_loss(parts, known, batch, 0.6 if answered else 1.5)
-        model = parts["model"]
-        features, _ = see(model.model.visual, batch["patches"])
+        features, deepstack = see(model.model.visual, batch["pictures"]["patches"])
         words = model.get_input_embeddings().weight[known["words"]]
-        loss, seen = tower_loss(words, parts["tower_heads"], features, batch)
-        return loss, [(f"tower {name}", value.item()) for name, value in seen.items()]
+        dense, seen = tower_loss(words, parts["tower_heads"], features, batch["pictures"])
+        log = [(f"tower {name}", value.item()) for name, value in seen.items()]
+        if "ids" not in batch:  # of the tower alone
+            return dense, log
+        told, text, chat_log = chat_loss(parts, known, batch, features, deepstack)
+        return told + 0.4 * dense + text, log + chat_log
 
 
 def moved(batch, device):
@@ -381,28 +370,20 @@ def update(step, parts, optimizers, args):
 
 
 # A run --------------------------------------------------------------------------------------------
-def made_with(args):
-    """What a run cannot change on its way. The steps with answers it can: see `rate_of`."""
-    return {"seed": args.seed, "dtype": args.dtype, "steps": args.steps[:2]}
-
-
 def save(path, step, parts, optimizers, args):
     """All that it takes to go on, written whole."""
-    states = {"step": step, "made": made_with(args), "parts": parts.state_dict()}
+    states = {"step": step, "steps": args.steps, "parts": parts.state_dict()}
     states["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     write_bytes(path, lambda file: torch.save(states, file))
 
 
 def restore(path, parts, optimizers, args):
-    """The step to go on from: 0 where nothing was saved. Exits when it was made otherwise."""
+    """The step to go on from: 0 where nothing was saved."""
     if not path.exists():
         return 0
     saved = torch.load(path, weights_only=True, map_location="cpu")
-    made, now = saved["made"], made_with(args)
-    if made != now:
-        stop(
-            f"{path} was made with {made}, and now it is {now}; give the same, or another --folder"
-        )
+    if saved["steps"][:2] != args.steps[:2]:
+        stop(f"--steps {args.steps}: {path} has {saved['steps']}; give the same, or another --out")
     parts.load_state_dict(saved["parts"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
@@ -410,29 +391,16 @@ def restore(path, parts, optimizers, args):
     return saved["step"]
 
 
-def quick_dtype():
-    """bfloat16 where the CPU has units for its products, else float32: without them a step of the
-    tower took 17 s in bfloat16. A PyTorch that cannot tell gets float32, and so does a GPU: its
-    time goes into starting many small operations, and autocast adds some.
-    """
-    if torch.cuda.is_available():
-        return "float32"
-    can = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if can.get("amx_bf16") or can.get("avx512_bf16") else "float32"
-
-
 def read_flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    folder = "of the log, of what a killed run goes on from, and of base/, the result, for --model"
-    steps = "of stage 1, and of stage 2 without answers and with them"
-    dtype = "of the products (bfloat16 where it is the CPU and has units for it, else float32)"
-    add = parser.add_argument
-    add("--folder", type=Path, default="runs/toy_base", help=folder + " (runs/toy_base)")
-    add("--steps", type=int, nargs=3, default=[800, 400, 4800], help=steps + " (800 400 4800)")
-    add("--dtype", choices=("float32", "bfloat16"), default=quick_dtype(), help=dtype)
-    add("--seed", type=int, default=0, help="of everything random (0)")
+    out = "of the log, of what a killed run goes on from, and of base/, the result (runs/toy_base)"
+    steps = "of stage 1, and of stage 2 without answers and with them (800 400 4800)"
+    dtype = "of the products: bfloat16 is quicker on a CPU that has units for it (float32)"
+    parser.add_argument("--out", type=Path, default="runs/toy_base", help=out)
+    parser.add_argument("--steps", type=int, nargs=3, default=[800, 400, 4800], help=steps)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
     args = parser.parse_args()
-    check_path("--folder", args.folder, "new folder")
+    check_path("--out", args.out, "new folder")
     return args
 
 
@@ -441,16 +409,15 @@ def draw_batches(args, first, halves, tokenizer):
     second of a core for each. A step takes two cores two seconds, and an H100 a sixth of one.
     """
     on_gpu = processes.device().type == "cuda"
-    return iter(
-        torch.utils.data.DataLoader(
-            Batches(args, tokenizer),
-            batch_size=None,
-            sampler=[(step, half) for step in range(first, sum(args.steps)) for half in halves],
-            num_workers=min(8, os.cpu_count()) if on_gpu else 1,
-            prefetch_factor=4,
-            pin_memory=on_gpu,
-        )
+    loader = torch.utils.data.DataLoader(
+        Batches(args, tokenizer),
+        batch_size=None,
+        sampler=[(step, half) for step in range(first, sum(args.steps)) for half in halves],
+        num_workers=min(8, os.cpu_count()) if on_gpu else 1,
+        prefetch_factor=4,
+        pin_memory=on_gpu,
     )
+    return iter(loader)
 
 
 def write_base(folder, model, tokenizer):
@@ -473,11 +440,11 @@ def main():
         torch.set_float32_matmul_precision("high")  # TF32
     tokenizer = make_tokenizer()
     known = known_ids(tokenizer)
-    parts = make_parts(tokenizer, args.seed)
+    parts = make_parts(tokenizer)
     model = parts["model"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.dtype}")
     optimizers = make_optimizers(parts)
-    checkpoint = args.folder / "checkpoint.pt"
+    checkpoint = args.out / "checkpoint.pt"
     first, total = restore(checkpoint, parts, optimizers, args), sum(args.steps)
     halves = processes.share([0, 1])
     batches = draw_batches(args, first, halves, tokenizer)
@@ -496,12 +463,12 @@ def main():
             continue
         line = {name: round(mean(values), 3) for name, values in sorted(history.items())}
         history.clear()
-        if not RANK:
-            with open(args.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": step + 1, **line}) + "\n")
         save(checkpoint, step + 1, parts, optimizers, args)
+        if not RANK:
+            with open(args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": step + 1, **line}) + "\n")
     if not RANK:
-        write_base(args.folder / "base", model, tokenizer)
+        write_base(args.out / "base", model, tokenizer)
 
 
 if __name__ == "__main__":
