@@ -3,16 +3,16 @@
     python -m toy.recipe.train      all of it; killed, the same command goes on
     torchrun --nproc-per-node 2 -m toy.recipe.train      in two processes: on two cores, quicker
 
-Two stages, Muon on the matrices and AdamW on the rest, everything seeded by the number of the step:
+Everything is seeded by the number of the step. Two stages:
 
 1. The vision tower alone. Each image token is taught the words of the object that it shows,
    against the words' own embeddings, and by linear heads, thrown away after: the object's box,
    the frame that lies on it, and how each frame lies around its object.
 2. Conversations (lessons.py): all weights, next-token loss on the answers. Beside it, the last
    token of each question is taught what the question is about (the object's box, the frame's box,
-   the answer's words) before the last two layers, by more throw-away heads: without it, words of
-   size and place are learnt and colors are not. The first steps hold questions without answers,
-   three times as many. Stage 1's loss goes on.
+   the answer's words) before the last two layers, by more such heads: without it, words of size and
+   place are learnt and colors are not. The first steps hold questions without answers, three times
+   as many. Stage 1's loss goes on.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from support.running.errors import stop
 from support.running.files import write_bytes, writing
 from support.running.flags import check_path
 from support.running.processes import RANK
-from toy.model import make_image_processor, make_model, make_tokenizer
+from toy.model import WIDTH, make_image_processor, make_model, make_tokenizer
 from toy.questions import FRAMES, RELATED
 from toy.recipe.lessons import ANSWERS, CELLS, WORDS, Batches
 from toy.world import MARKS
@@ -52,19 +52,17 @@ LAST_HEADS = {"digits": 80, "box": 4, "frame_digits": 80, "frame_box": 4, "answe
 
 # The model, run quickly ---------------------------------------------------------------------------
 def see(visual, patches):
-    """The vision tower on n pictures of one size at once: patches [n, P, ...] -> (features [n *
-    tokens, D], deepstack).
+    """The vision tower: patches [n, P, ...] -> (features [n * tokens, D], deepstack).
 
-    transformers runs the attention picture by picture, which on a CPU takes most of the time; a
-    test holds the two equal.
+    transformers runs the attention picture by picture, which on a CPU takes most of the time.
     """
     n, count, _ = patches.shape
-    side, width = 2 * CELLS, visual.config.hidden_size
+    side = 2 * CELLS
     # Where each patch lies, row by row, in the tower's order of 2 x 2 blocks
     places = torch.arange(count, device=patches.device)
     places = places.view(CELLS, 2, CELLS, 2).transpose(1, 2).flatten()
     projection = visual.patch_embed.proj
-    hidden = F.linear(patches, projection.weight.view(width, -1), projection.bias)
+    hidden = F.linear(patches, projection.weight.view(WIDTH, -1), projection.bias)
     hidden = hidden + visual.pos_embed.weight[places]
     rows_columns = torch.stack([places // side, places % side], 1)
     cos, sin = visual.rotary_pos_emb(hidden, rows_columns)  # [P, head dim]
@@ -75,19 +73,17 @@ def see(visual, patches):
         query, key = apply_rotary_pos_emb_vision(qkv[:, :, 0], qkv[:, :, 1], cos, sin)
         # [n, heads, P, head dim]
         mixed = attend(*(x.transpose(1, 2) for x in (query, key, qkv[:, :, 2])))
-        hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(n, count, width))
+        hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(n, count, WIDTH))
         hidden = hidden + block.mlp(block.norm2(hidden))
         if i in visual.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(i)]
-            deepstack.append(merger(hidden.reshape(n * count, width)))
-    return visual.merger(hidden.reshape(n * count, width)), deepstack
+            deepstack.append(merger(hidden.reshape(n * count, WIDTH)))
+    return visual.merger(hidden.reshape(n * count, WIDTH)), deepstack
 
 
 def attend(query, key, value, mask=None):
-    """Attention as two plain products: on a CPU, short as these are, quicker than the fused kernel
-    backward. Under autocast all of it, the softmax too, is in its lower precision.
-
-    query, key, value [n, heads, length, head dim]; mask [length, length] is added to the scores.
+    """Attention as two plain products of [n, heads, length, head dim]: on a CPU, short as these
+    are, quicker backward than the fused kernel. Under autocast the softmax too is in bfloat16.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
@@ -99,9 +95,7 @@ def attend(query, key, value, mask=None):
 
 
 def attend_causal(module, query, key, value, attention_mask, **kwargs):
-    """`attend` in the form that transformers calls; rows are padded at their end, so that
-    causality hides the padding.
-    """
+    """`attend` for transformers; rows are padded at their end, where causality hides it."""
     share = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
     length = query.shape[2]
@@ -110,15 +104,14 @@ def attend_causal(module, query, key, value, attention_mask, **kwargs):
 
 
 def make_parts(tokenizer):
-    """A ModuleDict of all that is trained, with random weights: the model, and the heads."""
+    """All that is trained, with random weights: the model, and the heads."""
     torch.manual_seed(0)
     model = make_model(tokenizer).train()
     AttentionInterface.register("attend_causal", attend_causal)
     model.model.language_model.config._attn_implementation = "attend_causal"
     parts = torch.nn.ModuleDict({"model": model})
     for name, widths in (("tower_heads", TOWER_HEADS), ("last_heads", LAST_HEADS)):
-        width = model.config.text_config.hidden_size
-        heads = {name: torch.nn.Linear(width, n) for name, n in widths.items()}
+        heads = {head: torch.nn.Linear(WIDTH, n) for head, n in widths.items()}
         parts[name] = torch.nn.ModuleDict(heads)
     return parts.to(processes.device())
 
@@ -130,9 +123,7 @@ def mean_of(each, taught):
 
 
 def digit_loss(said, digits):
-    """said [n, 80], digits [n, 8] (-1: not taught) -> mean cross-entropy; the first digits weigh
-    three times the second.
-    """
+    """said [n, 80], digits [n, 8] (-1: not taught); the first digits weigh thrice the second."""
     said, target = said.float().view(-1, 10), digits.reshape(-1)
     each = F.cross_entropy(said, target, ignore_index=-1, reduction="none")
     each = each.view(-1, 2, 4).mean(2)
@@ -140,8 +131,8 @@ def digit_loss(said, digits):
 
 
 def box_losses(said, label, name):
-    """Of heads and labels [n, ...] of the boxes of objects (name "") or frames ("frame_"):
-    {name: loss}, of their digits, and smooth L1 in twentieths of the picture.
+    """{name: loss} of the boxes of objects (name "") or frames ("frame_"): of their digits, and of
+    their sides in twentieths of the picture.
     """
     digits = label[name + "digits"]
     taught = (digits[:, 0] >= 0).float()
@@ -158,7 +149,7 @@ def words_loss(said, label):
 
 
 def tower_loss(embeddings, heads, features, pictures):
-    """features [tokens, width] of pictures_batch(...) -> (loss, {name: its parts}).
+    """features [tokens, D] of pictures -> (loss, {name: its parts}).
 
     The words of the object that a token shows are read off it by their own embeddings, as in
     SigLIP (arXiv:2303.15343, Section 3.2): that puts a blue object near the word "blue", and
@@ -193,9 +184,7 @@ def tower_loss(embeddings, heads, features, pictures):
 
 
 def last_loss(heads, final, about):
-    """final [questions, D]: the last token of each question in some layer -> {name: loss} of what
-    it is about.
-    """
+    """final [questions, D], of each question's last token -> {name: loss} of what it is about."""
     said = {name: head(final) for name, head in heads.items()}
     told = box_losses(said, about, "") | box_losses(said, about, "frame_")
     return told | {"answer": words_loss(said["answer"], about["answer"])}
@@ -237,9 +226,7 @@ def known_ids(tokenizer):
 
 
 def chat_loss(parts, known, batch, features, deepstack):
-    """The tower's features of a batch of conversations -> (loss of what the questions are about,
-    loss of the answers, log: [(name, value)]).
-    """
+    """(loss of what the questions are about, loss of the answers, log) of conversations."""
     model, ids = parts["model"], batch["ids"]
     language = model.model.language_model
     shown = ids == model.config.image_token_id
@@ -291,8 +278,8 @@ def moved(batch, device):
 
 # Optimisation -------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
-    """As torch.optim.Muon, whose products are in bfloat16 on every machine; here in float32, since
-    a CPU without units for bfloat16 spent most of a step on them.
+    """As torch.optim.Muon, whose bfloat16 products take most of a step on a CPU without units for
+    them; here they are in float32.
     """
 
     def __init__(self, parameters, lr):
@@ -317,9 +304,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices):
-    """[n, rows, columns] -> as many with singular values near 1: five steps of Newton-Schulz, with
-    the numbers of Muon (https://kellerjordan.github.io/posts/muon).
-    """
+    """[n, rows, columns] with singular values near 1 (https://kellerjordan.github.io/posts/muon)."""
     rows, columns = matrices.shape[1:]
     wide = matrices if rows <= columns else matrices.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -345,16 +330,11 @@ def make_optimizers(parts):
 
 
 def rate_of(step, steps):
-    """The learning rate as a share of its peak: in each stage it rises over 50 steps, and it falls
-    to 2 percent over the last DECAY_STEPS.
-
-    Until it falls, the last of `steps` has no influence: a run may be made longer or shorter while
-    it is under way.
+    """The learning rate as a share of its peak: rises over 50 steps of each stage, and falls over
+    the last DECAY_STEPS. Until it falls, a run may be made longer or shorter under way.
     """
-    tower_steps, left = steps[0], sum(steps) - step
-    if step < tower_steps:
-        return min(1, (step + 1) / 50)
-    return min(1, (step - tower_steps + 1) / 50, max(0.02, left / DECAY_STEPS))
+    since = step if step < steps[0] else step - steps[0]
+    return min(1, (since + 1) / 50, max(0.02, (sum(steps) - step) / DECAY_STEPS))
 
 
 def update(step, parts, optimizers, args):
@@ -405,8 +385,8 @@ def read_flags():
 
 
 def draw_batches(args, first, halves, tokenizer):
-    """The batches of this process, in order, drawn by processes beside it while it learns: half a
-    second of a core for each. A step takes two cores two seconds, and an H100 a sixth of one.
+    """The batches of this process, in order, drawn by others while it learns: half a second of a
+    core for each. A step takes two cores two seconds, and an H100 a sixth of one.
     """
     on_gpu = processes.device().type == "cuda"
     loader = torch.utils.data.DataLoader(
