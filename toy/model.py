@@ -50,8 +50,6 @@ QUESTION_WORDS = (
     "are there? How many rings, bars, crosses, posts? upper left, upper right, lower left, "
     "lower right, middle, upper, lower, yes, no"
 )
-
-
 TEXTS = [INSTRUCTION_WORDS, IVT_PROMPT, SINGLE_PROMPT, TRACE_WORDS, QUESTION_WORDS]
 WORLD_WORDS = [*COLORS, *KINDS, *SIZES, *FRAMES, *MARKS, *RELATED, *SUPERLATIVES]
 
@@ -63,9 +61,7 @@ def vocabulary_words():
 
 
 def make_tokenizer():
-    """A byte-level BPE on the toy's own text: digits single, words whole, Qwen's special tokens
-    and chat layout.
-    """
+    """A byte-level BPE: digits single, words whole, Qwen's special tokens and chat layout."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -101,8 +97,7 @@ def make_tokenizer():
 
 @torch.no_grad()
 def make_model(tokenizer, layers=5, vision_layers=4):
-    """A Qwen3-VL with random weights. Widths are multiples of 64, so that bitsandbytes can
-    quantise it.
+    """A Qwen3-VL with random weights, of widths that bitsandbytes can quantise (multiples of 64).
 
     A net this narrow does not leave the plateau from the usual initialisation. Here the matrices
     begin at 0.08; the word embeddings at 1, so that a word is not drowned by the first layer's

@@ -1,8 +1,4 @@
-"""What can be asked about a scene: expressions, views, frames, marks.
-
-Pictures, objects and frames are dicts as in world.py. All randomness comes from the `rng`
-(random.Random) that is passed in.
-"""
+"""What can be asked about a scene, about a view of it, and about frames that are drawn on it."""
 
 from dataclasses import dataclass
 
@@ -18,9 +14,8 @@ FRAMES = {"red": (255, 0, 0), "pink": (255, 0, 220), "cyan": (0, 230, 255), "ora
 
 # Views: a part of a picture, which the image processor brings to the whole's size -----------------
 def view(picture, bbox):
-    """The picture of what lies within bbox (pixels, a square), enlarged, without frames.
-
-    Objects of which less than 15 percent show are left out of the list.
+    """The picture of what lies within bbox (pixels, a square), enlarged, without frames; it lists
+    the objects of which 15 percent show.
     """
     x1, y1, x2, y2 = bbox
     objects = []
@@ -37,19 +32,15 @@ def view(picture, bbox):
 
 
 def crop_square(bbox, margin=0.1):
-    """The square that a crop of bbox shows, moved into the scene: its longer side and a margin, at
-    least 40 pixels; all in pixels.
-    """
-    side = max(40.0, max(bbox[2] - bbox[0], bbox[3] - bbox[1]) * (1 + 2 * margin))
-    side = min(side, SIDE)
+    """The square that a crop of bbox shows, moved into the scene; pixels."""
+    longer = max(bbox[2] - bbox[0], bbox[3] - bbox[1])
+    side = min(SIDE, max(40.0, longer * (1 + 2 * margin)))
     corner = [min(SIDE - side, max(0.0, c - side / 2)) for c in center(bbox)]
     return [*corner, corner[0] + side, corner[1] + side]
 
 
 def random_view(rng, bbox, zoom):
-    """A square view, `zoom` times enlarged or less, that holds all of bbox, at a place by chance;
-    pixels.
-    """
+    """A square, `zoom` times enlarged or less, that holds all of bbox, at a place by chance."""
     side = max(SIDE / zoom, 1.15 * max(bbox[2] - bbox[0], bbox[3] - bbox[1]))
     corner = []
     for low, high in ((bbox[0], bbox[2]), (bbox[1], bbox[3])):
@@ -58,7 +49,7 @@ def random_view(rng, bbox, zoom):
 
 
 def random_crop(rng, bbox):
-    """The crop that a good or a fair box of an object cuts out; pixels."""
+    """The square that a good or a fair box of an object cuts out."""
     spread = rng.choice((0.03, 0.1, 0.2))
     w, h = bbox[2] - bbox[0], bbox[3] - bbox[1]
     sides = [v + rng.gauss(0, spread) * s for v, s in zip(bbox, (w, h, w, h))]

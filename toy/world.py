@@ -36,8 +36,7 @@ MARKS = ("dot", "ring", "cross", "bar", "post")
 MARK = 7  # pixels across: 2 of those that the model sees in a whole scene
 
 # The three sources mirror the paper's: plain attributes (RefCOCOg), same-kind distractors that
-# only a superlative tells apart (Ref-Adv), descriptions with a relation to another object
-# (Ref-L4).
+# only a superlative tells apart (Ref-Adv), relations to another object (Ref-L4).
 SOURCES = ("attributes", "distractors", "relations")
 MARGIN = 45  # of 1000: by how much a place must differ, so that no expression hangs on one pixel
 FINE = 12  # the same, in the samples: an expression that is hard to follow
@@ -85,9 +84,7 @@ def make_object(rng, kind=None, color=None):
 
 
 def place_objects(rng, objects):
-    """The objects with a bbox (pixels) each, 6 pixels apart at least; None where 40 tries find no
-    room for one.
-    """
+    """The objects with a bbox (pixels) each, 6 pixels apart or more; None where there is no room."""
     placed = []
     for o in sorted(objects, key=lambda o: -max(o["wh"])):
         w, h = o["wh"]
@@ -212,7 +209,6 @@ def name_of(o, keys):
 
 def best(objects, superlative, fine=False):
     """The object that a superlative names among several; None where two are too close to call.
-
     fine: the lead may be about a quarter as large, one pixel of those that the model sees.
     """
     key = SUPERLATIVES[superlative]
@@ -226,10 +222,8 @@ def best(objects, superlative, fine=False):
 
 def refer(rng, objects, source, sizes=True, fine=False):
     """(expression, object) in the style of `source`, or None where the object that was drawn
-    cannot be told apart so.
-
-    sizes: whether "small" and "large" may be said; in an enlarged view they would mislead.
-    fine: as in `best`.
+    cannot be told apart so. sizes: whether "small" and "large" may be said; in an enlarged view
+    they would mislead. fine: as in `best`.
     """
     if not objects:
         return None
@@ -300,15 +294,14 @@ def make_samples(folder, per_source, seed):
         objects, expression, target = crowded(rng, source)
         name = f"images/scene_{i:05d}.png"
         draw_scene(rng, objects).save(folder / name)
-        samples.append(
-            {
-                "id": f"{source}_{i:05d}",
-                "source": source,
-                "image": name,
-                "width": SIDE,
-                "height": SIDE,
-                "expression": expression,
-                "bbox": [round(v, 2) for v in target["bbox"]],
-            }
-        )
+        sample = {
+            "id": f"{source}_{i:05d}",
+            "source": source,
+            "image": name,
+            "width": SIDE,
+            "height": SIDE,
+            "expression": expression,
+            "bbox": [round(v, 2) for v in target["bbox"]],
+        }
+        samples.append(sample)
     return samples

@@ -33,9 +33,7 @@ ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
 
 # What the tower sees, and what its tokens are taught ----------------------------------------------
 def patches_of(image):
-    """A square PIL image -> [patches, 3 * 2 * PATCH * PATCH] float32 as the image processor gives
-    them, blocks of 2 x 2.
-    """
+    """A square PIL image -> [patches, 3 * 2 * PATCH * PATCH] as the image processor gives them."""
     seen = np.asarray(image.resize((SEEN, SEEN), Image.BICUBIC), np.float32) / 127.5 - 1
     blocks = seen.reshape(CELLS, 2, PATCH, CELLS, 2, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     flat = blocks.reshape(CELLS * CELLS * 4, 3, 1, PATCH * PATCH)  # [patches, colors, time, pixels]
@@ -71,9 +69,7 @@ def cells_at(spot):
 
 
 def token_labels(picture):
-    """What each image token is taught of a picture: a dict of arrays [tokens, ...]; -1 in
-    integers is "not taught".
-    """
+    """What each image token is taught: a dict of arrays [tokens, ...]; -1: it is not taught."""
     n = CELLS * CELLS
     out = {
         "words": np.zeros((n, len(WORDS)), np.float32),
@@ -157,9 +153,8 @@ def random_words(rng):
 
 
 def next_question(rng, picture, level, said, repeats):
-    """A Question about a picture, or None where chance found none.
-
-    said: the questions with a box so far; repeats: whether one may ask to repeat something.
+    """A Question about a picture, or None where chance found none. said: those with a box so far;
+    repeats: whether one may ask to repeat something.
     """
     way = rng.random() if repeats else 1.0
     if way < 0.03:
@@ -185,9 +180,7 @@ def next_question(rng, picture, level, said, repeats):
 
 
 def conversation(rng, level, encode, answered):
-    """A chat of about BUDGET tokens: a list of (picture or None, Question), a picture where it is
-    shown first.
-    """
+    """A chat of about BUDGET tokens: [(picture where it is shown first, else None, Question)]."""
     turns, scene, length = [], None, 0
     while length < BUDGET:
         picture, scene = next_picture(rng, level, scene)
@@ -215,8 +208,8 @@ def conversation(rng, level, encode, answered):
 
 
 def write(turns, encode, answered):
-    """A conversation -> its token ids, labels (-100: not learnt), and the places where something
-    is to be known, (place, Question).
+    """A conversation -> ids, labels, and the places where something is to be known, (place,
+    Question).
     """
     shown = "<|vision_start|>" + "<|image_pad|>" * CELLS**2 + "<|vision_end|>"
     ids, labels, places = [], [], []
@@ -251,11 +244,8 @@ def hints(asked):
 
 
 def chat_batch(rng, level, tokenizer, answered):
-    """A batch of conversations: "ids", "labels", "positions" as a language model takes them,
-    "pictures" of the tower, "kinds" of the answers, "last" and "about" of the questions.
-
-    answered: whether the questions are followed by their answers. Without them a conversation holds
-    three times as many questions, whose last tokens are taught what they are about.
+    """Conversations as a batch of tensors. answered: whether the questions are followed by their
+    answers. Without them a conversation holds three times as many.
     """
     encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
     shape = SimpleNamespace(rows=CELLS, columns=CELLS)
@@ -285,24 +275,22 @@ def chat_batch(rng, level, tokenizer, answered):
         "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
         "positions": pad_sequence(positions, batch_first=True).permute(2, 0, 1),
         "kinds": kinds,
-        "last": torch.tensor(last),  # [questions, 2]: row and place of each one's last token
-        "about": hints(asked),
+        "last": torch.tensor(last),  # [questions, 2]: row and place of its last token
+        "about": hints(asked),  # what that token is taught
     }
 
 
 class Batches(torch.utils.data.Dataset):
-    """The two halves of the batch of each step, by their number: the recipe can go on where it was
-    killed, in one process or two.
-    """
+    """The batches by (step, half): a run can go on where it was killed, in one process or two."""
 
-    def __init__(self, args, tokenizer):
-        self.args = args
+    def __init__(self, steps, tokenizer):
+        self.steps = steps
         self.tokenizer = tokenizer
 
     def __getitem__(self, number):
         torch.set_num_threads(1)
         step, half = number
-        tower_steps, question_steps, _ = self.args.steps
+        tower_steps, question_steps, _ = self.steps
         rng = random.Random(f"0 {step} {half}")
         if step < tower_steps:
             level = 1 + (step > tower_steps // 2)

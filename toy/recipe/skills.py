@@ -7,12 +7,13 @@ import argparse
 import math
 import random
 from dataclasses import replace
-from itertools import product
+from itertools import count, islice, product
 
 from common import SINGLE_PROMPT, SINGLE_SHOT, VLM, format_box, iou, parse_box, rollout
 from toy import questions, world
 from toy.model import make_image_processor
 from toy.questions import FRAMES, RELATED
+from toy.recipe.lessons import random_box
 from toy.recipe.train import BASE
 from toy.world import MARKS, SOURCES
 
@@ -34,17 +35,7 @@ def load(folder):
 # Items: (image, question, answer), the answer a text or a box (0..1000) ---------------------------
 def draw(n, make):
     """n results of make(), without those that are None."""
-    out = []
-    while len(out) < n:
-        made = make()
-        if made:
-            out.append(made)
-    return out
-
-
-def ask_for(expression):
-    """The question for the box of something."""
-    return SINGLE_PROMPT.format(text=expression)
+    return list(islice(filter(None, (make() for _ in count())), n))
 
 
 def in_scene(rng, sizes=True):
@@ -69,14 +60,14 @@ def scene_and_view(rng):
     shown = [o for o in part["objects"] if named <= {o["kind"], o["color"]} and o["seen"] > 0.7]
     if " that is " in expression and not shown:
         return None
-    text = ask_for(expression)
+    text = SINGLE_PROMPT.format(text=expression)
     return (picture["image"], text, target["box"]), (part["image"], text, inner[0]["box"])
 
 
 def frame_to_find(rng):
     picture = questions.with_frames(rng, world.make_scene(rng), 1)
     [(color, box)] = picture["frames"]
-    return picture["image"], ask_for(f"the {color} frame"), box
+    return picture["image"], SINGLE_PROMPT.format(text=f"the {color} frame"), box
 
 
 def asked(rng, kind, picture):
@@ -106,9 +97,7 @@ def to_repeat(rng):
     if not made:
         return None
     picture, expression, target = made
-    x1, x2 = sorted(rng.sample(range(1001), 2))
-    y1, y2 = sorted(rng.sample(range(1001), 2))
-    box = format_box([x1, y1, x2, y2])
+    box = format_box(random_box(rng))
     if rng.random() < 0.5:
         return picture["image"], f"Here is a box: {box}. Repeat the box.", box
     box = format_box(target["box"])
@@ -163,13 +152,12 @@ def yes(vlm, items):
 
 def f1_of_words(answers, truths):
     """Mean over the words of RELATED of F1; words that are neither said nor true are left out."""
+    pairs = [(set(a.split(", ")), set(t.split(", "))) for a, t in zip(answers, truths)]
     each = []
     for word in RELATED:
-        said = [word in a.replace(",", " ").split() for a in answers]
-        true = [word in t.replace(",", " ").split() for t in truths]
-        both = sum(s and t for s, t in zip(said, true))
-        if sum(said) + sum(true):
-            each.append(2 * both / (sum(said) + sum(true)))
+        number = sum((word in said) + (word in true) for said, true in pairs)
+        if number:
+            each.append(2 * sum(word in said & true for said, true in pairs) / number)
     return np.mean(each)
 
 
@@ -181,7 +169,9 @@ def table(vlm, n):
         objects, expression, target = world.crowded(rng, SOURCES[i % 3])
         picture = {"image": world.draw_scene(rng, objects), "objects": objects, "frames": []}
         finds.append((picture, expression, target))
-    boxes, ious = find(vlm, [(p["image"], ask_for(e), target["box"]) for p, e, target in finds])
+    boxes, ious = find(
+        vlm, [(p["image"], SINGLE_PROMPT.format(text=e), target["box"]) for p, e, target in finds]
+    )
     one = np.mean([1 / len(picture["objects"]) for picture, *_ in finds])
     yield "find an object, crowded scene", "mean IoU", ious.mean(), one
     yield "find an object, crowded scene", "Acc@0.5", np.mean(ious >= 0.5), one
@@ -190,12 +180,8 @@ def table(vlm, n):
 
     wholes, views = zip(*draw(n, lambda: scene_and_view(rng)))
     yield "find it, scene not crowded", "mean IoU", find(vlm, wholes)[1].mean(), one
-    yield (
-        "  the same in a view enlarged 1.5 to 3 times",
-        "mean IoU",
-        find(vlm, views)[1].mean(),
-        one,
-    )
+    seen = find(vlm, views)[1]
+    yield "  the same in a view enlarged 1.5 to 3 times", "mean IoU", seen.mean(), one
 
     frames = [frame_to_find(rng) for _ in range(n)]
     yield "find a frame, plain or translucent", "mean IoU", find(vlm, frames)[1].mean(), 0.1

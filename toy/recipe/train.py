@@ -28,7 +28,6 @@ from support.running import processes
 from support.running.errors import stop
 from support.running.files import write_bytes, writing
 from support.running.flags import check_path
-from support.running.processes import RANK
 from toy.model import WIDTH, make_image_processor, make_model, make_tokenizer
 from toy.questions import FRAMES, RELATED
 from toy.recipe.lessons import ANSWERS, CELLS, WORDS, Batches
@@ -254,11 +253,11 @@ def chat_loss(parts, known, batch, features, deepstack):
     return 0.6 * told, 2 * text, log
 
 
-def loss_of(step, batch, parts, known, args):
-    """The loss of a step and its log, [(name, value)]."""
+def loss_of(batch, parts, known, dtype):
+    """The loss of half a step, and its log: [(name, value)]."""
     device, model = processes.device(), parts["model"]
     batch, known = moved(batch, device), moved(known, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         features, deepstack = see(model.model.visual, batch["pictures"]["patches"])
         words = model.get_input_embeddings().weight[known["words"]]
         dense, seen = tower_loss(words, parts["tower_heads"], features, batch["pictures"])
@@ -337,33 +336,33 @@ def rate_of(step, steps):
     return min(1, (since + 1) / 50, max(0.02, (sum(steps) - step) / DECAY_STEPS))
 
 
-def update(step, parts, optimizers, args):
-    """One step of all optimizers, on the gradients of both halves."""
+def update(parts, optimizers, rate):
+    """A step on the gradients of both halves; rate: the share of the peak rates."""
     parameters = list(parts.parameters())
     processes.sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate_of(step, args.steps)
+            group["lr"] = group["peak"] * rate
         optimizer.step()
         optimizer.zero_grad()
 
 
 # A run --------------------------------------------------------------------------------------------
-def save(path, step, parts, optimizers, args):
+def save(path, step, steps, parts, optimizers):
     """All that it takes to go on, written whole."""
-    states = {"step": step, "steps": args.steps, "parts": parts.state_dict()}
+    states = {"step": step, "steps": steps, "parts": parts.state_dict()}
     states["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     write_bytes(path, lambda file: torch.save(states, file))
 
 
-def restore(path, parts, optimizers, args):
+def restore(path, steps, parts, optimizers):
     """The step to go on from: 0 where nothing was saved."""
     if not path.exists():
         return 0
     saved = torch.load(path, weights_only=True, map_location="cpu")
-    if saved["steps"][:2] != args.steps[:2]:
-        stop(f"--steps {args.steps}: {path} has {saved['steps']}; give the same, or another --out")
+    if saved["steps"][:2] != steps[:2]:
+        stop(f"--steps {steps}: {path} has {saved['steps']}; give the same, or another --out")
     parts.load_state_dict(saved["parts"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
@@ -384,15 +383,15 @@ def read_flags():
     return args
 
 
-def draw_batches(args, first, halves, tokenizer):
+def draw_batches(steps, first, halves, tokenizer):
     """The batches of this process, in order, drawn by others while it learns: half a second of a
     core for each. A step takes two cores two seconds, and an H100 a sixth of one.
     """
     on_gpu = processes.device().type == "cuda"
     loader = torch.utils.data.DataLoader(
-        Batches(args, tokenizer),
+        Batches(steps, tokenizer),
         batch_size=None,
-        sampler=[(step, half) for step in range(first, sum(args.steps)) for half in halves],
+        sampler=[(step, half) for step in range(first, sum(steps)) for half in halves],
         num_workers=min(8, os.cpu_count()) if on_gpu else 1,
         prefetch_factor=4,
         pin_memory=on_gpu,
@@ -425,29 +424,31 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.dtype}")
     optimizers = make_optimizers(parts)
     checkpoint = args.out / "checkpoint.pt"
-    first, total = restore(checkpoint, parts, optimizers, args), sum(args.steps)
+    first, total = restore(checkpoint, args.steps, parts, optimizers), sum(args.steps)
     halves = processes.share([0, 1])
-    batches = draw_batches(args, first, halves, tokenizer)
+    batches = draw_batches(args.steps, first, halves, tokenizer)
     history = defaultdict(list)
-    bar = tqdm(range(first, total), "base", total, unit="step", initial=first, disable=RANK > 0)
+    bar = tqdm(
+        range(first, total), "base", total, unit="step", initial=first, disable=processes.RANK > 0
+    )
     for step in bar:
         model.get_input_embeddings().requires_grad_(step >= args.steps[0])
         for _ in halves:
-            loss, log = loss_of(step, next(batches), parts, known, args)
+            loss, log = loss_of(next(batches), parts, known, args.dtype)
             (loss / 2).backward()
             for name, value in log:
                 history[name].append(value)
-        update(step, parts, optimizers, args)
+        update(parts, optimizers, rate_of(step, args.steps))
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
         if (step + 1) % SAVE_EVERY and step + 1 < total:
             continue
         line = {name: round(mean(values), 3) for name, values in sorted(history.items())}
         history.clear()
-        save(checkpoint, step + 1, parts, optimizers, args)
-        if not RANK:
+        save(checkpoint, step + 1, args.steps, parts, optimizers)
+        if not processes.RANK:
             with open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": step + 1, **line}) + "\n")
-    if not RANK:
+    if not processes.RANK:
         write_base(args.out / "base", model, tokenizer)
 
 
