@@ -144,7 +144,6 @@ class Question:
 # Each ask_... takes (rng, picture, refer_to) and returns a Question, or None where chance found
 # none; refer_to(rng, picture) gives (expression, object) or None.
 def ask_find(rng, picture, refer_to):
-    """The box of an object."""
     found = refer_to(rng, picture)
     if not found:
         return None
@@ -152,18 +151,16 @@ def ask_find(rng, picture, refer_to):
 
 
 def ask_frame(rng, picture, refer_to):
-    """The box of a frame."""
     color, frame = rng.choice(picture["frames"])
     return Question("frame", f"the {color} frame", format_box(frame), None, frame)
 
 
 def ask_where(rng, picture, refer_to):
-    """Where an object is, in words."""
     found = refer_to(rng, picture)
     if not found:
         return None
-    name, box = found[0], found[1]["box"]
-    return Question("where", f"Where is {name}?", place(box), box, None, name)
+    name, o = found
+    return Question("where", f"Where is {name}?", place(o["box"]), o["box"], None, name)
 
 
 def ask_what_inside(rng, picture, refer_to):
@@ -211,7 +208,6 @@ def ask_compare(rng, picture, refer_to):
 
 
 def ask_mark(rng, picture, refer_to):
-    """Which mark an object bears."""
     found = refer_to(rng, picture)
     if not found or found[1]["seen"] < 0.9:
         return None

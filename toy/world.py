@@ -43,12 +43,10 @@ FINE = 12  # the same, in the samples: an expression that is hard to follow
 
 
 def center(box):
-    """The centre (x, y) of a box, in its unit."""
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
 def area(box):
-    """The area of a box, in its unit squared."""
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
@@ -84,7 +82,7 @@ def make_object(rng, kind=None, color=None):
 
 
 def place_objects(rng, objects):
-    """The objects with a bbox (pixels) each, 6 pixels apart or more; None where there is no room."""
+    """The objects with a bbox (pixels) each, 6 pixels apart; None where no room is left."""
     placed = []
     for o in sorted(objects, key=lambda o: -max(o["wh"])):
         w, h = o["wh"]
@@ -203,7 +201,6 @@ def unique(objects, o, options):
 
 
 def name_of(o, keys):
-    """The words of an object under these keys."""
     return " ".join(o[key] for key in keys)
 
 

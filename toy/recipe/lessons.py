@@ -196,7 +196,7 @@ def conversation(rng, level, encode, answered):
                 asked.add(key)
             if question.kind in ("find", "frame"):
                 said.append(question)
-                if rng.random() < (0.7 if first else 0.15):
+                if rng.random() < (0.7 if first else 0.15):  # in which words it is asked
                     question.before, question.after = SINGLE_PROMPT.split("{text}")
             turns.append((picture if first else None, question))
             length += 40 * first + 8 + len(encode(question.text))
@@ -208,9 +208,7 @@ def conversation(rng, level, encode, answered):
 
 
 def write(turns, encode, answered):
-    """A conversation -> ids, labels, and the places where something is to be known, (place,
-    Question).
-    """
+    """A conversation -> ids, labels, [(place where something is to be known, Question)]."""
     shown = "<|vision_start|>" + "<|image_pad|>" * CELLS**2 + "<|vision_end|>"
     ids, labels, places = [], [], []
     for picture, q in turns:
@@ -290,8 +288,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, number):
         torch.set_num_threads(1)
         step, half = number
-        tower_steps, question_steps, _ = self.steps
         rng = random.Random(f"0 {step} {half}")
+        tower_steps, question_steps, _ = self.steps
         if step < tower_steps:
             level = 1 + (step > tower_steps // 2)
             pictures = [next_picture(rng, level, None)[0] for _ in range(PICTURES)]

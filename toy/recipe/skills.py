@@ -28,8 +28,8 @@ TURN = "<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\
 def load(folder):
     """The VLM of a checkpoint folder, in float32."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return VLM(model.eval().requires_grad_(False), tokenizer, make_image_processor())
+    model.eval().requires_grad_(False)
+    return VLM(model, AutoTokenizer.from_pretrained(folder), make_image_processor())
 
 
 # Items: (image, question, answer), the answer a text or a box (0..1000) ---------------------------
@@ -44,6 +44,13 @@ def in_scene(rng, sizes=True):
     picture = world.make_scene(rng, distractors=True if source == "distractors" else None)
     found = world.refer(rng, picture["objects"], source, sizes)
     return (picture, *found) if found else None
+
+
+def as_sampled(rng, source):
+    """(picture, expression, object) as the methods' samples have them."""
+    objects, expression, target = world.crowded(rng, source)
+    picture = {"image": world.draw_scene(rng, objects), "objects": objects, "frames": []}
+    return picture, expression, target
 
 
 def scene_and_view(rng):
@@ -164,14 +171,9 @@ def f1_of_words(answers, truths):
 def table(vlm, n):
     """The rows of the table, from n questions of each kind: (skill, measure, value, chance)."""
     rng = random.Random("skills 1")
-    finds = []
-    for i in range(n):  # scenes as the methods' samples have them
-        objects, expression, target = world.crowded(rng, SOURCES[i % 3])
-        picture = {"image": world.draw_scene(rng, objects), "objects": objects, "frames": []}
-        finds.append((picture, expression, target))
-    boxes, ious = find(
-        vlm, [(p["image"], SINGLE_PROMPT.format(text=e), target["box"]) for p, e, target in finds]
-    )
+    finds = [as_sampled(rng, SOURCES[i % 3]) for i in range(n)]
+    asks = [(p["image"], SINGLE_PROMPT.format(text=e), target["box"]) for p, e, target in finds]
+    boxes, ious = find(vlm, asks)
     one = np.mean([1 / len(picture["objects"]) for picture, *_ in finds])
     yield "find an object, crowded scene", "mean IoU", ious.mean(), one
     yield "find an object, crowded scene", "Acc@0.5", np.mean(ious >= 0.5), one

@@ -51,9 +51,8 @@ LAST_HEADS = {"digits": 80, "box": 4, "frame_digits": 80, "frame_box": 4, "answe
 
 # The model, run quickly ---------------------------------------------------------------------------
 def see(visual, patches):
-    """The vision tower: patches [n, P, ...] -> (features [n * tokens, D], deepstack).
-
-    transformers runs the attention picture by picture, which on a CPU takes most of the time.
+    """The vision tower: patches [n, P, ...] -> (features [n * tokens, D], deepstack). transformers
+    runs the attention picture by picture, which on a CPU takes most of the time.
     """
     n, count, _ = patches.shape
     side = 2 * CELLS
@@ -70,7 +69,6 @@ def see(visual, patches):
         attention = block.attn
         qkv = attention.qkv(block.norm1(hidden)).view(n, count, 3, attention.num_heads, -1)
         query, key = apply_rotary_pos_emb_vision(qkv[:, :, 0], qkv[:, :, 1], cos, sin)
-        # [n, heads, P, head dim]
         mixed = attend(*(x.transpose(1, 2) for x in (query, key, qkv[:, :, 2])))
         hidden = hidden + attention.proj(mixed.transpose(1, 2).reshape(n, count, WIDTH))
         hidden = hidden + block.mlp(block.norm2(hidden))
@@ -121,24 +119,19 @@ def mean_of(each, taught):
     return (each * taught).sum() / taught.sum().clamp(min=1)
 
 
-def digit_loss(said, digits):
-    """said [n, 80], digits [n, 8] (-1: not taught); the first digits weigh thrice the second."""
-    said, target = said.float().view(-1, 10), digits.reshape(-1)
-    each = F.cross_entropy(said, target, ignore_index=-1, reduction="none")
-    each = each.view(-1, 2, 4).mean(2)
-    return mean_of((3 * each[:, 0] + each[:, 1]) / 4, (digits[:, 0] >= 0).float())
-
-
 def box_losses(said, label, name):
-    """{name: loss} of the boxes of objects (name "") or frames ("frame_"): of their digits, and of
-    their sides in twentieths of the picture.
+    """{name: loss} of the boxes of objects (name "") or frames ("frame_"): of their digits, the
+    first of which weigh thrice the second, and of their sides in twentieths of the picture.
     """
-    digits = label[name + "digits"]
+    digits = label[name + "digits"]  # [n, 8]; -1: not taught
     taught = (digits[:, 0] >= 0).float()
+    ten = said[name + "digits"].float().view(-1, 10)
+    wrong = F.cross_entropy(ten, digits.reshape(-1), ignore_index=-1, reduction="none")
+    first, second = wrong.view(-1, 2, 4).mean(2).T
     box, true = said[name + "box"].float() * 20, label[name + "box"] * 20
     off = F.smooth_l1_loss(box, true, reduction="none").mean(-1)
-    losses = {name + "digits": digit_loss(said[name + "digits"], digits)}
-    return losses | {name + "box": mean_of(off, taught)}
+    digit_loss = mean_of((3 * first + second) / 4, taught)
+    return {name + "digits": digit_loss, name + "box": mean_of(off, taught)}
 
 
 def words_loss(said, label):
@@ -148,11 +141,9 @@ def words_loss(said, label):
 
 
 def tower_loss(embeddings, heads, features, pictures):
-    """features [tokens, D] of pictures -> (loss, {name: its parts}).
-
-    The words of the object that a token shows are read off it by their own embeddings, as in
-    SigLIP (arXiv:2303.15343, Section 3.2): that puts a blue object near the word "blue", and
-    attention can begin with what is alike.
+    """features [tokens, D] of pictures -> (loss, {name: its parts}). The words of the object that a
+    token shows are read off it by their own embeddings, as in SigLIP (arXiv:2303.15343, Section
+    3.2): that puts a blue object near the word "blue", and attention can begin with what is alike.
     """
     label = {name: value.flatten(0, 1) for name, value in pictures.items() if name != "patches"}
     features = features.float()
@@ -212,10 +203,10 @@ def text_loss(model, known, hidden, batch):
 
 def known_ids(tokenizer):
     """The tokens that the losses speak of."""
-    spaced = [" " + word for word in ANSWERS]
-    ids = tokenizer([*ANSWERS, *spaced], add_special_tokens=False).input_ids
+    answers = [space + word for word in ANSWERS for space in ("", " ")]
+    ids = [tokenizer.encode(answer) for answer in answers]
     tokens = {
-        "words": tokenizer(" ".join(["", *WORDS]), add_special_tokens=False).input_ids,
+        "words": tokenizer.encode(" ".join(["", *WORDS])),
         "answers": [one[0] for one in ids if len(one) == 1],
         "counts": tokenizer.convert_tokens_to_ids(list("0123")),
         "opening": tokenizer.convert_tokens_to_ids('{"bbox_2d":Ġ['),
