@@ -149,7 +149,7 @@ def draw_mark(draw, mark, x, y, ink):
 
 
 def draw_scene(rng, objects):
-    """SIDE x SIDE RGB: the objects on a grey ground that is a little brighter on one side."""
+    """A picture, without frames: the objects on a grey ground that is brighter on one side."""
     level = rng.randint(95, 150)
     tint = [rng.randint(-8, 8) for _ in range(3)]
     slope = rng.uniform(-20, 20)
@@ -173,14 +173,12 @@ def draw_scene(rng, objects):
         x, y = x + rng.uniform(-3, 3), y + rng.uniform(-2, 2)
         draw_mark(draw, o["mark"], x, y, ink)
         o["spot"] = x, y
-    return image
+    return {"image": image, "objects": objects, "frames": [], "zoom": 1.0, "corner": (0, 0)}
 
 
 def make_scene(rng, low=2, high=5, distractors=None):
-    """A picture of a new scene, without frames."""
-    objects = make_objects(rng, low, high, distractors)
-    image = draw_scene(rng, objects)
-    return {"image": image, "objects": objects, "frames": [], "zoom": 1.0, "corner": (0, 0)}
+    """A picture of a new scene, like those that the base learnt on."""
+    return draw_scene(rng, make_objects(rng, low, high, distractors))
 
 
 # Expressions: each fits one object of the picture and no other ------------------------------------
@@ -270,14 +268,14 @@ def refer_somehow(rng, picture, sources=SOURCES, tries=12):
 
 # Samples ------------------------------------------------------------------------------------------
 def crowded(rng, source):
-    """(objects, expression, object) as the samples have them: 6 to 8 objects, mostly 3 to 5 of one
+    """(picture, expression, object) as the samples have them: 6 to 8 objects, mostly 3 to 5 of one
     kind and color. The base learnt on 2 to 5: what is hard is to follow the expression."""
     while True:
         same = rng.randint(3, 5) if rng.random() < 0.8 else rng.randint(1, 3)
         objects = make_objects(rng, 6, 8, same=same)
         found = refer(rng, objects, source, fine=True)
         if found:
-            return objects, *found
+            return draw_scene(rng, objects), *found
 
 
 def make_samples(folder, per_source, seed):
@@ -288,9 +286,9 @@ def make_samples(folder, per_source, seed):
     for i in tqdm(range(3 * per_source), desc="scenes", unit="scene"):
         source = SOURCES[i % 3]
         rng = random.Random(f"{seed} {i}")
-        objects, expression, target = crowded(rng, source)
+        picture, expression, target = crowded(rng, source)
         name = f"images/scene_{i:05d}.png"
-        draw_scene(rng, objects).save(folder / name)
+        picture["image"].save(folder / name)
         sample = {
             "id": f"{source}_{i:05d}",
             "source": source,

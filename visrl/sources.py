@@ -39,9 +39,9 @@ def toy_samples(folder, count, seed):
     for i in tqdm(range(count * len(TOY_SOURCES)), desc="scenes", unit="scene"):
         source = list(TOY_SOURCES)[i % len(TOY_SOURCES)]
         rng = random.Random(f"visrl {seed} {i}")
-        objects, expression, target = world.crowded(rng, TOY_SOURCES[source])
+        picture, expression, target = world.crowded(rng, TOY_SOURCES[source])
         name = f"images/scene_{i:05d}.png"
-        world.draw_scene(rng, objects).save(folder / name)
+        picture["image"].save(folder / name)
         samples.append(
             {
                 "id": f"{source}_{i:05d}",

@@ -46,13 +46,6 @@ def in_scene(rng, sizes=True):
     return (picture, *found) if found else None
 
 
-def as_sampled(rng, source):
-    """(picture, expression, object) as the methods' samples have them."""
-    objects, expression, target = world.crowded(rng, source)
-    picture = {"image": world.draw_scene(rng, objects), "objects": objects, "frames": []}
-    return picture, expression, target
-
-
 def scene_and_view(rng):
     """Two items for one object, the scene and an enlarged view; the expression fits it in both."""
     made = in_scene(rng, sizes=False)
@@ -171,7 +164,7 @@ def f1_of_words(answers, truths):
 def table(vlm, n):
     """The rows of the table, from n questions of each kind: (skill, measure, value, chance)."""
     rng = random.Random("skills 1")
-    finds = [as_sampled(rng, SOURCES[i % 3]) for i in range(n)]
+    finds = [world.crowded(rng, SOURCES[i % 3]) for i in range(n)]
     asks = [(p["image"], SINGLE_PROMPT.format(text=e), target["box"]) for p, e, target in finds]
     boxes, ious = find(vlm, asks)
     one = np.mean([1 / len(picture["objects"]) for picture, *_ in finds])
