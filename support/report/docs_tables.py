@@ -29,6 +29,8 @@ ROWS = (BASE, "Base + IVT (no training)", SFT, "SFT + GRPO (single-step)", GRPO,
 PHASES = ("make_data", "sft", "grpo", "grpo_single", "evaluate_grpo")
 BLOCK = re.compile(r"(<!-- table: seeds -->\n).*?(<!-- end -->)", re.S)
 SECTIONS = ("Table 1", "Table 2", "The paper's findings here", "The second look")
+WAYS = ("its only box", CHOSEN, "last step")  # of Table 1
+INTERVAL_OF_A_MEAN = re.compile(r"(?<![-+.\d])(\d\.\d{3}) \[[^]-]*\]")
 INTERVALS = "[low, high]: 95 percent bootstrap interval over the samples; *: without zero."
 
 
@@ -95,6 +97,7 @@ def seeds_table(runs):
     questions = {}
     for name in (SFT, GRPO, GUARDED):
         questions[f"{name}: last step - step 0"] = ("table2", name, "delta")
+    for name in (SFT, GRPO):
         end = ("differences", name, "last step", "mean IoU")
         questions[f"{name}: last step - {BASE}"] = end
     for name in (f"{GRPO}, no overlay", f"{GRPO}, a box elsewhere", f"{GUARDED}, a view elsewhere"):
@@ -112,6 +115,17 @@ def seeds_table(runs):
     return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
+def main_tables(results):
+    """The first tables of results.md, without the intervals of means: docs are to be short."""
+    sections = []
+    for name, text, head, rows in report(results):
+        if name == "Table 1":
+            rows = [row for row in rows if row[1] in WAYS]
+        if name in SECTIONS:
+            sections.append((name, text, head, rows))
+    return INTERVAL_OF_A_MEAN.sub(r"\1", markdown(sections))
+
+
 def write_all(folders, root=ROOT):
     refuse_others(folders)
     runs = [read_results(folder) for folder in folders]
@@ -119,13 +133,7 @@ def write_all(folders, root=ROOT):
     head = ["# Each seed", "", f"{made} {INTERVALS}", ""]
     write_text(root / "docs/tables/seeds.md", "\n".join(head + seeds_table(runs)))
     head = f"# Seed {runs[0]['seed']}\n\n{machine()}.\n\n"
-    sections = []
-    for name, text, columns, rows in report(runs[0]):
-        if name == "Table 1":  # the other ways to choose a box are in the run's results.md
-            rows = [row for row in rows if row[1] in ("its only box", CHOSEN, "last step")]
-        if name in SECTIONS:
-            sections.append((name, text, columns, rows))
-    write_text(root / "docs/tables/main.md", head + markdown(sections))
+    write_text(root / "docs/tables/main.md", head + main_tables(runs[0]))
     seeds = ", ".join(str(run["seed"]) for run in runs)
     head = [f"Mean of seeds {seeds} (lowest to highest); {made}", ""]
     block = "\n".join(head + mean_table(runs))
