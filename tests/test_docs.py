@@ -1,5 +1,4 @@
-"""README and docs: commands run as far as their flags, what is named is there, the pages stay
-short."""
+"""README and docs: commands run as far as their flags, names are there, pages stay short."""
 
 import argparse
 import functools
@@ -20,13 +19,8 @@ PAGES += ROOT.glob(".github/*.md")
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 CODE = [*ROOT.glob("*.py")]
 CODE += [f for room in ("support", "toy", "visrl", "speed") for f in (ROOT / room).rglob("*.py")]
-MAIN = """pip install -r requirements.txt && \\
-python make_data.py && \\
-python sft.py && \\
-python grpo.py && \\
-python grpo.py --steps 0 && \\
-python evaluate.py
-"""
+PHASES = ("make_data.py", "sft.py", "grpo.py", "grpo.py --steps 0", "evaluate.py")
+MAIN = " && \\\npython ".join(["pip install -r requirements.txt", *PHASES]) + "\n"
 TEST = "pip install -r requirements.txt pytest pytest-xdist hypothesis "
 TEST += "&& python -m pytest -q -n 2 --dist loadfile\n"
 
@@ -60,19 +54,16 @@ def commands():
     """The commands of this code, lists of words: of the pages, and of the modules' docstrings."""
     lines = []
     for text in TEXT.values():
-        for block in fenced(text):
-            lines += block.replace("\\\n", " ").splitlines()
-        lines += in_backticks(text)
-    for file in CODE:
-        usage = re.match(r'""".*?"""', file.read_text(encoding="utf-8"), re.S)
-        shown = re.findall(r"^    (python .*)$", usage[0] if usage else "", re.M)
-        lines += [re.split(r"\s{2,}", line)[0] for line in shown]
+        lines += "\n".join(fenced(text)).replace("\\\n", " ").splitlines() + in_backticks(text)
+    for file in CODE:  # behind two spaces is an explanation
+        lines += re.findall(r"^    (python .*?)(?:  .*)?$", file.read_text("utf-8"), re.M)
     found = set()
     for line in lines:
         for command in re.split(r"&&|;", line.replace("$seed", "0").replace("DIR", "folder")):
-            if re.match(r"\s*(GOMP_SPINCOUNT=\d+ )?(python|torchrun) ", command):
+            if re.match(r"\s*(python|torchrun) (?!-m (pytest|tests))", command):
                 words = shlex.split(command, comments=True)
-                found.add(tuple(words[words.index("-m") if "-m" in words else 1 :]))
+                starts = [word == "-m" or word.endswith(".py") for word in words]
+                found.add(tuple(words[starts.index(True) :]))
     return sorted(found)
 
 
@@ -90,20 +81,15 @@ def flags_and_problems():
         return args
 
     for words in commands():
-        number = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
-        start = functools.partial(runpy.run_path, str(ROOT / words[number]))
-        if words[number] == "-m":
-            number += 1
-            start = functools.partial(runpy.run_module, words[number])
-        if words[number] in ("pytest", "tests.browser"):  # they have no flags of ours
-            continue
+        words = list(words[words[0] == "-m" :])
+        run = runpy.run_path if words[0].endswith(".py") else runpy.run_module
         with (
-            mock.patch.object(sys, "argv", list(words[number:])),
+            mock.patch.object(sys, "argv", words),
             mock.patch("argparse.ArgumentParser.parse_args", parse_args),
             mock.patch("support.running.flags.start_processes", side_effect=KeyboardInterrupt),
         ):
             try:
-                start(run_name="__main__")
+                run(words[0], run_name="__main__")
             except KeyboardInterrupt:
                 continue
             except (SystemExit, ImportError, OSError) as e:
@@ -117,17 +103,14 @@ def test_commands_are_taken():
 
 @pytest.mark.parametrize("page", TEXT)
 def test_what_a_page_names_is_there(page):
-    missing = []
     folder = (ROOT / page).parent
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", TEXT[page]):
-        if not target.startswith("http") and not (folder / target).exists():
-            missing.append(target)
+    links = re.findall(r"\]\((?!http)([^)#\s]+)[^)]*\)", TEXT[page])
+    missing = [link for link in links if not (folder / link).exists()]
     for code in in_backticks(TEXT[page]):
-        given = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
-        missing += [flag for flag in given if flag not in flags_and_problems()[0]]
-        if re.fullmatch(r"(support|toy|visrl|speed|docs|tests|assets)/[\w./]+|\w+\.py", code):
-            if not (ROOT / code).exists() and not (folder / code).exists():
-                missing.append(code)
+        missing += set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - flags_and_problems()[0]
+        path = re.fullmatch(r"(support|toy|visrl|speed|docs|tests|assets)/[\w./]+|\w+\.py", code)
+        if path and not (ROOT / code).exists() and not (folder / code).exists():
+            missing.append(code)
         name = re.fullmatch(r"(common|make_data|visrl\.\w+)\.(?!py$)(\w+)", code)
         if name and not hasattr(importlib.import_module(name[1]), name[2]):
             missing.append(code)
@@ -135,9 +118,9 @@ def test_what_a_page_names_is_there(page):
 
 
 def test_the_readme_has_two_commands_and_few_figures():
-    blocks = fenced(TEXT["README.md"])
-    assert [block for block in blocks if block.startswith("pip install -r")] == [MAIN, TEST]
-    assert len(re.findall(r"(?<![\w.])\d\.\d{3}(?!\d)", TEXT["README.md"])) <= 45
+    text = TEXT["README.md"]
+    assert [block for block in fenced(text) if block.startswith("pip install -r")] == [MAIN, TEST]
+    assert len(re.findall(r"(?<![\w.])\d\.\d{3}(?!\d)", text)) <= 45
 
 
 def test_the_pages_are_short():
@@ -153,6 +136,5 @@ def test_the_pages_are_short():
 def test_presets_hold_the_papers_values():
     for line in PAPERS.strip().splitlines():
         phase, rows = line.split(": ", 1)
-        for row in rows.split(", "):
-            name, value = row.split(" ")
+        for name, value in (row.split() for row in rows.split(", ")):
             assert str(PRESETS[phase][name].paper) == value, (phase, name)

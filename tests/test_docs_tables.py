@@ -21,7 +21,8 @@ def make_run(folder, seed, value, lr=0.1):
     results["table1"] = {name: ways if name in loops else {"its only box": box} for name in ROWS}
     results["table2"] = {name: {"delta": estimate} for name in loops}
     results["differences"] = {name: {"last step": box} for name in (SFT, GRPO, GUARDED)}
-    results["second_look"] = {name: {"traces": traces} for name in loops}
+    turns = {"ECR": estimate, "EIR": estimate}
+    results["second_look"] = {name: {"turns": turns, "traces": traces} for name in loops}
     results["ablations"] = {name: {"against": estimate} for name in others}
     (folder / "log").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))

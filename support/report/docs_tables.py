@@ -17,7 +17,7 @@ from importlib.metadata import version
 from operator import getitem
 from pathlib import Path
 
-from support.report.tables import cell, markdown, markdown_table, report
+from support.report.tables import INTERVALS, cell, markdown, markdown_table, report
 from support.running.errors import stop
 from support.running.files import read_config, write_text
 from support.running.flags import ROOT
@@ -28,10 +28,9 @@ BASE = "Base (single-shot)"
 ROWS = (BASE, "Base + IVT (no training)", SFT, "SFT + GRPO (single-step)", GRPO, GUARDED)
 PHASES = ("make_data", "sft", "grpo", "grpo_single", "evaluate_grpo")
 BLOCK = re.compile(r"(<!-- table: seeds -->\n).*?(<!-- end -->)", re.S)
-SECTIONS = ("Table 1", "Table 2", "The paper's findings here", "The second look")
+SECTIONS = ("Table 1", "Table 2", "The paper's findings here")
 WAYS = ("its only box", CHOSEN, "last step")  # of Table 1
 INTERVAL_OF_A_MEAN = re.compile(r"(?<![-+.\d])(\d\.\d{3}) \[[^]-]*\]")
-INTERVALS = "[low, high]: 95 percent bootstrap interval over the samples; *: without zero."
 
 
 def read_results(folder):
@@ -103,6 +102,9 @@ def seeds_table(runs):
     for name in (f"{GRPO}, no overlay", f"{GRPO}, a box elsewhere", f"{GUARDED}, a view elsewhere"):
         questions[f"{name}: last step - that of its own box"] = ("ablations", name, "against")
     for name in (SFT, GRPO):
+        turns = ("second_look", name, "turns")
+        questions[f"{name}: share of the wrong boxes that it corrects"] = (*turns, "ECR")
+        questions[f"{name}: share of the right boxes that it spoils"] = (*turns, "EIR")
         traces = ("second_look", name, "traces", 0)
         for box, words in (("wrong object", "on a wrong object"), ("right", "right")):
             question = f'{name}: of the boxes that are {words}, called "wrong object" at step 1'
