@@ -100,11 +100,8 @@ def answer_of(text):
 
 
 def parse_box(text):
-    """The first box of the answer, not of the reasoning, or None. Never raises, on any string.
-
-    Reversed corners are sorted. A number outside 0..1000 or with a fraction, and a box without
-    area, make no valid box.
-    """
+    """The first box of the answer, not of the reasoning, or None; on any string. Reversed corners
+    are sorted. Numbers outside 0..1000 or with a fraction, or no area, make no valid box."""
     match = _BOX.search(answer_of(text))
     if not match:
         return None
@@ -264,11 +261,8 @@ class Trajectory:
 
 @torch.no_grad()
 def encode_images(vlm, images):
-    """A list of PIL images -> a list of ImageTokens, in one pass of the vision tower.
-
-    LoRA does not touch the tower, so these are constants: they need no gradient, and one encoding
-    serves the rollout, the policy and the reference.
-    """
+    """A list of PIL images -> a list of ImageTokens, in one pass of the vision tower. LoRA does not
+    touch it, so these are constants: no gradient, and one encoding serves rollout and losses."""
     batch = vlm.image_processor(images=images, return_tensors="pt")
     tower = vlm.base.model.visual
     pixels = batch["pixel_values"].to(tower.device, tower.dtype)
@@ -376,11 +370,8 @@ def hidden_states(vlm, ids, positions, mask, images, cache=None):
 
 
 def text_logits(vlm, hidden):
-    """Hidden states [..., D] -> float32 logits [..., V].
-
-    The image placeholder has no probability: sampled, it would later be taken for an image. (It is
-    finite all the same, since -inf would make the entropy NaN.)
-    """
+    """Hidden states [..., D] -> float32 logits [..., V]. The image placeholder is never sampled: it
+    would later be taken for an image. (-inf would make the entropy NaN.)"""
     logits = vlm.base.lm_head(hidden).float()
     placeholder = torch.tensor([vlm.base.config.image_token_id], device=logits.device)
     return logits.index_fill(-1, placeholder, -1e30)
@@ -445,8 +436,8 @@ class Context:
 def choose(logits, temperature, noise):
     """logits [B, V], uniform noise [B] in 0..1 -> tokens [B]; temperature 0 takes the likeliest.
 
-    Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's noise. What
-    a row samples then depends on its own noise alone, not on the rest of its batch.
+    The first token whose cumulative probability exceeds the row's noise (inverse CDF), so that what
+    a row samples does not depend on its batch.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -628,11 +619,8 @@ def reward(boxes, sample):
 
 
 def advantages(rewards, eps=1e-4):
-    """Eq. 1, rewards [P, N] -> [P, N]: each against the mean and deviation of its group of N.
-
-    A group of equal rewards has advantage 0 and teaches nothing. The paper leaves eps open; this
-    one does not blow up rewards that differ by rounding alone.
-    """
+    """Eq. 1, rewards [P, N] -> [P, N]: each against the mean and deviation of its group of N. Equal
+    rewards teach nothing; eps (ours) keeps those that differ by rounding alone from counting."""
     deviation = rewards.std(1, keepdim=True, unbiased=False)  # [P, 1]
     return (rewards - rewards.mean(1, keepdim=True)) / (deviation + eps)
 

@@ -23,30 +23,24 @@ from common import SINGLE_SHOT
 from support.data.samples import load_image, read_side
 from support.model.decoding import rollouts
 from support.model.views import asked_again, guarded, loop_of
-from support.report import statistics
+from support.report import own_picture, statistics
 from support.report.overlays import ablation_rows
-from support.report.own_picture import look_at
 from support.report.page import write_all
 from support.report.rows import Row, is_trained, log_line, model_of, play_row
 from support.running.flags import Flag, command, flags
 
-IMAGE = (
-    "a picture of yours instead of the test samples, a folder of pictures, or a .jsonl with an "
-    "image and an expression a line"
-)
 args = flags(
     "evaluate",
     __doc__,
     ablations=Flag("add rows with other pictures than the predicted box", kind="switch"),
     compare=Flag("folders of other runs, for their rows", kind="folders"),
     predictions=Flag("write every trajectory of every row to this .jsonl", kind="new file"),
-    image=Flag(IMAGE, kind="file or folder"),
-    expression=Flag("what to find in it"),
+    **own_picture.FLAGS,
 )
 start = time.time()
 loop = loop_of(args)
 if args.image or args.expression:  # no test samples, and no tables
-    look_at(args, args.image, args.expression, loop)
+    own_picture.look_at(args, args.image, args.expression, loop)
     raise SystemExit
 test = read_side(args, "test")
 roll = rollouts(args)

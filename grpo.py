@@ -21,9 +21,9 @@ each validation, report.html (to look at while it trains) under --out.
 """
 
 from common import advantages, grpo_loss, reward, trajectory_logprobs
-from support.data.samples import load_image, read_side
+from support.data.samples import read_side
 from support.model import adapters, loading, memory
-from support.model.decoding import rollouts
+from support.model.decoding import roll_in_parts, rollouts
 from support.model.views import loop_of
 from support.report import health, page
 from support.run import Run
@@ -57,28 +57,14 @@ roll = rollouts(args, vlm)
 
 
 def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0):
-    """Trajectories of the current policy, `group_size` for each prompt, a few prompts at a time.
-
-    first: the number of the first prompt in the run, which seeds what is sampled (not greedy).
-    """
-    trajectories = []
+    """Trajectories of the current policy, `group_size` for each prompt. first: the number of the
+    first prompt in the run, which seeds what is sampled (not greedy)."""
+    options = dict(loop=loop, group_size=group_size, temperatures=temperatures)
+    options |= dict(max_tokens=args.max_tokens)
+    seeds = [args.seed * 1_000_003 + first + i for i in range(len(prompts))]
     # Validation decodes as many trajectories together as a rollout does
     at_once = args.prompts_at_once * args.group_size // group_size
-    for i in range(0, len(prompts), at_once):
-        part = prompts[i : i + at_once]
-        run.at_work(part)
-        trajectories += roll(
-            vlm,
-            [load_image(sample, data) for sample in part],
-            [sample["expression"] for sample in part],
-            args.steps,
-            max_tokens=args.max_tokens,
-            loop=loop,
-            group_size=group_size,
-            temperatures=temperatures,
-            seeds=[args.seed * 1_000_003 + first + i + j for j in range(len(part))],
-        )
-    return trajectories
+    return roll_in_parts(roll, vlm, prompts, data, at_once, args.steps, seeds=seeds, **options)
 
 
 def validate(update):

@@ -4,8 +4,9 @@ from contextlib import contextmanager
 from functools import partial
 
 from common import rollout
+from support.data.samples import load_image
 from support.model.loading import free_memory
-from support.running.errors import out_of_memory
+from support.running.errors import out_of_memory, working_on
 
 import torch
 from torch.nn.functional import linear
@@ -140,3 +141,19 @@ def rollouts(args, trainee=None):
     from support.model.vllm_rollout import player
 
     return player(args, trainee)
+
+
+def roll_in_parts(roll, vlm, samples, data, at_once, steps, *, seeds, load=load_image, **options):
+    """What `roll`, of `rollouts`, plays for samples, a few of them at a time, in one list.
+
+    data: the folder that their images' paths start from.
+    """
+    trajectories = []
+    for i in range(0, len(samples), at_once):
+        part = samples[i : i + at_once]
+        working_on(part)
+        images = [load(sample, data) for sample in part]
+        texts = [sample["expression"] for sample in part]
+        own = seeds[i : i + at_once]
+        trajectories += roll(vlm, images, texts, steps, seeds=own, **options)
+    return trajectories

@@ -8,18 +8,28 @@ from common import denormalize_box
 from support.data.samples import load_image
 from support.model.adapters import load_with_adapter
 from support.model.checkpoints import best_adapter
-from support.model.decoding import rollouts
+from support.model.decoding import roll_in_parts, rollouts
 from support.report.page import group, write_page
 from support.report.pictures import write_strip
 from support.report.rows import Row
-from support.running.errors import stop, working_on
+from support.running.errors import stop
 from support.running.files import agrees, read_lines
-from support.running.flags import command
+from support.running.flags import Flag, command
 
 from PIL import Image, ImageOps
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LINE = '{"image": "photo.jpg", "expression": "the cat on the left"}'
+
+
+IMAGE = (
+    "a picture of yours instead of the test samples, a folder of pictures, or a .jsonl with an "
+    "image and an expression a line"
+)
+FLAGS = {
+    "image": Flag(IMAGE, kind="file or folder"),
+    "expression": Flag("what to find in it"),
+}
 
 
 def look_at(args, image, expression, loop):
@@ -44,16 +54,11 @@ def look_at(args, image, expression, loop):
     vlm = load_with_adapter(args, adapter)
     roll = rollouts(args)
     load = partial(load_image, upright=True)
-    lines = []
-    for i in range(0, len(samples), args.batch_size):
-        part = samples[i : i + args.batch_size]
-        working_on(part)
-        images = [load(sample, "/") for sample in part]
-        words = [sample["expression"] for sample in part]
-        options = dict(max_tokens=args.max_tokens, loop=loop)
-        for sample, t in zip(part, roll(vlm, images, words, args.steps, **options)):
-            lines.append({"boxes": t.boxes, "texts": t.texts})
-            show(sample, t)
+    options = dict(max_tokens=args.max_tokens, loop=loop, load=load, seeds=[0] * len(samples))
+    made = roll_in_parts(roll, vlm, samples, "/", args.batch_size, args.steps, **options)
+    lines = [{"boxes": t.boxes, "texts": t.texts} for t in made]
+    for pair in zip(samples, made):
+        show(*pair)
     place = args.out / f"figures/{Path(image).stem}"
     first = samples[0], load(samples[0], "/"), lines[0]
     write_strip(place.with_name(f"{place.name}.png"), *first, loop)
