@@ -2,7 +2,6 @@
 
     python evaluate.py                  after the phases before; a missing policy's row is left out
     python evaluate.py --ablations      adds rows in which another picture than the box is shown
-    python evaluate.py --compare DIR    adds the rows of other runs on the same test samples
     python evaluate.py --image photo.jpg --expression "the cat on the left"     your own picture
     python evaluate.py --image my.jsonl                                         or many of them
 
@@ -33,7 +32,6 @@ args = flags(
     "evaluate",
     __doc__,
     ablations=Flag("add rows with other pictures than the predicted box", kind="switch"),
-    compare=Flag("folders of other runs, for their rows", kind="folders"),
     predictions=Flag("write every trajectory of every row to this .jsonl", kind="new file"),
     **own_picture.FLAGS,
 )
@@ -116,4 +114,4 @@ if args.ablations:
         for word, other in ablation_rows(args, row).items():
             others[row, word] = play(other)
 
-write_all(args, ROWS, test, lines_of, others, start)
+write_all(args, test, lines_of, others, start)

@@ -17,7 +17,7 @@ from support.report.statistics import (
     SFT,
     UNTRAINED,
     WITHOUT_SFT,
-    ablation,
+    ablations,
     by_change,
     changes,
     choices,
@@ -109,13 +109,14 @@ def test_stopping_where_two_boxes_agree():
     assert stop_step([a, a, a], 1.0, 2) == 2
 
 
-def test_rows_of_an_ablation(tmp_path):
-    rows = trajectories([HALF, RIGHT], [RIGHT, RIGHT])
-    log = tmp_path / "grpo.jsonl"
-    row = ablation([GOOD, GOOD], rows, 1, log)
-    assert row["delta"][0] == 0.25 and row["repeats"][0] == 0.5 and row["validation"] == []
-    write_jsonl(log, [{"val_iou": [0.5, 0.4]}, {"loss": 1}, {"val_iou": [0.6, 0.7]}])
-    assert ablation([GOOD, GOOD], rows, 1, log)["validation"] == [0.5, 0.6]
+def test_rows_of_an_ablation():
+    row = Row(SFT, loop=IVT)
+    own, other = (
+        trajectories([HALF, RIGHT], [RIGHT, RIGHT]),
+        trajectories([HALF, HALF], [RIGHT, FAR]),
+    )
+    [(name, found)] = ablations([GOOD, GOOD], 1, {row: own}, {(row, "no box"): other}).items()
+    assert name == f"{SFT}, no box" and found["against"][0] == -0.75 and found["delta"][0] == -0.5
 
 
 # Verdicts -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from PIL import Image
 # Flags --------------------------------------------------------------------------------------------
 EXTRA = {
     "data": Flag(help="a file", kind="file"),
-    "compare": Flag(help="folders", kind="folders"),
+    "folder": Flag(help="a folder", kind="folder"),
     "merge": Flag(help="100 % new", kind="new folder"),
     "init": Flag(help="where from", default="sft", choices=("sft", "base")),
     "ablations": Flag(help="more rows", kind="switch"),
@@ -50,9 +50,9 @@ def parse(monkeypatch, tmp_path):
 
 
 def test_flags_are_the_rows_of_the_presets_and_those_of_the_script(parse, tmp_path, capsys):
-    args = parse("sft", "--lr 0.5 --compare . .. --ablations")
+    args = parse("sft", "--lr 0.5 --folder . --ablations")
     assert (args.lr, args.epochs, args.seed) == (0.5, PRESETS["sft"]["epochs"].toy, 0)
-    assert args.compare == [".", ".."] and args.ablations is True and args.init == "sft"
+    assert args.folder == "." and args.ablations is True and args.init == "sft"
     assert args.out == tmp_path / "run" and args.data is None and args.merge is None
     assert args.model == str(ROOT / "toy/base")
     printed = capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_a_path_that_cannot_be_used_is_refused_in_one_line(
 def test_flags_check_their_paths_before_any_work(parse):
     Path("file").touch()
     assert "--data nope.jsonl: no such file" in one_line(parse, "sft", "--data nope.jsonl")
-    assert "--compare file: not a directory" in one_line(parse, "sft", "--compare . file")
+    assert "--folder file: not a directory" in one_line(parse, "sft", "--folder file")
     assert "/file/run: not a directory" in one_line(parse, "sft", out="file/run")
 
 

@@ -46,14 +46,14 @@ RIGHT = 0.5
 
 
 # The pages of a run -------------------------------------------------------------------------------
-def write_all(args, rows, samples, lines_of, others, start):
+def write_all(args, samples, lines_of, others, start):
     """All that an evaluation leaves: results.md, results.json, report.html, the largest gain as
     figures/lead.png, and --predictions.
 
-    rows: all of them, played or not. lines_of: Row -> its lines, in the order of the samples.
-    others: as of `statistics.ablations`. start: a time.time().
+    lines_of: Row -> its lines, in the order of the samples. others: as of `statistics.ablations`.
+    start: a time.time().
     """
-    results = results_of_run(args, samples, rows, lines_of, others)
+    results = results_of_run(args, samples, lines_of, others)
     write_results(results, args.out, summary(results), report(results))
     if args.predictions:
         lines = []

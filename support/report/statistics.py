@@ -8,11 +8,8 @@ differences are paired.
 """
 
 import functools
-from pathlib import Path
 
 from common import box_iou, iou
-from support.running.errors import stop
-from support.running.files import read_jsonl
 
 import numpy as np
 
@@ -306,60 +303,18 @@ def findings(results, ious_of):
 
 
 # The table of ablations ---------------------------------------------------------------------------
-def ablation(samples, lines, steps, log=None):
-    """A row of the ablation table. log: the path of its GRPO log, of which the table has the step-0
-    IoU at the first and the last validation; it need not be there."""
-    ious = all_ious(samples, lines)[:, : steps + 1]
-    validations = []
-    if log and log.is_file():
-        validations = [row["val_iou"][0] for row in read_jsonl(log, "") if "val_iou" in row]
-    return {
-        **changes(ious),
-        "repeats": repeats([line["boxes"][: steps + 1] for line in lines]),
-        "Acc@0.5": estimate(ious[:, -1] >= 0.5),
-        "validation": validations[:1] + validations[-1:],
-    }
+def ablations(samples, steps, lines_of, others):
+    """What a row does when it is shown other pictures than its own: name -> estimates.
 
-
-def ablations(samples, args, rows, lines_of, others):
-    """The table of ablations, name -> `ablation`: the run's own rows, `others` (played with other
-    pictures) and those of the runs in args.compare; {} when there is nothing to compare.
-
-    others: (row, what is shown) -> lines. Their "against" is the last step's IoU minus that of the
-    row itself, paired. Exits when another run has other test samples.
+    others: (row, what is shown) -> lines. "against": the last step's IoU minus that of the row
+    itself, paired.
     """
     table = {}
     for (row, word), lines in others.items():
-        last, last_own = (all_ious(samples, of)[:, args.steps] for of in (lines, lines_of[row]))
-        against = {"against": estimate(last - last_own)}
-        table[f"{row.name}, {word}"] = ablation(samples, lines, args.steps) | against
-    for folder in map(Path, args.compare):
-        table |= rows_of_run(samples, folder, rows, args.steps)
-    if not table:
-        return {}
-    own = {}
-    for row, lines in lines_of.items():
-        if row.ordered and len(lines[0]["boxes"]) > args.steps > 0:
-            log = args.out / f"log/{row.log}.jsonl"
-            own[row.name] = ablation(samples, lines, args.steps, log)
-    return own | table
-
-
-def rows_of_run(samples, folder, rows, steps):
-    """`ablation` of another run's trained policies. Exits when there are none."""
-    table = {}
-    for row in rows:
-        path = folder / f"log/evaluate_{row.log}.jsonl"
-        if not row.adapter or not path.is_file():
-            continue
-        lines = read_jsonl(path, "")
-        if [line["id"] for line in lines] != [sample["id"] for sample in samples]:
-            stop(f"{folder} has other test samples; make its data with the same --seed and sizes")
-        if len(lines[0]["boxes"]) > steps:
-            log = folder / f"log/{row.log}.jsonl"
-            table[f"{folder}: {row.name}"] = ablation(samples, lines, steps, log)
-    if not table:
-        stop(
-            f"--compare {folder}: no evaluated policy in it; first run: evaluate.py --out {folder}"
-        )
+        ious, own = (all_ious(samples, of)[:, : steps + 1] for of in (lines, lines_of[row]))
+        table[f"{row.name}, {word}"] = {
+            **changes(ious),
+            "Acc@0.5": estimate(ious[:, -1] >= 0.5),
+            "against": estimate(ious[:, -1] - own[:, -1]),
+        }
     return table

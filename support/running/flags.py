@@ -22,8 +22,7 @@ EMBEDDED = "toy/base"
 class Flag:
     """A flag of one script, no hyperparameter.
 
-    kind: None (a text), "switch", or a path, which `check_path` checks before any work; "folders"
-    are several.
+    kind: None (a text), "switch", or a path, which `check_path` checks before any work.
     """
 
     help: str
@@ -55,10 +54,8 @@ def flags(phase, doc, **extra):
     args.out = Path(args.out)
     for name, flag in extra.items():
         value = getattr(args, name)
-        if flag.kind in (None, "switch") or value is None:
-            continue
-        for path in value if flag.kind == "folders" else [value]:
-            check_path(flag_of(name), path, flag.kind.removesuffix("s"))
+        if flag.kind not in (None, "switch") and value is not None:
+            check_path(flag_of(name), value, flag.kind)
     args.model = model_path(args.model)
     print_configuration(args)
     lock(args.out)
@@ -117,8 +114,6 @@ def make_parser(doc, settings, extra):
         options = {"default": flag.default, "choices": flag.choices}
         if flag.kind == "switch":
             options = {"action": "store_true"}
-        elif flag.kind == "folders":
-            options = {"default": flag.default or (), "nargs": "+"}
         parser.add_argument(flag_of(name), help=flag.help.replace("%", "%%"), **options)
     return parser
 
