@@ -1,9 +1,10 @@
 """Tests of phase 0: trajectories of boxes and the two teachers."""
 
 import random
+from types import SimpleNamespace
 
 import make_data
-from common import Trajectory, draw_overlay, iou
+from common import IVT, Trajectory, draw_overlay, iou
 from support.data.teacher import template_trace, trace_fault
 from tests.small import picture
 
@@ -14,6 +15,19 @@ def test_interpolation():
     first = [0, 0, 100, 100]
     last = [100, 50, 300, 101]
     assert make_data.interpolate(first, last, 2) == [first, [50, 25, 200, 100], last]
+
+
+def test_the_filter_drops_what_leaves_nothing_to_correct():
+    sample = {"id": "1", "expression": "x", "width": 100, "height": 100, "bbox": [0, 0, 50, 50]}
+    args = SimpleNamespace(iou_max=0.85, start="student", steps=2)
+
+    def row(box, iou=0.0, **changes):
+        prediction = {"box": box, "iou": iou}
+        return make_data.boxes_to_the_truth({**sample, **changes}, prediction, args, IVT)
+
+    assert row([0, 0, 100, 500])["boxes"] == [[0, 0, 100, 500], [0, 0, 300, 500], [0, 0, 500, 500]]
+    assert row(None) == "no valid box" and row([0, 0, 500, 490], 0.98) == "IoU above 0.85"
+    assert "below a thousandth" in row([0, 0, 9, 9], bbox=[0, 0, 0.05, 50])
 
 
 def test_perturbed_boxes_keep_to_the_filter():

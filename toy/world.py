@@ -278,25 +278,25 @@ def crowded(rng, source):
             return draw_scene(rng, objects), *found
 
 
-def make_samples(folder, per_source, seed):
-    """Draws one scene for each of 3 * per_source samples into folder/images -> the samples."""
+def make_samples(folder, per_source, seed, styles=None, words=None):
+    """Draws one scene for each of `per_source` samples of each source into folder/images -> the
+    samples.
+
+    styles: source -> how its expressions describe the object, of SOURCES (default: each its own).
+    words: (expression, object) -> what a sample says and asks (default: the expression).
+    """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    styles = styles or {source: source for source in SOURCES}
     samples = []
-    for i in tqdm(range(3 * per_source), desc="scenes", unit="scene"):
-        source = SOURCES[i % 3]
+    for i in tqdm(range(len(styles) * per_source), desc="scenes", unit="scene"):
+        source = list(styles)[i % len(styles)]
         rng = random.Random(f"{seed} {i}")
-        picture, expression, target = crowded(rng, source)
+        picture, expression, target = crowded(rng, styles[source])
         name = f"images/scene_{i:05d}.png"
         picture["image"].save(folder / name)
-        sample = {
-            "id": f"{source}_{i:05d}",
-            "source": source,
-            "image": name,
-            "width": SIDE,
-            "height": SIDE,
-            "expression": expression,
-            "bbox": [round(v, 2) for v in target["bbox"]],
-        }
-        samples.append(sample)
+        sample = {"id": f"{source}_{i:05d}", "source": source, "image": name}
+        sample |= {"width": SIDE, "height": SIDE}
+        sample |= words(expression, target) if words else {"expression": expression}
+        samples.append({**sample, "bbox": [round(v, 2) for v in target["bbox"]]})
     return samples

@@ -33,28 +33,12 @@ TOY_SOURCES = {  # source of a question -> how its expression describes the obje
 
 
 def toy_samples(folder, count, seed):
-    """Draws a scene for each of `count` questions of each source into folder/images -> samples."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    samples = []
-    for i in tqdm(range(count * len(TOY_SOURCES)), desc="scenes", unit="scene"):
-        source = list(TOY_SOURCES)[i % len(TOY_SOURCES)]
-        rng = random.Random(f"visrl {seed} {i}")
-        picture, expression, target = world.crowded(rng, TOY_SOURCES[source])
-        name = f"images/scene_{i:05d}.png"
-        picture["image"].save(folder / name)
-        samples.append(
-            {
-                "id": f"{source}_{i:05d}",
-                "source": source,
-                "image": name,
-                "width": world.SIDE,
-                "height": world.SIDE,
-                "question": f"What mark is on {expression}?",
-                "answer": f"a {target['mark']}",
-                "bbox": [round(v, 2) for v in target["bbox"]],
-            }
-        )
-    return samples
+    """`count` questions about marks from each source, each with a scene in folder/images."""
+
+    def words(expression, target):
+        return {"question": f"What mark is on {expression}?", "answer": f"a {target['mark']}"}
+
+    return world.make_samples(folder, count, f"visrl {seed}", TOY_SOURCES, words)
 
 
 # Visual CoT as it is published (hub id deepcs233/Visual-CoT) --------------------------------------
