@@ -19,13 +19,13 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 CONFIGS = {
     "small": (
         dict(
-            hidden_size=512,
-            num_hidden_layers=10,
-            num_attention_heads=8,
+            hidden_size=256,
+            num_hidden_layers=6,
+            num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=64,
-            intermediate_size=1536,
-            vocab_size=32_768,
+            intermediate_size=768,
+            vocab_size=8192,
         ),
         dict(depth=4, hidden_size=128, intermediate_size=512, num_heads=2),
     ),
