@@ -473,8 +473,8 @@ def write_step(vlm, context, rows, hidden, t, *, temperature, noise, ends):
             row.target.append(token)
             row.logprob.append(logprob)
             row.step.append(t)
-            # The end of the turn is a target, so that ending is learnt, and never context: the
-            # turn goes on with the next picture.
+            # An end of the turn is a target, so that GRPO can punish ending early, and never
+            # context: the turn goes on with the next picture.
             if token == end_of_turn:
                 continue
             row.ids.append(token)

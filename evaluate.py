@@ -5,8 +5,8 @@
     python evaluate.py --image photo.jpg --expression "the cat on the left"     your own picture
     python evaluate.py --image my.jsonl                                         or many of them
 
-All decoding is greedy. Besides the paper's rows there are controls: T + 1 sampled answers of the
-base, and the base asked again on the enlarged surroundings of its box, without any training.
+Decoding is greedy, but for one control: T + 1 sampled answers of the base. Another control is the
+base asked again on the enlarged surroundings of its box, without any training.
 
 Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth
 to choose: `best of steps` here. A user can choose the first step, the last, the last valid box, or

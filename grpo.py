@@ -10,10 +10,10 @@ the reward against its group; one gradient step. The reference of the KL term is
 copy of the adapter that training started from, never the bare base model.
 
 No departure from the paper's recipe. Where the paper is silent: log-probabilities are taken at
-temperature 1; AdamW at a constant rate, gradients clipped to norm 1; validation is greedy; the
-loss is a mean over all tokens of the update, so that a longer trajectory weighs more. "Gradient
-accumulation over 8 steps" is read as 8 prompts per update; there are 300 updates, and the adapter
-that does best on 64 of the validation samples is the result.
+temperature 1; AdamW at a constant rate, gradients clipped to norm 1; validation is greedy; the loss
+is a mean over all tokens of the update, so that a longer trajectory weighs more. "Gradient
+accumulation over 8 steps" is read as 8 prompts per update; the adapter that does best on some of
+the validation samples is the result. The toy preset has its own rate and number of updates.
 
 Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ for --init
 base): a PEFT adapter, the best by validation reward; log/<name>.jsonl, <name>.checkpoint and, at
@@ -43,7 +43,9 @@ if args.init == "base":
 # Data ---------------------------------------------------------------------------------------------
 train = read_side(args, "train")
 val = read_side(args, "val")[: args.val_prompts]
-origin = run.starts_from("sft", "python sft.py", "feedback") if args.init == "sft" else None
+origin = None
+if args.init == "sft":
+    origin = run.starts_from("sft", "python sft.py", "feedback", "surroundings")
 run.reads(data / "train.jsonl", data / "val.jsonl", ignore=("batch_size", "prompts_at_once"))
 
 # Model and optimizer ------------------------------------------------------------------------------

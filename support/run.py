@@ -15,6 +15,7 @@ from support.model.checkpoints import load_checkpoint, save_checkpoint
 from support.running import errors, files, processes
 from support.running.flags import command, flags
 
+import torch
 from tqdm import tqdm
 
 # What the bar shows of the rows of a log
@@ -32,7 +33,7 @@ class Run:
     def __init__(self, phase, doc, **own_flags):
         self.args = flags(phase, doc, **own_flags)
         processes.divides(self.args.grad_accum, "--grad-accum")
-        processes.seed_all(self.args.seed)
+        torch.manual_seed(self.args.seed)  # of new adapters
         self.start = time.time()
         self.data = self.args.out / "data"
         self.name = phase.rpartition(".")[2]
@@ -71,6 +72,8 @@ class Run:
         state = load_checkpoint(self.checkpoint, self.args.restart)
         processes.barrier()  # with --restart the first process has removed it
         if state and state["finished"]:
+            if not (self.adapter / "adapter_model.safetensors").exists():
+                errors.stop(f"{self.adapter} was finished and is gone; --restart makes it again")
             print(f"{self.adapter} is finished; --restart begins again")
             raise SystemExit
 

@@ -124,7 +124,7 @@ def test_the_readme_has_two_commands_and_few_figures():
 
 
 def test_the_pages_are_short():
-    assert len(TEXT["README.md"].splitlines()) <= 155
+    assert len(TEXT["README.md"].splitlines()) <= 160
     assert sum(len(text.splitlines()) for text in TEXT.values()) <= 1100
     assert sum(len(text.split()) for text in TEXT.values()) <= 12000
     for page, text in TEXT.items():

@@ -59,6 +59,10 @@ def test_a_stopped_run_goes_on_as_one_that_never_stopped(phase, capsys):
     seen += train(*begun)
     log, best, state = run.lines.path.read_bytes(), run.best, adapter_state(vlm.model)
     run.finish(then="python grpo.py")
+    with pytest.raises(SystemExit, match="sft was finished and is gone; --restart makes it again"):
+        phase()
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").touch()
     with pytest.raises(SystemExit):
         phase()
     assert "sft is finished; --restart begins again" in capsys.readouterr().out

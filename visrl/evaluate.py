@@ -50,7 +50,6 @@ OTHERS = [
 ]
 
 args = flags("visrl.evaluate", __doc__)
-processes.seed_all(args.seed)
 start = time.time()
 data = args.out / "data"
 test = samples.read_side(args, "test", "python -m visrl.make_data", samples.VISRL_FIELDS)

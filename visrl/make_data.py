@@ -30,7 +30,6 @@ args = flags(
     skip_bad=Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
     viscot=Flag("folder of Visual CoT, images unpacked to cot/ in it", kind="folder"),
 )
-processes.seed_all(args.seed)
 start = time.time()
 data = args.out / "data"
 if args.data and args.viscot:
@@ -45,6 +44,9 @@ if there and not args.restart:
     print(f"{data / 'test.jsonl'} is finished; --restart makes everything again")
     raise SystemExit
 
+for side in sources.SIDES:  # of a run that is made anew, none may stay beside new ones
+    if not processes.RANK:
+        (data / f"{side}.jsonl").unlink(missing_ok=True)
 sides = sources.prepare(args, data)
 for side, samples in sides.items():
     counts = Counter(sample["source"] for sample in samples)

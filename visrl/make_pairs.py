@@ -129,7 +129,6 @@ if __name__ == "__main__":
             ("none", "no_controller", "no_box_critic", "sft_critic"),
         ),
     )
-    processes.seed_all(args.seed)
     start = time.time()
     data = args.out / "data"
     loop = LOOPS[args.crop]

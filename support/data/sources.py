@@ -8,7 +8,7 @@ from support.data.samples import own_samples, read_side
 from support.running.errors import stop
 from support.running.files import begin, write_jsonl
 from support.running.flags import Flag, command
-from support.running.processes import RANK, barrier, minutes, seed_all
+from support.running.processes import RANK, barrier, minutes
 
 import torch
 
@@ -30,7 +30,6 @@ def begin_data(args, data):
 
     With --restart, what was made before goes, so that all of it is made anew.
     """
-    seed_all(args.seed)
     folders = folders_of(args)
     if args.data and any(folders.values()):
         stop("--data is for samples of your own, the folders are for the paper's; give one of them")

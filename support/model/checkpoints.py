@@ -37,7 +37,9 @@ say_once = functools.cache(print)
 def say_if_unfinished(adapter):
     """Prints where the run that makes this adapter, a folder, stopped, if it is not finished."""
     state = load_checkpoint(adapter.with_name(adapter.name + ".checkpoint"))
-    if state and not state["finished"]:
+    if not state:  # GRPO saves its first best, the adapter that it began with, before a checkpoint
+        say_once(f"{adapter} has no checkpoint beside it: a copy, or a run that stopped at once")
+    elif not state["finished"]:
         say_once(f"{adapter}: the run stopped after update {state['update']}; its best so far")
 
 

@@ -48,7 +48,7 @@ def unpacked(vlm):
     computing type, and LoRA is its two products beside it.
 
     The same policy up to rounding, without PEFT's and bitsandbytes' work for every token
-    (speed/README.md). The copies take 2 bytes a weight, 6.8 GiB of the real model. No gradient
+    (docs/log.md). The copies take 2 bytes a weight, 6.8 GiB of the real model. No gradient
     goes through them. An adapter that is more than A and B (DoRA, a bias, dropout) is left to PEFT.
     Yields whether there are any copies.
     """

@@ -24,7 +24,7 @@ from support.report.statistics import (
 import numpy as np
 
 RIGHT = 0.5
-AGREEMENT = 0.9  # of the rule that stops when two boxes agree; one of the adaptive thresholds
+AGREEMENT = 0.9  # of the rule that stops when two boxes agree
 GAINS = ("mean IoU", "Acc@0.5", "Acc@0.9")  # in which the rules are compared
 LISTS = ("boxes", "texts", "confidence")  # of a trajectory, with an entry for each step
 

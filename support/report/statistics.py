@@ -236,7 +236,7 @@ def analyse(samples, lines_of, steps):
 
 
 def main_row(rows):
-    """The row that strata, adaptive refinement and pictures are of: the paper's last that is there,
+    """The row that strata and pictures are of: the paper's last that is there,
     or, of other systems, the last."""
     named = {row.name: row for row in rows}
     for name in (GRPO, SFT, WITHOUT_SFT, UNTRAINED):

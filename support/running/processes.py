@@ -1,4 +1,4 @@
-"""Several processes, Ctrl-C, seeds and the clock.
+"""Several processes, Ctrl-C and the clock.
 
 `torchrun --nproc-per-node 8 sft.py` starts eight processes: each does its share of every batch, and
 the first one writes. Started with plain python there is one, and nothing here waits for another.
@@ -7,7 +7,6 @@ the first one writes. Started with plain python there is one, and nothing here w
 import atexit
 import datetime
 import os
-import random
 import shlex
 import signal
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 
 from support.running.errors import stop
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -110,7 +108,11 @@ def ask_to_stop(number, frame):
     if stop_asked:
         sys.exit(130)
     stop_asked.append(number)
-    print("\nstopping after this update; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+    print(
+        "\nstopping after the update or batch at hand; Ctrl-C again ends at once",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def interrupted():
@@ -124,12 +126,6 @@ def leave_if_interrupted():
         given = [word for word in sys.argv[1:] if word != "--restart"]
         print(f"stopped; to go on: {program()} {shlex.join(given)}".rstrip())
         sys.exit(130)
-
-
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def minutes(start):
