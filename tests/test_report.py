@@ -4,7 +4,7 @@ predictions."""
 import json
 from types import SimpleNamespace
 
-from common import IVT
+from common import IVT, Trajectory
 from support.model.views import asked_again, zoom
 from support.report import health
 from support.report.overlays import OVERLAYS
@@ -34,6 +34,7 @@ from tests.small import GOOD, TEXTS, picture
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 RIGHT = [0, 0, 250, 500]  # the truth of GOOD
@@ -325,3 +326,22 @@ def test_leaving_the_healthy_range_warns_once():
     run.warned, run.rows = set(), [row] * 5 + [{**row, "kl": 0.1}] * 10  # long ago does not count
     health.warn(run)
     assert len(said) == 1
+
+
+def test_what_the_log_says_of_a_batch_of_rollouts():
+    truth = dict(GOOD, width=100, height=100, bbox=[0, 0, 50, 100])
+    right, half = [0, 0, 500, 1000], [0, 0, 1000, 1000]
+    boxes = [[half, right], [None, right], [half, half], [half, None]]
+    trajectories = [Trajectory(target=[1] * n, boxes=pair) for n, pair in enumerate(boxes, 1)]
+    rewards = torch.tensor([[1.0, 0.5], [0.3, 0.3]])
+    facts = health.rollout_facts(rewards, trajectories, [truth] * 4, [0.1] * 9 + [0.6])
+    assert facts == {
+        "reward": pytest.approx(0.525),
+        "reward_std": 0.125,  # of 0.25 and 0
+        "no_signal": 0.5,
+        "iou": [0.375, 0.625],
+        "valid": 0.75,
+        "tokens": 2.5,
+        "sampler_gap": pytest.approx(0.15),
+        "sampler_gap_max": 0.6,
+    }

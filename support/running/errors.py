@@ -20,8 +20,8 @@ def working_on(samples):
 def explain_out_of_memory(advice):
     """From here on running out of memory ends the program with a message and exit status 1.
 
-    The message names the samples of `working_on` and `advice`, the flags to lower. Any other
-    exception ends the program as before.
+    The message names the samples of `working_on` and `advice`, the flags to lower; before there are
+    any, the model alone is too large. Any other exception ends the program as before.
     """
     otherwise = sys.excepthook
 
@@ -29,10 +29,13 @@ def explain_out_of_memory(advice):
         if not out_of_memory(error):
             otherwise(kind, error, traceback)
             return
-        names = [f"{s['id']} ({s['width']} x {s['height']})" for s in at_work[:4]]
-        names += ["..."] * (len(at_work) > 4)
-        message = f"out of memory with the samples {', '.join(names)}; lower {advice}"
-        print(f"error: {message}. What was saved before is whole", file=sys.stderr, flush=True)
+        where = "before the first sample; give a smaller --model, or --quantize nf4"
+        if at_work:
+            names = [f"{s['id']} ({s['width']} x {s['height']})" for s in at_work[:4]]
+            names += ["..."] * (len(at_work) > 4)
+            where = f"with the samples {', '.join(names)}; lower {advice}"
+        message = f"error: out of memory {where}. What was saved before is whole"
+        print(message, file=sys.stderr, flush=True)
 
     sys.excepthook = explain
 

@@ -170,7 +170,8 @@ def begin(args, name, *inputs, ignore=(), only=None, **more):
         config = {key: value for key, value in config.items() if key in (*only, *more)}
     config["model"] = told_apart(args.model)
     for file in map(Path, inputs):
-        config[f"{file.parent.name}/{file.name}"] = hashed(file)
+        digest = hashlib.sha256(file.read_bytes())
+        config[f"{file.parent.name}/{file.name}"] = digest.hexdigest()[:12]
     config = json.loads(json.dumps(config))
     path = args.out / f"log/{name}.config.json"
     before = read_config(path)
@@ -223,10 +224,6 @@ def told_apart(model):
         if size < 2**26:
             digest.update(file.read_bytes())
     return f"{folder.name} {digest.hexdigest()[:12]}"
-
-
-def hashed(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def lock(folder):

@@ -1,0 +1,122 @@
+"""Samples and their images: read, or refused by name before any work."""
+
+import json
+import re
+
+from support.data import samples
+from support.running import files
+from tests.small import GOOD, one_line, picture
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+
+def test_bad_samples_are_all_reported_at_once(tmp_path):
+    picture(20, 10).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    without = {key: value for key, value in GOOD.items() if key != "expression"}
+    bad = [
+        (dict(GOOD, bbox=[5, 0, 0, 5]), "bbox is .*x1 < x2"),
+        (dict(GOOD, width=30, bbox=[0, 0, 25, 5]), "20 x 10"),
+        (dict(GOOD, image="b.png"), "b.png cannot be used .*No such file"),
+        (dict(GOOD, bbox=[0, 0, float("nan"), 1]), "finite"),
+        (without, "expression is 'None'"),
+        (dict(GOOD, image="cut.png"), "cut.png cannot be used"),
+        (GOOD, "id '1' is on line 1"),
+        (dict(GOOD, expression="a <|image_pad|>"), "special tokens"),
+        (dict(GOOD, width=4200), "200 to 1"),
+        (dict(GOOD, source="\ud800"), "surrogate"),
+        (dict(GOOD, width=True), "width is 'True'; expected int"),
+        (3, "not a JSON object"),
+    ]
+    path = tmp_path / "s.jsonl"
+    files.write_jsonl(path, [GOOD])
+    assert samples.read_samples(path, "") == [GOOD]
+
+    lines = [json.dumps(sample) for sample in [GOOD, *(sample for sample, _ in bad)]]
+    path.write_text("\n".join(lines) + "\n{oops\n")
+    with pytest.raises(SystemExit) as ended:
+        samples.read_samples(path, "")
+    expected = [words for _, words in bad] + ["not JSON"]
+    for line, words in enumerate(expected, 2):
+        assert re.search(f"s.jsonl, line {line}: .*{words}", str(ended.value)), words
+    assert samples.read_samples(path, "", skip_bad=True) == [GOOD]
+    assert len((tmp_path / "s.jsonl.skipped").read_text().splitlines()) == len(expected) + 1
+    missing = one_line(samples.read_samples, tmp_path / "none.jsonl", "python make_data.py")
+    assert "first run: python make_data.py" in missing
+    assert "cannot be read" in one_line(samples.read_samples, tmp_path, "python make_data.py")
+
+
+def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):
+    def load(name, width=20, height=10):
+        sample = {"image": name, "width": width, "height": height}
+        return samples.load_image(sample, tmp_path)
+
+    color = Image.new("RGB", (20, 10), (200, 100, 50))
+    for mode, name in (("L", "grey.png"), ("P", "p.png"), ("CMYK", "cmyk.jpg"), ("1", "bit.png")):
+        color.convert(mode).save(tmp_path / name)
+        assert load(name).mode == "RGB" and load(name).size == (20, 10)
+    pixel = load("cmyk.jpg").getpixel((3, 3))
+    assert max(abs(a - b) for a, b in zip(pixel, (200, 100, 50))) < 12
+
+    Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load("clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+    deep = torch.full((10, 20), 128 * 256, dtype=torch.int32).numpy().astype("uint16")
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert load("deep.png").getpixel((0, 0)) == (128, 128, 128)
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: a viewer shows it as 10 x 20
+    color.save(tmp_path / "turned.jpg", exif=exif)
+    assert load("turned.jpg").size == (20, 10) and load("turned.jpg", 10, 20).size == (10, 20)
+
+    preview = color.resize((4, 2))
+    color.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert load("phone.jpg").size == (20, 10)
+
+    second = Image.new("RGB", (20, 10))
+    color.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
+    Image.new("F", (20, 10)).save(tmp_path / "float.tiff")
+    color.save(tmp_path / "big.png")
+    for name, words, limit in (
+        ("moving.gif", "animation", 10**9),
+        ("float.tiff", "floating-point", 10**9),
+        ("big.png", "exceeds limit of 150", 150),
+    ):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=words):
+            load(name)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=6,
+)
+manifest_lines = st.one_of(
+    st.binary(max_size=60),
+    st.builds(
+        lambda field, value: json.dumps(dict(GOOD, **{field: value})).encode(),
+        st.sampled_from(list(GOOD)),
+        anything,
+    ),
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(manifest_lines)
+def test_fuzz_the_manifest(tmp_path, line):
+    (tmp_path / "s.jsonl").write_bytes(line)
+    picture(20, 10).save(tmp_path / "a.png")
+    try:
+        assert len(samples.read_samples(tmp_path / "s.jsonl", "")) == 1
+    except SystemExit as e:
+        assert "problems in" in str(e)
