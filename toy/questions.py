@@ -141,84 +141,49 @@ class Question:
     after: str = ""
 
 
-# Each ask_... takes (rng, picture, refer_to) and returns a Question, or None where chance found
-# none; refer_to(rng, picture) gives (expression, object) or None.
-def ask_find(rng, picture, refer_to):
+# refer_to(rng, picture) gives (expression, object) or None
+def about_object(rng, kind, picture, refer_to):
+    """A Question about an object or the marks of several, or None where chance found none."""
+    if kind == "count":
+        if any(0.3 < o["seen"] < 0.9 for o in picture["objects"]):
+            return None
+        marks = [o["mark"] for o in picture["objects"] if o["seen"] >= 0.9]
+        mark = rng.choice(marks) if marks and rng.random() < 0.8 else rng.choice(MARKS)
+        return Question(kind, f"How many {mark}s are there?", str(marks.count(mark)))
     found = refer_to(rng, picture)
-    if not found:
-        return None
-    return Question("find", found[0], format_box(found[1]["box"]), found[1]["box"])
-
-
-def ask_frame(rng, picture, refer_to):
-    color, frame = rng.choice(picture["frames"])
-    return Question("frame", f"the {color} frame", format_box(frame), None, frame)
-
-
-def ask_where(rng, picture, refer_to):
-    found = refer_to(rng, picture)
-    if not found:
+    if not found or kind == "mark" and found[1]["seen"] < 0.9:
         return None
     name, o = found
-    return Question("where", f"Where is {name}?", place(o["box"]), o["box"], None, name)
+    if kind == "mark":
+        return Question(kind, f"What mark is on {name}?", f"a {o['mark']}", o["box"], None, name)
+    if kind == "where":
+        return Question(kind, f"Where is {name}?", place(o["box"]), o["box"], None, name)
+    return Question("find", name, format_box(o["box"]), o["box"])
 
 
-def ask_what_inside(rng, picture, refer_to):
-    """What a frame holds: color and kind of the one object inside it."""
+def about_frame(rng, kind, picture, refer_to):
+    """A Question about a frame, or None where chance found none."""
     color, frame = rng.choice(picture["frames"])
-    inside = [o for o in picture["objects"] if covered(o["box"], frame) > 0.2]
-    if len(inside) != 1 or not is_inside(inside[0]["box"], frame):
-        return None
-    text = f"What is inside the {color} frame?"
-    answer = f"the {inside[0]['color']} {inside[0]['kind']}"
-    return Question("what_inside", text, answer, inside[0]["box"], frame)
-
-
-def search(rng, picture, refer_to, suits):
-    """(expression, box) of an object whose box suits, or None where six tries find none."""
+    if kind == "frame":
+        return Question(kind, f"the {color} frame", format_box(frame), None, frame)
+    if kind == "what_inside":
+        inside = [o for o in picture["objects"] if covered(o["box"], frame) > 0.2]
+        if len(inside) != 1 or not is_inside(inside[0]["box"], frame):
+            return None
+        text = f"What is inside the {color} frame?"
+        answer = f"the {inside[0]['color']} {inside[0]['kind']}"
+        return Question(kind, text, answer, inside[0]["box"], frame)
+    # As often yes as no, and two times in three touching, where the picture allows it
+    wanted = rng.random() < (0.5 if kind == "is_inside" else 0.67)
     for _ in range(6):
         found = refer_to(rng, picture)
-        if found and suits(found[1]["box"]):
-            return found[0], found[1]["box"]
+        if not found:
+            continue
+        name, box = found[0], found[1]["box"]
+        if kind == "is_inside" and is_inside(box, frame) is wanted:
+            text = f"Is {name} inside the {color} frame?"
+            return Question(kind, text, "yes" if wanted else "no", box, frame, name)
+        if kind == "compare" and (iou(frame, box) > 0) == wanted:
+            text = f"How does the {color} frame lie around {name}?"
+            return Question(kind, text, ", ".join(compare(frame, box)), box, frame, name)
     return None
-
-
-def ask_is_inside(rng, picture, refer_to):
-    """Whether an object is inside a frame; as often yes as no, where the picture allows it."""
-    color, frame = rng.choice(picture["frames"])
-    wanted = rng.random() < 0.5
-    found = search(rng, picture, refer_to, lambda box: is_inside(box, frame) is wanted)
-    if not found:
-        return None
-    name, box = found
-    text = f"Is {name} inside the {color} frame?"
-    return Question("is_inside", text, "yes" if wanted else "no", box, frame, name)
-
-
-def ask_compare(rng, picture, refer_to):
-    """How a frame lies around an object; two times in three one that it touches."""
-    color, frame = rng.choice(picture["frames"])
-    touching = rng.random() < 0.67
-    found = search(rng, picture, refer_to, lambda box: (iou(frame, box) > 0) == touching)
-    if not found:
-        return None
-    name, box = found
-    text = f"How does the {color} frame lie around {name}?"
-    return Question("compare", text, ", ".join(compare(frame, box)), box, frame, name)
-
-
-def ask_mark(rng, picture, refer_to):
-    found = refer_to(rng, picture)
-    if not found or found[1]["seen"] < 0.9:
-        return None
-    name, o = found
-    return Question("mark", f"What mark is on {name}?", f"a {o['mark']}", o["box"], None, name)
-
-
-def ask_count(rng, picture, refer_to):
-    """How many marks of a kind a view shows."""
-    if any(0.3 < o["seen"] < 0.9 for o in picture["objects"]):
-        return None
-    marks = [o["mark"] for o in picture["objects"] if o["seen"] >= 0.9]
-    mark = rng.choice(marks) if marks and rng.random() < 0.8 else rng.choice(MARKS)
-    return Question("count", f"How many {mark}s are there?", str(marks.count(mark)))

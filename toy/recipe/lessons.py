@@ -168,15 +168,15 @@ def next_question(rng, picture, level, said, repeats):
         if rng.random() < 0.5:
             return Question("repeat", "Repeat the box.", said[-1].answer)
         return Question("again", earlier.text, earlier.answer)
-    if picture["frames"] and rng.random() < 0.75:
-        kinds = ("frame", "what_inside", "is_inside", "compare", "compare")
-    elif picture["zoom"] >= LEGIBLE and rng.random() < 0.6:
-        kinds = ("mark", "mark", "mark", "count")
-    else:
-        kinds = ("find",) * 9 + ("where",)
-    ask = getattr(questions, f"ask_{rng.choice(kinds)}")
     sources = SOURCES if level else SOURCES[:1]
-    return ask(rng, picture, functools.partial(world.refer_somehow, sources=sources, tries=4))
+    refer_to = functools.partial(world.refer_somehow, sources=sources, tries=4)
+    if picture["frames"] and rng.random() < 0.75:
+        kind = rng.choice(("frame", "what_inside", "is_inside", "compare", "compare"))
+        return questions.about_frame(rng, kind, picture, refer_to)
+    kinds = ("find",) * 9 + ("where",)
+    if picture["zoom"] >= LEGIBLE and rng.random() < 0.6:
+        kinds = ("mark", "mark", "mark", "count")
+    return questions.about_object(rng, rng.choice(kinds), picture, refer_to)
 
 
 def conversation(rng, level, encode, answered):

@@ -70,14 +70,15 @@ def frame_to_find(rng):
     return picture["image"], SINGLE_PROMPT.format(text=f"the {color} frame"), box
 
 
-def asked(rng, kind, picture):
+def asked(rng, kind, picture, ask=questions.about_object):
     """An item of a kind of question of questions.py, or None."""
-    question = getattr(questions, f"ask_{kind}")(rng, picture, world.refer_somehow)
+    question = ask(rng, kind, picture, world.refer_somehow)
     return (picture["image"], question.text, question.answer) if question else None
 
 
 def about_frame(rng, kind):
-    return asked(rng, kind, questions.with_frames(rng, world.make_scene(rng), 1))
+    picture = questions.with_frames(rng, world.make_scene(rng), 1)
+    return asked(rng, kind, picture, questions.about_frame)
 
 
 def about_mark(rng, kind):
