@@ -105,8 +105,7 @@ def test_each_image_token_is_taught_what_it_shows():
 def test_a_conversation_is_a_chat_whose_boxes_are_right(vlm):
     rng, kinds = random.Random(1), set()
     for _ in range(40):
-        said = []
-        turns = lessons.conversation(rng, 2, vlm.encode, True)
+        said, turns = [], lessons.conversation(rng, 2, vlm.encode, True)
         assert turns[0][0] is not None
         for _, question in turns:
             kinds.add(question.kind)
@@ -161,9 +160,9 @@ def test_a_recipe_that_was_killed_goes_on_to_the_same_base(tmp_path, monkeypatch
         monkeypatch.setattr(lessons, name, 2)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
-    def run(folder, *steps):
-        argv = ["train", "--out", tmp_path / folder, "--steps", *steps]
-        monkeypatch.setattr("sys.argv", list(map(str, argv)))
+    def run(folder, steps):
+        argv = ["train", "--out", str(tmp_path / folder), "--steps", *steps.split()]
+        monkeypatch.setattr("sys.argv", argv)
         train.main()
         return {f.name: f.read_bytes() for f in (tmp_path / folder / "base").iterdir()}
 
@@ -174,12 +173,12 @@ def test_a_recipe_that_was_killed_goes_on_to_the_same_base(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "rate_of", killed)
-        run("killed", 2, 1, 2)
+        run("killed", "2 1 2")
     with pytest.raises(SystemExit, match="another --out"):  # its first stages are another run's
-        run("killed", 1, 2, 2)
-    again, whole = run("killed", 2, 1, 2), run("whole", 2, 1, 2)
-    assert "going on from step 2" in capsys.readouterr().out
-    assert again == whole and set(whole) == {f.name for f in BASE.iterdir()}
+        run("killed", "1 2 2")
+    again, whole = run("killed", "2 1 2"), run("whole", "2 1 2")
+    assert again == whole and "going on from step 2" in capsys.readouterr().out
+    assert set(whole) == {f.name for f in BASE.iterdir()}
 
 
 SKILLS = {  # the least that the shipped base may reach on this sample: well below what it does
