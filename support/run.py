@@ -68,9 +68,10 @@ class Run:
         """Ends the program where the phase is finished, or was begun with other values or other
         input files. ignore: flags that do not change what it makes.
         """
-        files.begin(self.args, self.name, *self.inputs, *inputs, ignore=ignore)
+        # --restart removes the checkpoint before its configuration is written anew: killed between
+        # the two, no run goes on from the other's weights.
         state = load_checkpoint(self.checkpoint, self.args.restart)
-        processes.barrier()  # with --restart the first process has removed it
+        files.begin(self.args, self.name, *self.inputs, *inputs, ignore=ignore)
         if state and state["finished"]:
             if not (self.adapter / "adapter_model.safetensors").exists():
                 errors.stop(f"{self.adapter} was finished and is gone; --restart makes it again")
@@ -153,8 +154,8 @@ class Run:
         """Ends the program before a step that would spoil the weights. rows: of the batch."""
         if not math.isfinite(loss + norm):
             ids = [row["id"] for row in rows]
-            number = f"update {self.update + 1}"
-            errors.stop(f"{number}: loss {loss}, gradient norm {norm}; samples {ids}; lower --lr")
+            found = f"update {self.update + 1}: loss {loss}, gradient norm {norm}; samples {ids}"
+            errors.stop(f"{found}; lower --lr, with --restart")
 
     def set_rate(self, optimizer):
         """The learning rate of the update at hand: linear warm-up over the first share --warmup of

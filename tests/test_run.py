@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 from support.model.adapters import adapter_state
 from support.run import Run, shuffled
@@ -48,7 +49,7 @@ def train(run, vlm, optimizer):
         yield [row["id"] for row in batch]
 
 
-def test_a_stopped_run_goes_on_as_one_that_never_stopped(phase, capsys):
+def test_a_stopped_run_goes_on_as_one_that_never_stopped(phase, monkeypatch, capsys):
     seen = [ids for _, ids in zip(range(4), train(*phase()))][:2]  # killed: two are not saved
     with pytest.raises(SystemExit) as ended:
         for ids in train(*phase()):
@@ -66,6 +67,10 @@ def test_a_stopped_run_goes_on_as_one_that_never_stopped(phase, capsys):
     with pytest.raises(SystemExit):
         phase()
     assert "sft is finished; --restart begins again" in capsys.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "begin", mock.Mock(side_effect=KeyboardInterrupt))
+        phase("--restart", "--seed", "1")  # killed before its configuration is written
+    assert not run.checkpoint.exists()  # which would have gone on under another seed
     run, vlm, _ = begun = phase("--restart")
     assert list(train(*begun)) == seen and run.best == best
     assert run.lines.path.read_bytes() == log

@@ -95,6 +95,7 @@ def test_a_path_that_cannot_be_used_is_refused_in_one_line(
         check_path("--flag", *good)
     for new in (("new/file", "new file"), ("new/folder", "new folder"), ("file", "new file")):
         check_path("--flag", *new)
+    assert not Path("new/file").exists()  # a run that is stopped leaves no empty one
 
 
 def test_flags_check_their_paths_before_any_work(parse):

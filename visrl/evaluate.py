@@ -102,7 +102,8 @@ def play(row):
             lines.append(line)
         return lines
 
-    return play_row(args, row, test, work, "crop", "seed")
+    depends_on = ["crop", "seed"] if row.box == "random" else ["crop"]
+    return play_row(args, row, test, work, *depends_on)
 
 
 # All rows, on the same samples --------------------------------------------------------------------

@@ -40,7 +40,8 @@ def say_if_unfinished(adapter):
     if not state:  # GRPO saves its first best, the adapter that it began with, before a checkpoint
         say_once(f"{adapter} has no checkpoint beside it: a copy, or a run that stopped at once")
     elif not state["finished"]:
-        say_once(f"{adapter}: the run stopped after update {state['update']}; its best so far")
+        update = f"update {state['update']}, its best so far"
+        say_once(f"{adapter}: the run stopped after {update}; once it is finished, --restart here")
 
 
 def best_adapter(run):

@@ -151,7 +151,9 @@ def check_path(flag, value, kind):
             tempfile.TemporaryFile(dir=path).close()
         elif kind == "new file":
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("ab").close()
+            tempfile.TemporaryFile(dir=path.parent).close()
+            if path.exists():
+                path.open("ab").close()
         elif kind == "folder" or kind != "file" and path.is_dir():
             os.listdir(path)
         else:

@@ -294,7 +294,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices):
-    """[n, rows, columns] with singular values near 1 (https://kellerjordan.github.io/posts/muon)."""
+    """[n, rows, columns] with singular values near 1: https://kellerjordan.github.io/posts/muon"""
     rows, columns = matrices.shape[1:]
     wide = matrices if rows <= columns else matrices.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
