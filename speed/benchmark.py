@@ -1,170 +1,159 @@
 """How fast, against what: a piece of work done the plainest correct way, and as this code does it.
 
-    python -m speed.benchmark                                random weights
-    python -m speed.benchmark --rows 1 2                     of these rows alone
-    python -m speed.benchmark --config 4b --dtype bfloat16   the real model's dimensions, for a GPU
-    python -m speed.benchmark --run runs/toy                 a trained run's model and test samples
-    python -m speed.benchmark --rows 5                       one update of GRPO against TRL
+    python -m speed.benchmark                                     the toy
+    python -m speed.random_checkpoint --out runs/random_4b
+    python -m speed.benchmark --preset paper --model runs/random_4b      for a GPU
 
 The plain way (plain.py) is `generate()` over the whole context, encoded anew at every step, and one
-forward pass per trajectory with all of its logits, or those of the targets (`logits_to_keep`).
-Before anything is timed both ways have to agree: in float32 the same tokens under greedy decoding,
-and the same losses and gradients within a tolerance. Then they take turns; a row has the medians.
+forward pass per trajectory with all of its logits. Before anything is timed both ways have to
+agree: in float32 the same tokens under greedy decoding, and the same losses and gradients within a
+tolerance. Then they take turns; a row has the medians.
+
+The adapter is the best one in --out; where there is none, a new one with random weights.
 """
 
-import argparse
+import statistics
+import tempfile
+import time
 from functools import partial
+from pathlib import Path
 
-from common import feedback_pictures
-from speed.against_trl import against_trl
-from speed.measure import take_turns
-from speed.ours import our_sft, update
-from speed.plain import plain_logprobs, plain_rollout, plain_sft
-from speed.random_checkpoint import CONFIGS
-from speed.work import random_work, work_of_run
+from common import feedback_pictures, grpo_loss, trajectory_logprobs
+from speed.plain import plain_logprobs, plain_rollout
+from support.data.samples import load_image
+from support.model.adapters import lora_size, policy_and_reference, using
+from support.model.checkpoints import best_adapter
 from support.model.decoding import play
-from support.model.loading import quiet
+from support.model.loading import load_vlm
 from support.running.errors import stop
-from support.running.flags import EMBEDDED
+from support.running.flags import flags
+from toy.world import make_samples
 
 import torch
 
+PROMPTS = 2  # as --preset paper decodes them together
 GROUP = dict(group_size=6, temperatures=(1.0, 0.7))  # as the presets sample
-ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]
+ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]  # of the trajectories of a group
+TOKENS = 60  # of a step, at most
+TURNS = 3  # timed calls of each way
 
 
-# The two ways -------------------------------------------------------------------------------------
-def decoding(work, count, tokens, **more):
-    """way -> a function that decodes the first `count` prompts, T = 2.
+def prepare(args):
+    """(a model with policy and reference; PROMPTS images of the toy's world, and their texts)."""
+    vlm = load_vlm(args)
+    adapter = best_adapter(args.out)
+    policy_and_reference(vlm, adapter, lora_size(args.preset))
+    if adapter is None:
+        for name, p in vlm.model.named_parameters():
+            if "lora_B" in name:  # begins at zero, where no adapter differs from another
+                torch.nn.init.normal_(p, std=0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        samples = make_samples(folder, 1, args.seed)[:PROMPTS]
+        images = [load_image(sample, Path(folder)) for sample in samples]
+    if args.preset == "paper":
+        images = [image.resize((640, 480)) for image in images]  # as photos are: 300 image tokens
+    return vlm, images, [sample["expression"] for sample in samples]
 
-    more: arguments of both rollouts.
+
+# Ours, without flags, logs and files; the plain ways are in plain.py ------------------------------
+def our_logprobs(vlm, trajectories, images):
+    """Log-probabilities and entropies [M] of all targets; the rollout's image tokens serve."""
+    scores = trajectory_logprobs(vlm, trajectories)
+    return scores.logprob, scores.entropy
+
+
+def grpo_gradient(vlm, trajectories, images, advantages, *, batch_size, logprobs=our_logprobs):
+    """GRPO's gradient, `batch_size` trajectories at a time; returns the loss.
+
+    images: PIL, those of each trajectory. logprobs: `our_logprobs`, or the plain way's.
     """
-    what = work.vlm, work.images[:count], work.texts[:count], 2
-    return {
-        "plain": partial(plain_rollout, *what, max_tokens=tokens, **more),
-        "ours": partial(play, *what, max_tokens=tokens, seeds=list(range(count)), **more),
-    }
+    tokens = sum(len(t.target) for t in trajectories)
+    total = 0.0
+    vlm.model.zero_grad()
+    for i in range(0, len(trajectories), batch_size):
+        part = slice(i, i + batch_size)
+        batch = trajectories[part], images[part]
+        with torch.no_grad(), using(vlm, "reference"):
+            reference, _ = logprobs(vlm, *batch)  # [M], like the three others
+        logprob, entropy = logprobs(vlm, *batch)
+        pairs = zip(trajectories[part], advantages[part])
+        advantage = torch.tensor([a for t, a in pairs for _ in t.target]).to(logprob)
+        loss, *_ = grpo_loss(logprob, reference, advantage, entropy, beta=0.04, entropy_weight=0.01)
+        (loss / tokens).backward()
+        total += loss.item() / tokens
+    return total
 
 
-def training(work, count, tokens, **more):
-    """(name -> a function that does one update of GRPO, the same for a pass of SFT), on what our
-    way decodes; each leaves a gradient and returns the loss."""
-    rows = decoding(work, count, tokens, **more)["ours"]()
-    owners = [image for image in work.images[:count] for _ in range(len(rows) // count)]
-    images = [feedback_pictures(image, row.boxes) for image, row in zip(owners, rows)]
-    one = partial(update, work.vlm, rows, images, ADVANTAGES[: len(rows)])
-    grpo = {
-        "plain": partial(one, batch_size=1, logprobs=plain_logprobs),
-        "logits_to_keep": partial(one, batch_size=1, logprobs=partial(plain_logprobs, keep=True)),
-        "ours, one at a time": partial(one, batch_size=1),
-        "ours": partial(one, batch_size=len(rows)),
-    }
-    batch = work.vlm, rows[:4], images[:4]
-    return grpo, {"plain": partial(plain_sft, *batch), "ours": partial(our_sft, *batch)}
+# Pairs of functions: the plain way and ours -------------------------------------------------------
+def decoding(vlm, images, texts, tokens, **more):
+    """Rollouts of all prompts, T = 2. more: arguments of both."""
+    what = vlm, images, texts, 2
+    plain = partial(plain_rollout, *what, max_tokens=tokens, **more)
+    return plain, partial(play, *what, max_tokens=tokens, seeds=list(range(len(images))), **more)
 
 
-# Whether they agree -------------------------------------------------------------------------------
-def distances(vlm, way, other_way):
-    """How far the losses and the gradients of two ways are apart, relatively."""
-    losses = []
-    gradients = []
-    for run in (way, other_way):
-        losses.append(run())
-        grads = [p.grad.flatten() for p in vlm.model.parameters() if p.grad is not None]
-        gradients.append(torch.cat(grads))
-    apart = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
-    return abs(losses[0] - losses[1]) / abs(losses[0]), apart.item()
+def updates(vlm, trajectories, images):
+    """Updates of GRPO. images: PIL, one for each trajectory."""
+    pictures = [feedback_pictures(image, t.boxes) for image, t in zip(images, trajectories)]
+    update = partial(grpo_gradient, vlm, trajectories, pictures, ADVANTAGES)
+    plain = partial(update, batch_size=1, logprobs=plain_logprobs)
+    return plain, partial(update, batch_size=len(trajectories))
 
 
-def check(work, tokens):
-    """Stops with what differs unless both ways agree on two samples, of `tokens` a step.
+# Whether they agree, and how long they take -------------------------------------------------------
+def check(vlm, images, texts, tokens=16):
+    """Stops unless both ways agree, on steps of `tokens`.
 
     In bfloat16 near ties fall either way, so tokens may differ there.
     """
-    is_exact = work.vlm.base.dtype == torch.float32
-    plain, ours = (decode() for decode in decoding(work, 2, tokens).values())
+    is_exact = vlm.base.dtype == torch.float32
+    plain, ours = (decode() for decode in decoding(vlm, images, texts, tokens))
     same = sum(a.target == b.target and a.boxes == b.boxes for a, b in zip(plain, ours))
-    grpo, sft = training(work, 2, tokens)
-    pairs = {
-        "GRPO": (grpo["plain"], grpo["ours"]),
-        "logits_to_keep": (grpo["logits_to_keep"], grpo["ours, one at a time"]),
-        "SFT": (sft["plain"], sft["ours"]),
-    }
-    apart = {name: distances(work.vlm, *pair) for name, pair in pairs.items()}
-    print(f"the two ways: {same} of 2 greedy trajectories have the same tokens;")
-    said = [f"{name} {loss:.0e} and {gradient:.0e}" for name, (loss, gradient) in apart.items()]
-    print(f"  loss and gradient differ by: {', '.join(said)}")
-    worst = max(max(pair) for pair in apart.values())
-    if (is_exact and same < 2) or worst > (5e-3 if is_exact else 0.1):
+    losses, gradients = [], []
+    for update in updates(vlm, ours, images):
+        losses.append(update())
+        grads = [p.grad.flatten() for p in vlm.model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(grads))
+    loss = abs(losses[0] - losses[1]) / abs(losses[0])
+    gradient = (gradients[0] - gradients[1]).norm().item() / gradients[0].norm().item()
+    print(f"the two ways: {same} of {len(ours)} greedy trajectories have the same tokens;")
+    print(f"  loss and gradient of GRPO differ by {loss:.0e} and {gradient:.0e}")
+    if (is_exact and same < len(ours)) or max(loss, gradient) > (5e-3 if is_exact else 0.1):
         stop("the two ways do not agree; nothing is timed")
 
 
-# The rows -----------------------------------------------------------------------------------------
-def show(name, plain, ours):
-    print(f"{name:38}{plain:10.2f}{ours:10.2f}{plain / ours:14.2f}", flush=True)
+def now():
+    """Seconds, once all work that was begun is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def group_rollout(work, args):
-    cost = take_turns(decoding(work, 1, args.tokens, **GROUP), args.repeats)
-    show("1. rollout of a group, N = 6, T = 2", *cost.values())
+def compare(work, ways):
+    """Prints a row: the medians of both ways, in turn. The first call of each is not timed."""
+    seconds = []
+    for _ in range(TURNS + 1):
+        for way in ways:
+            start = now()
+            way()
+            seconds.append(now() - start)
+    plain, ours = (statistics.median(seconds[2 + i :: 2]) for i in range(2))
+    print(f"{work:38}{plain:10.2f}{ours:10.2f}{plain / ours:14.2f}", flush=True)
 
 
-def rollouts(work, args):
-    for n in args.sizes:
-        cost = take_turns(decoding(work, n, args.tokens), args.repeats)
-        show(f"2. rollout of P = {n} prompts, T = 2", *cost.values())
-
-
-def update_of_grpo(work, args):
-    ways, _ = training(work, 1, args.tokens, **GROUP)
-    cost = take_turns(ways, args.repeats)
-    show("3. GRPO update, ours in a batch of 6", cost["plain"], cost["ours"])
-    show("   ours one at a time, as plain", cost["plain"], cost["ours, one at a time"])
-    show("   against logits_to_keep, likewise", cost["logits_to_keep"], cost["ours, one at a time"])
-
-
-def pass_of_sft(work, args):
-    _, ways = training(work, 1, args.tokens, **GROUP)
-    show("4. SFT, batch of 4 trajectories", *take_turns(ways, args.repeats).values())
-
-
-ROWS = {1: group_rollout, 2: rollouts, 3: update_of_grpo, 4: pass_of_sft, 5: against_trl}
-
-
-# The command --------------------------------------------------------------------------------------
-def parse():
-    parser = argparse.ArgumentParser(
-        prog="python -m speed.benchmark", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--rows", type=int, nargs="+", choices=ROWS, default=list(ROWS), help="of the table")
-    add("--config", choices=CONFIGS, default="small", help="of the random weights (small)")
-    add("--run", help="a trained run instead: its best adapter and test samples")
-    add("--model", default=EMBEDDED, help=f"with --run: the base model ({EMBEDDED})")
-    add("--quantize", choices=("none", "nf4"), default="none", help="of the weights (none)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--checkpointing", choices=("on", "off"), default="on", help="in training passes (on)")
-    add("--tokens", type=int, default=60, help="of a step; with --run at most (60)")
-    add("--repeats", type=int, default=3, help="timed calls of each way (3)")
-    add("--sizes", type=int, nargs="+", default=[1, 4, 8], help="prompts at once (1 4 8)")
-    return parser.parse_args()
-
-
-def main():
-    args = parse()
-    quiet()
-    count = max(2, *args.sizes)
-    work = work_of_run(args, count) if args.run else random_work(args, count)
+def main(args):
+    vlm, images, texts = prepare(args)
     machine = f"{torch.get_num_threads()} CPU threads"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
-    print(f"{machine}, torch {torch.__version__}, {args.dtype}")
-    print(f"{args.run or args.config}: {args.tokens} tokens a step, medians of {args.repeats}")
-    check(work, min(args.tokens, 16))
+    print(f"{machine}, torch {torch.__version__}; {TOKENS} tokens a step, medians of {TURNS}")
+    check(vlm, images, texts)
     print(f"{'work':38}{'plain, s':>10}{'ours, s':>10}{'times faster':>14}")
-    for number in sorted(set(args.rows)):
-        ROWS[number](work, args)
+    rollouts = decoding(vlm, images, texts, TOKENS, **GROUP)
+    compare(f"rollout of {PROMPTS} prompts, N = 6, T = 2", rollouts)
+    _, ours = decoding(vlm, images[:1], texts[:1], TOKENS, **GROUP)
+    compare("GRPO update, ours in a batch of 6", updates(vlm, ours(), images[:1] * 6))
 
 
 if __name__ == "__main__":
-    main()
+    main(flags(None, __doc__))

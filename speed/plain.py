@@ -1,17 +1,10 @@
 """The plainest correct way, with the public API of transformers alone.
 
-Decoding is `generate()` over the whole context, encoded anew at every step; training is one forward
-pass of the model, over one trajectory for GRPO's update, with all of its logits.
+Decoding is `generate()` over the whole context, encoded anew at every step; log-probabilities are
+of one forward pass of the model over one trajectory, with all of its logits.
 """
 
-from common import (
-    IVT,
-    ImageTokens,
-    begin,
-    continuation_ids,
-    last_valid,
-    read_box,
-)
+from common import IVT, ImageTokens, begin, continuation_ids, last_valid, read_box
 
 import torch
 
@@ -109,43 +102,16 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size=1, temper
     return rows
 
 
-def plain_logprobs(vlm, trajectories, images, *, keep=False):
-    """Log-probabilities and entropies [M] of one trajectory: the model's own forward pass.
+def plain_logprobs(vlm, trajectories, images):
+    """Log-probabilities and entropies [M] of one trajectory, from all of its logits.
 
-    images: PIL, a list for the trajectory. keep: ask the model for the logits at the targets alone
-    (`logits_to_keep`).
+    images: PIL, a list for the trajectory.
     """
     [trajectory] = trajectories
-    device = vlm.base.device
-    predictor = torch.tensor(trajectory.predictor, device=device)  # [M]
-    target = torch.tensor(trajectory.target, device=device)  # [M]
     recompute_activations(vlm)
     inputs = model_inputs(vlm, [trajectory.ids], images)
-    if keep:
-        logits = vlm.base(**inputs, use_cache=False, logits_to_keep=predictor).logits[0]  # [M, V]
-    else:
-        logits = vlm.base(**inputs, use_cache=False).logits[0][predictor]  # [M, V]
-    placeholder = torch.tensor([vlm.base.config.image_token_id], device=device)
+    logits = vlm.base(**inputs, use_cache=False).logits[0, trajectory.predictor]  # [M, V]
+    placeholder = torch.tensor([vlm.base.config.image_token_id], device=logits.device)
     logprobs = logits.float().index_fill(-1, placeholder, -1e30).log_softmax(-1)  # [M, V]
     entropy = -(logprobs.exp() * logprobs).sum(-1)  # [M]
-    return logprobs.gather(1, target[:, None])[:, 0], entropy
-
-
-def plain_sft(vlm, trajectories, images):
-    """SFT's gradient, the model's own loss on labels over the batch; returns the loss."""
-    sequences = []
-    for t in trajectories:
-        # A last target that is not in the sequence, the end of the turn, is put behind it
-        is_outside = t.predictor[-1] == len(t.ids) - 1
-        sequences.append(t.ids + t.target[-1:] if is_outside else t.ids)
-    inputs = model_inputs(vlm, sequences, images)
-    labels = torch.full_like(inputs["input_ids"], -100)  # [B, L]
-    for row, sequence, t in zip(labels, sequences, trajectories):
-        padding = len(row) - len(sequence)
-        places = [padding + p + 1 for p in t.predictor]
-        row[places] = torch.tensor(t.target, device=row.device)
-    vlm.model.zero_grad()
-    recompute_activations(vlm)
-    loss = vlm.base(**inputs, labels=labels, use_cache=False).loss
-    loss.backward()
-    return loss.item()
+    return logprobs[torch.arange(len(logprobs)), trajectory.target], entropy

@@ -10,12 +10,13 @@ import math
 import random
 import time
 
-from support.model.adapters import adapter_state, restore_adapter, weights_of
+from support.model.adapters import adapter_state, weights_of
 from support.model.checkpoints import load_checkpoint, save_checkpoint
 from support.running import errors, files, processes
 from support.running.flags import command, flags
 
 import torch
+from peft import set_peft_model_state_dict
 from tqdm import tqdm
 
 # What the bar shows of the rows of a log
@@ -88,7 +89,7 @@ class Run:
         self.vlm, self.optimizer, self.count = vlm, optimizer, count
         state = load_checkpoint(self.checkpoint)
         if state:
-            restore_adapter(vlm.model, state["adapter"], vlm.model.active_adapter)
+            set_peft_model_state_dict(vlm.model, state["adapter"], vlm.model.active_adapter)
             optimizer.load_state_dict(state["optimizer"])
             self.update, self.best = state["update"], state["best"]
             print(f"going on after update {self.update}")

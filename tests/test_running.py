@@ -212,7 +212,7 @@ def test_running_out_of_memory_names_what_is_at_work_and_the_flag(monkeypatch, c
         sys.excepthook(type(error), error, None)
         return capsys.readouterr().err
 
-    errors.explain_out_of_memory("--max-pixels")
+    errors.explain_out_of_memory("--max-pixels", "a smaller --model, or --quantize nf4")
     errors.working_on([])
     end = ". What was saved before is whole\n"
     message = "error: out of memory before the first sample; give a smaller --model, or "

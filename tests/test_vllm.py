@@ -52,12 +52,12 @@ def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
 
 def test_another_policy_than_the_trained_one_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace())
-    args = SimpleNamespace(engine="vllm", quantize="nf4", vllm="")
+    args = SimpleNamespace(engine="vllm", quantize="nf4", vllm="[1]")
     with pytest.raises(SystemExit, match="--quantize none"):
         rollouts(args)
     args.quantize = "none"
     with pytest.raises(SystemExit, match="no JSON object"):
-        on_vllm.further_arguments("[1]")
+        on_vllm.start(args, None)
     monkeypatch.setattr(on_vllm, "WORLD", 2)
     with pytest.raises(SystemExit, match="one process"):
         rollouts(args)
@@ -154,17 +154,17 @@ def test_the_loop_is_that_of_the_plain_rollout(vlm, stand_in, loop, given, monke
     engine = on_vllm.Engine(SimpleNamespace(llm_engine=PlainWriter(vlm)), "")
     options = dict(max_tokens=14, loop=loop, group_size=2, first_texts=given)
     played = []
+    answers = [0, 0, 500, 900], None, [100, 200, 300, 400]
+    monkeypatch.setattr(common, "parse_box", lambda text: answers[len(text) % 3])
     for play in (partial(rollout, vlm), partial(play_on, engine, vlm)):
-        answers = iter([[0, 0, 500, 900], None, [100, 200, 300, 400]] * 6)
-        monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
         played.append(play(PICTURES, TEXTS, 2, **options))
     plain, ours = played
     same(ours, plain, 1e-4)
     lengths = {t.step.count(step) for t in ours for step in range(3)}
     assert len(lengths) > 1  # some steps have ended early
-    # The next prompt is the ids of the step before: nothing is tokenised again
-    prompts = engine.llm.llm_engine.prompts
-    assert all(b[: len(a)] == a for a, b in zip(prompts, prompts[6:]))
+    # Each prompt is the ids of a trajectory so far: nothing is tokenised again
+    for prompt in engine.llm.llm_engine.prompts:
+        assert any(t.ids[: len(prompt)] == prompt for t in ours)
 
 
 @pytest.mark.parametrize("together", [False, True])

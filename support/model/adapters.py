@@ -7,7 +7,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.model.loading import load_vlm, loading, quiet
+from support.model.loading import loading, quiet
 from support.running.errors import stop
 from support.running.files import agrees, writing
 from support.running.flags import command
@@ -15,13 +15,7 @@ from support.running.presets import PRESETS
 from support.running.processes import RANK
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 
 ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
@@ -87,35 +81,30 @@ def add_adapter(vlm, folder, name):
 
     It is frozen. One of this name that is there already is not loaded again. Exits when `folder` is
     no adapter, is damaged, does not fit the model or was trained on another base (base.json; a
-    folder without it is taken on trust).
+    folder without it is taken on trust). PEFT itself passes over another base in silence, and over
+    keys that only one of the adapter's two files speaks of.
     """
     quiet()
+    folder = Path(folder)
     if not (isinstance(vlm.model, PeftModel) and name in vlm.model.peft_config):
-        load_adapter(vlm, Path(folder), name)
+        with loading(f"adapter {folder}", "*.json and *.safetensors"):
+            with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+                there = {key for key in file.keys() if "lora_" in key}
+            then = now = fingerprint(vlm)
+            if (folder / "base.json").exists():
+                then = json.loads((folder / "base.json").read_text())
+            if then != now:
+                stop(f"{folder} was trained on another base model: {then}; --model is {now}")
+            place = folder.resolve()  # which is never taken for a hub id
+            if isinstance(vlm.model, PeftModel):
+                vlm.model.load_adapter(place, adapter_name=name)
+            else:
+                vlm.model = PeftModel.from_pretrained(vlm.model, place, adapter_name=name)
+        for key in sorted(there ^ set(adapter_state(vlm.model, name)))[:1]:
+            stop(f"adapter {folder}: only one of {' and '.join(ADAPTER_FILES[1:])} speaks of {key}")
     vlm.model.set_adapter(name)
-    for p in vlm.model.parameters():
-        p.requires_grad_(False)
+    vlm.model.requires_grad_(False)
     vlm.model.train()  # PEFT has just switched to eval mode; see load_vlm
-
-
-def load_adapter(vlm, folder, name):
-    """PEFT's own loading, and what it passes over in silence: another base, and keys that only one
-    of the adapter's two files speaks of."""
-    with loading(f"adapter {folder}", "*.json and *.safetensors"):
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            there = {key for key in file.keys() if "lora_" in key}
-        then = now = fingerprint(vlm)
-        if (folder / "base.json").exists():
-            then = json.loads((folder / "base.json").read_text())
-        if then != now:
-            stop(f"{folder} was trained on another base model: {then}; --model is {now}")
-        place = folder.resolve()  # which is never taken for a hub id
-        if isinstance(vlm.model, PeftModel):
-            vlm.model.load_adapter(place, adapter_name=name)
-        else:
-            vlm.model = PeftModel.from_pretrained(vlm.model, place, adapter_name=name)
-    for key in sorted(there ^ set(adapter_state(vlm.model, name)))[:1]:
-        stop(f"adapter {folder}: only one of {' and '.join(ADAPTER_FILES[1:])} speaks of {key}")
 
 
 @contextmanager
@@ -127,14 +116,6 @@ def using(vlm, adapter):
         yield
     finally:
         vlm.model.set_adapter(before)
-
-
-def load_with_adapter(args, folder=None):
-    """The base model with the adapter in `folder`, or as it is (None), for evaluation."""
-    vlm = load_vlm(args)
-    if folder:
-        add_adapter(vlm, folder, "policy")
-    return vlm
 
 
 # Files of an adapter ------------------------------------------------------------------------------
@@ -172,8 +153,3 @@ def adapter_state(model, name="default"):
     """name -> tensor, copies on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: value.detach().cpu().clone() for key, value in state.items()}
-
-
-def restore_adapter(model, state, name="default"):
-    """Gives an adapter the weights that `adapter_state` has taken of it."""
-    set_peft_model_state_dict(model, state, adapter_name=name)

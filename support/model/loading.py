@@ -33,16 +33,15 @@ def quiet():
     transformers.logging.disable_progress_bar()
 
 
-def load_vlm(args, name=None, quantize=None):
+def load_vlm(args, name=None):
     """A base checkpoint as a VLM; no code of the checkpoint is run.
 
-    name: a folder or hub id with safetensors (default: --model); quantize: "nf4" or "none"
-    (default: --quantize). All weights are frozen. Of what PEFT's `prepare_model_for_kbit_training`
-    does beside that, norms stay in bf16, since Qwen3-VL's compute in float32 whatever they are
-    stored in, and inputs need no gradient, since checkpointing is not reentrant. The vision tower
-    and the output layer are not quantised. Attention is PyTorch's SDPA: the flash-attn package's
-    kernel takes padding at the left alone, and a rollout pads inside the cache. Exits when the
-    checkpoint is damaged or of another kind.
+    name: a folder or hub id with safetensors (default: --model). All weights are frozen. Of what
+    PEFT's `prepare_model_for_kbit_training` does beside that, norms stay in bf16, since Qwen3-VL's
+    compute in float32 whatever they are stored in, and inputs need no gradient, since checkpointing
+    is not reentrant. The vision tower and the output layer are not quantised. Attention is
+    PyTorch's SDPA: the flash-attn package's kernel takes padding at the left alone, and a rollout
+    pads inside the cache. Exits when the checkpoint is damaged or of another kind.
     """
     quiet()
     free_memory()
@@ -50,7 +49,7 @@ def load_vlm(args, name=None, quantize=None):
     check_kind(name)
     dtype = getattr(torch, args.dtype)
     options = {}
-    if (quantize or args.quantize) == "nf4":
+    if args.quantize == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -17,15 +17,15 @@ from support.running.flags import Flag, command, flags
 import torch
 
 if __name__ == "__main__":
-    args = flags(None, __doc__, folder=Flag("where the checkpoint is written", kind="new folder"))
+    args = flags("merge", __doc__, folder=Flag("where the checkpoint goes", kind="new folder"))
     if not args.folder:
         stop("give the folder to write: --folder merged")
     adapter = best_adapter(args.out)
     if not adapter:
         stop(f"{args.out} has no adapter; first run: {command(args, 'python sft.py')}")
     dtype = getattr(torch, args.dtype)
-    args.dtype = "float32"
-    vlm = load_vlm(args, quantize="none")
+    args.dtype, args.quantize = "float32", "none"
+    vlm = load_vlm(args)
     add_adapter(vlm, adapter, "policy")
     with writing(args.folder):
         vlm.model.merge_and_unload().to(dtype).save_pretrained(args.folder)

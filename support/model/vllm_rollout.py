@@ -14,16 +14,16 @@ How it is done:
 - LoRA: the adapter that is active in the trainer's model is saved and handed over under a new name
   whenever its weights have changed. The name matters: the prefix cache goes by it.
 
-The update stays as it is, with an importance ratio of 1. This holds up to rounding: vLLM's kernels
-add up in another order than the trainer's, and in bfloat16 log pi of a token may differ by some
-hundredths. `grpo.py` logs the mean and the largest |log pi_sampler - log pi_trainer| of an update
-(`sampler_gap`, `sampler_gap_max`) and warns when the mean is above the bound in
+The update stays as it is, with an importance ratio of 1. This holds up to rounding: in bfloat16
+log pi of a token may differ by some hundredths, since vLLM's kernels add up in another order.
+`grpo.py` logs how far (`sampler_gap`) and warns when the mean is above the bound in
 support/report/health.py. Truncated importance sampling, which would correct for it, is not built
 in: with `--dtype float32` the ratio is 1 to five digits, and a gap that is large tells of something
 else that is wrong.
 """
 
 import atexit
+import itertools
 import json
 import math
 import os
@@ -37,9 +37,11 @@ from pathlib import Path
 from common import (
     IVT,
     ImageTokens,
+    Trajectory,
     begin,
     continuation_ids,
     encode_images,
+    feedback_pictures,
     last_valid,
     read_box,
     token_text,
@@ -60,13 +62,25 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA, that vLLM takes as the l
 
 @dataclass
 class Engine:
-    """A running vLLM, and the adapters that it was given."""
+    """A running vLLM of one base model, and the adapters that it was given."""
 
     llm: object  # vllm.LLM
     folder: str  # the adapters are saved in it
+    base: str = ""  # the model's name
     handed: dict = field(default_factory=dict)  # name -> (parameters, their versions, LoRARequest)
-    count: int = 0  # of adapters handed over so far
-    requests: int = 0
+    numbers: object = field(default_factory=lambda: itertools.count(1))  # of adapters and requests
+
+
+@dataclass
+class Row:
+    """A trajectory, and what it is played with."""
+
+    trajectory: Trajectory
+    image: Image.Image
+    text: str
+    seeds: list  # of its steps
+    shown: list  # its pictures, as vLLM gets them
+    before: list = field(default_factory=list)  # the ids that the step at hand begins with
 
 
 # The engine ---------------------------------------------------------------------------------------
@@ -81,23 +95,16 @@ def player(args, trainee=None):
         stop("--engine vllm takes --quantize none: in 4 bits it would play another policy")
     if WORLD > 1:
         stop("--engine vllm takes one process; more GPUs: --vllm '{\"tensor_parallel_size\": 8}'")
-    running = {}  # the base model's name -> Engine, one at most
-
-    def engine_of(vlm):
-        name = vlm.base.name_or_path
-        if name not in running:
-            for engine in running.values():
-                engine.llm.llm_engine.engine_core.shutdown()
-            running.clear()
-            running[name] = start(args, vlm)
-        return running[name]
+    engine = start(args, trainee) if trainee else None
 
     def roll(vlm, *what, **options):
-        encode = vlm is trainee
-        return vllm_rollout(engine_of(vlm), *what, vlm=vlm, encode=encode, **options)
+        nonlocal engine
+        if engine and engine.base != vlm.base.name_or_path:
+            engine.llm.llm_engine.engine_core.shutdown()
+            engine = None
+        engine = engine or start(args, vlm)
+        return vllm_rollout(engine, *what, vlm=vlm, encode=vlm is trainee, **options)
 
-    if trainee:
-        engine_of(trainee)
     return roll
 
 
@@ -121,7 +128,11 @@ def import_vllm():
 
 def start(args, vlm):
     """An Engine of vlm's base model. What --vllm says goes before what is chosen here."""
-    more = further_arguments(args.vllm)
+    try:
+        more = dict(json.loads(args.vllm or "{}"))
+    except (ValueError, TypeError):
+        example = "'{\"tensor_parallel_size\": 2}'"
+        stop(f"--vllm {args.vllm}: no JSON object; for example {example}")
     free_memory()
     pictures = getattr(args, "steps", 1) + 1
     processor = vlm.image_processor
@@ -141,25 +152,18 @@ def start(args, vlm):
         generation_config="vllm",  # none of the checkpoint's own penalties and ends
         gpu_memory_utilization=0.4,  # the trainer has the rest
     )
-    rank = largest_rank(args.out, vlm)
-    if rank:
-        options |= dict(enable_lora=True, max_lora_rank=min(r for r in RANKS if r >= rank))
+    # The largest LoRA that may be handed over: vlm's own, or one in the run's folders
+    ranks = [config.r for config in getattr(vlm.model, "peft_config", {}).values()]
+    for file in args.out.glob("*/adapter_config.json"):
+        ranks.append(json.loads(file.read_text())["r"])
+    if ranks:
+        options |= dict(enable_lora=True, max_lora_rank=min(r for r in RANKS if r >= max(ranks)))
     folder = tempfile.TemporaryDirectory(dir=args.out, prefix="vllm_")
     atexit.register(folder.cleanup)
+    base = vlm.base.name_or_path
     with without_main():
-        llm = import_vllm().LLM(vlm.base.name_or_path, **options | more)
-    return Engine(llm, folder.name)
-
-
-def further_arguments(text):
-    """The dict that --vllm says."""
-    try:
-        more = json.loads(text or "{}")
-    except ValueError:
-        more = None
-    if not isinstance(more, dict):
-        stop(f"--vllm {text}: no JSON object; for example '{{\"tensor_parallel_size\": 2}}'")
-    return more
+        llm = import_vllm().LLM(base, **options | more)
+    return Engine(llm, folder.name, base)
 
 
 @contextmanager
@@ -176,48 +180,31 @@ def without_main():
         main.__spec__, main.__file__ = before
 
 
-def largest_rank(run, vlm):
-    """The largest rank of the adapters in vlm and in a run's folders, 0 without any."""
-    ranks = [config.r for config in getattr(vlm.model, "peft_config", {}).values()]
-    for file in Path(run).glob("*/adapter_config.json"):
-        ranks.append(json.loads(file.read_text())["r"])
-    return max(ranks, default=0)
-
-
-# LoRA ---------------------------------------------------------------------------------------------
 def hand_over(engine, vlm):
     """The LoRARequest of the adapter that is active in vlm, None where there is none.
 
     It is saved when its weights are not those that were saved last: other tensors, or changed in
     place since. What was saved before of this name goes.
     """
-    from vllm.lora.request import LoRARequest
-
-    name = active_adapter(vlm)
-    if name is None:
-        return None
-    weights = [p for key, p in vlm.model.named_parameters() if f".{name}." in key]
-    versions = [(id(p), p._version) for p in weights]
-    before = engine.handed.get(name)
-    if before is None or before[1] != versions:
-        if before:
-            shutil.rmtree(before[2].lora_path)
-        engine.count += 1
-        folder = Path(engine.folder) / str(engine.count)
-        save_adapter(vlm, folder, name)
-        request = LoRARequest(f"{name} {engine.count}", engine.count, str(folder))
-        engine.handed[name] = weights, versions, request  # held, so that no id is used again
-    return engine.handed[name][2]
-
-
-def active_adapter(vlm):
-    """The name of the adapter that vlm's model runs with now, or None."""
     from peft.tuners.lora import LoraLayer
+    from vllm.lora.request import LoRARequest
 
     layer = next((m for m in vlm.model.modules() if isinstance(m, LoraLayer)), None)
     if layer is None or layer.disable_adapters:
         return None
-    return vlm.model.active_adapter
+    name = vlm.model.active_adapter
+    weights = [p for key, p in vlm.model.named_parameters() if f".{name}." in key]
+    versions = [(id(p), p._version) for p in weights]
+    _, before, request = engine.handed.get(name, (None, None, None))
+    if versions != before:
+        if request:
+            shutil.rmtree(request.lora_path)
+        number = next(engine.numbers)
+        folder = Path(engine.folder) / str(number)
+        save_adapter(vlm, folder, name)
+        request = LoRARequest(f"{name} {number}", number, str(folder))
+        engine.handed[name] = weights, versions, request  # held, so that no id is used again
+    return request
 
 
 # The rollout --------------------------------------------------------------------------------------
@@ -259,147 +246,107 @@ def vllm_rollout(
     """
     if max(temperatures) > 0 and not seeds:
         raise ValueError("sampling takes a seed for each prompt")
-    lora = hand_over(engine, vlm)
     rows = []
-    shown = []  # the pictures of each row, as vLLM gets them
-    seen = []  # the same as they are: resized twice, a small one may end smaller
-    originals = []
-    row_seeds = []  # [P * N][T + 1]
-    for i, (image, text) in enumerate(zip(images, texts)):
+    given = zip(images, texts, first_texts or [None] * len(images), seeds or [0] * len(images))
+    for image, text, first_text, seed in given:
         picture, tokens = fitted(vlm, image)
-        first_text = first_texts[i] if first_texts else None
-        rows += [begin(vlm, tokens, text, loop, first_text) for _ in range(group_size)]
-        shown += [[picture] for _ in range(group_size)]
-        seen += [[image] for _ in range(group_size)]
-        originals += [image] * group_size
-        generator = torch.Generator().manual_seed(seeds[i] if seeds else 0)
-        row_seeds += torch.randint(2**31, (group_size, steps + 1), generator=generator).tolist()
-
-    for t in range(len(rows[0].boxes), steps + 1):
-        last_boxes = [last_valid(row.boxes) for row in rows]
-        if t > 0:
-            pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
-            for i, (row, picture) in enumerate(zip(rows, pictures)):
-                seen[i].append(picture)
-                picture, tokens = fitted(vlm, picture)
-                row.ids += continuation_ids(vlm, tokens, texts[i // group_size], loop)
-                row.images.append(tokens)
-                shown[i].append(picture)
-        write_step(
-            engine,
-            vlm,
-            rows,
-            shown,
-            t,
-            temperature=temperatures[min(t, 1)],
-            seeds=[own[t] for own in row_seeds],
-            max_tokens=max_tokens,
-            ends=loop.ends,
-            lora=lora,
-        )
-        for row, last_box in zip(rows, last_boxes):
-            row.boxes.append(read_box(row.texts[-1], last_box, loop))
+        generator = torch.Generator().manual_seed(seed)
+        for own in torch.randint(2**31, (group_size, steps + 1), generator=generator).tolist():
+            trajectory = begin(vlm, tokens, text, loop, first_text)
+            rows.append(Row(trajectory, image, text, own, [picture]))
+    options = dict(temperatures=temperatures, max_tokens=max_tokens, lora=hand_over(engine, vlm))
+    llm_engine = engine.llm.llm_engine
+    live = {ask(engine, vlm, row, loop, **options): row for row in rows}
+    while llm_engine.has_unfinished_requests():
+        for output in llm_engine.step():
+            row = live.get(output.request_id)
+            if row is None:  # aborted, and one token was under way
+                continue
+            if output.prompt_token_ids != row.before:
+                raise RuntimeError("vLLM's prompt is not the trajectory: another image processor?")
+            [written] = output.outputs
+            if not (take(vlm, row, written, loop) or output.finished):
+                continue
+            del live[output.request_id]
+            if not output.finished:
+                llm_engine.abort_request([output.request_id])
+            made = row.trajectory
+            text = vlm.tokenizer.decode(made.ids[len(row.before) :])
+            made.texts.append(text)
+            made.boxes.append(read_box(text, last_valid(made.boxes), loop))
+            if len(made.boxes) <= steps:
+                live[ask(engine, vlm, row, loop, **options)] = row
     if encode:
-        put_in_image_tokens(vlm, rows, seen, group_size)
-    return rows
+        put_in_image_tokens(vlm, rows, loop, group_size)
+    return [row.trajectory for row in rows]
 
 
-def put_in_image_tokens(vlm, rows, seen, group_size):
-    """Gives each trajectory the trainer's encoding of its pictures, step after step in one batch;
-    a group shares its first picture."""
-    first = encode_images(vlm, [own[0] for own in seen[::group_size]])
-    for i, row in enumerate(rows):
-        row.images[0] = first[i // group_size]
-    for t in range(1, len(seen[0])):
-        for row, tokens in zip(rows, encode_images(vlm, [own[t] for own in seen])):
-            row.images[t] = tokens
-
-
-def write_step(engine, vlm, rows, shown, t, *, temperature, seeds, max_tokens, ends, lora):
-    """Samples step t of every row: common.py's `write_step`, with vLLM writing.
-
-    shown: the pictures of each row. Appends to each row's ids, targets and texts.
-    """
+def ask(engine, vlm, row, loop, *, temperatures, max_tokens, lora):
+    """Has vLLM write the next step of a row, behind the picture and the instruction of that step.
+    Returns the name of the request."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    made = row.trajectory
+    t = len(made.boxes)
+    if t > 0:
+        picture, tokens = fitted(vlm, loop.feedback(row.image, last_valid(made.boxes)))
+        made.ids += continuation_ids(vlm, tokens, row.text, loop)
+        made.images.append(tokens)
+        row.shown.append(picture)
+    row.before = list(made.ids)
     placeholder = vlm.base.config.image_token_id
-    llm_engine = engine.llm.llm_engine
-    live = {}  # number of the request -> place in rows
-    for i, (row, own, seed) in enumerate(zip(rows, shown, seeds)):
-        params = SamplingParams(
-            temperature=temperature,
-            seed=seed,
-            max_tokens=max_tokens,
-            stop_token_ids=[vlm.token("<|im_end|>")],
-            ignore_eos=True,  # nothing else ends a step
-            logit_bias={placeholder: -100.0},  # as `text_logits` has it: never sampled
-            logprobs=1,
-            logprob_token_ids=[placeholder],
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        prompt = {
-            "prompt_token_ids": one_placeholder_each(row.ids, placeholder),
-            "multi_modal_data": {"image": own},
-        }
-        engine.requests += 1
-        llm_engine.add_request(str(engine.requests), prompt, params, lora_request=lora)
-        live[str(engine.requests)] = i
-    lengths = [len(row.ids) for row in rows]
-    text = [""] * len(rows)
-    while llm_engine.has_unfinished_requests():
-        for output in llm_engine.step():
-            if output.request_id not in live:  # aborted, and one token was under way
-                continue
-            i = live[output.request_id]
-            if output.prompt_token_ids != rows[i].ids[: lengths[i]]:
-                raise RuntimeError("vLLM's prompt is not the trajectory: another image processor?")
-            [written] = output.outputs
-            tokens = written.token_ids
-            logprobs = [
-                sampled_logprob(*pair, placeholder) for pair in zip(tokens, written.logprobs)
-            ]
-            text[i], ended = take(vlm, rows[i], tokens, logprobs, t, text[i], ends)
-            if ended and not output.finished:
-                llm_engine.abort_request([output.request_id])
-            if ended or output.finished:
-                del live[output.request_id]
-    end_of_turn = vlm.token("<|im_end|>")
-    for row in rows:
-        tokens = [token for token, step in zip(row.target, row.step) if step == t]
-        row.texts.append(vlm.tokenizer.decode([token for token in tokens if token != end_of_turn]))
+    params = SamplingParams(
+        temperature=temperatures[min(t, 1)],
+        seed=row.seeds[t],
+        max_tokens=max_tokens,
+        stop_token_ids=[vlm.token("<|im_end|>")],
+        ignore_eos=True,  # nothing else ends a step
+        logit_bias={placeholder: -100.0},  # as `text_logits` has it: never sampled
+        logprobs=1,
+        logprob_token_ids=[placeholder],
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    # One placeholder for each image: vLLM puts in as many as its tokens
+    pairs = zip(made.ids, [None, *made.ids])
+    ids = [token for token, left in pairs if not token == left == placeholder]
+    prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": row.shown}}
+    name = str(next(engine.numbers))
+    engine.llm.llm_engine.add_request(name, prompt, params, lora_request=lora)
+    return name
 
 
-def take(vlm, row, tokens, logprobs, t, text, ends):
-    """Appends sampled tokens to a row, up to where step t ends; the others are dropped.
-
-    text: what the step holds so far. Returns (the text with them, whether the step has ended).
-    """
-    for token, logprob in zip(tokens, logprobs):
-        row.predictor.append(len(row.ids) - 1)
-        row.target.append(token)
-        row.logprob.append(logprob)
-        row.step.append(t)
+def take(vlm, row, written, loop):
+    """Appends what vLLM has written to a row, up to where the step ends; the rest is dropped.
+    Returns whether it has ended."""
+    made = row.trajectory
+    t = len(made.boxes)
+    placeholder = vlm.base.config.image_token_id
+    for token, logprobs in zip(written.token_ids, written.logprobs):
+        made.predictor.append(len(made.ids) - 1)
+        made.target.append(token)
+        # vLLM's are over a vocabulary that has the image placeholder; the policy's has not
+        others = math.log1p(-math.exp(logprobs[placeholder].logprob))
+        made.logprob.append(logprobs[token].logprob - others)
+        made.step.append(t)
         if token == vlm.token("<|im_end|>"):  # a target, never context
-            return text, True
-        row.ids.append(token)
-        text += token_text(vlm.tokenizer, token)
-        if ends(text, t):
-            return text, True
-    return text, False
+            return True
+        made.ids.append(token)
+        written_so_far = made.ids[len(row.before) :]
+        if loop.ends("".join(token_text(vlm.tokenizer, one) for one in written_so_far), t):
+            return True
+    return False
 
 
-def one_placeholder_each(ids, placeholder):
-    """The ids with one placeholder for each image: vLLM puts in as many as its tokens."""
-    out = []
-    for token in ids:
-        if token != placeholder or out[-1] != placeholder:
-            out.append(token)
-    return out
-
-
-def sampled_logprob(token, logprobs, placeholder):
-    """log pi of a sampled token. logprobs: token -> vLLM's, over a vocabulary that has the image
-    placeholder; the policy's has not."""
-    return logprobs[token].logprob - math.log1p(-math.exp(logprobs[placeholder].logprob))
+def put_in_image_tokens(vlm, rows, loop, group_size):
+    """Gives each trajectory the trainer's encoding of its pictures, step after step in one batch;
+    a group shares its first picture. (Of the pictures as they are: what `fitted` has resized,
+    resized again, a small one may end smaller.)"""
+    pictures = (feedback_pictures(row.image, row.trajectory.boxes, loop) for row in rows)
+    first, *later = (list(step) for step in zip(*pictures))
+    first = encode_images(vlm, first[::group_size])
+    encoded = [[tokens for tokens in first for _ in range(group_size)]]
+    encoded += [encode_images(vlm, step) for step in later]
+    for row, own in zip(rows, zip(*encoded)):
+        row.trajectory.images = list(own)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from common import denormalize_box
 from support.data.samples import load_image
-from support.model.adapters import load_with_adapter
+from support.model.adapters import add_adapter
 from support.model.checkpoints import best_adapter
 from support.model.decoding import roll_in_parts, rollouts
+from support.model.loading import load_vlm
 from support.report.page import group, write_page
 from support.report.pictures import write_strip
 from support.report.rows import Row
@@ -51,7 +52,8 @@ def look_at(args, image, expression, loop):
     if len(samples) > 1:
         for number, sample in enumerate(samples, 1):  # a list may name a picture twice
             sample["id"] = f"{number} {sample['id']}"
-    vlm = load_with_adapter(args, adapter)
+    vlm = load_vlm(args)
+    add_adapter(vlm, adapter, "policy")
     roll = rollouts(args)
     load = partial(load_image, upright=True)
     options = dict(max_tokens=args.max_tokens, loop=loop, load=load, seeds=[0] * len(samples))

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from common import Loop, box_iou, token_text
-from support.model.adapters import load_with_adapter
+from support.model.adapters import add_adapter
 from support.model.checkpoints import say_if_unfinished
+from support.model.loading import load_vlm
 from support.model.views import implausible
 from support.running.files import agrees, begin, resumable
 
@@ -54,7 +55,9 @@ def model_of(args, row, flag):
         loaded.clear()  # free one model before another is loaded
         if row.adapter:
             agrees(args, row.adapter, flag)
-        loaded[row.adapter] = load_with_adapter(args, row.adapter and args.out / row.adapter)
+        vlm = loaded[row.adapter] = load_vlm(args)
+        if row.adapter:
+            add_adapter(vlm, args.out / row.adapter, "policy")
     return loaded[row.adapter]
 
 

@@ -17,11 +17,12 @@ def working_on(samples):
     at_work[:] = samples
 
 
-def explain_out_of_memory(advice):
+def explain_out_of_memory(advice, smaller):
     """From here on running out of memory ends the program with a message and exit status 1.
 
     The message names the samples of `working_on` and `advice`, the flags to lower; before there are
-    any, the model alone is too large. Any other exception ends the program as before.
+    any, the model alone is too large: give a `smaller` one. Any other exception ends the program as
+    before.
     """
     otherwise = sys.excepthook
 
@@ -29,7 +30,7 @@ def explain_out_of_memory(advice):
         if not out_of_memory(error):
             otherwise(kind, error, traceback)
             return
-        where = "before the first sample; give a smaller --model, or --quantize nf4"
+        where = f"before the first sample; give {smaller}"
         if at_work:
             names = [f"{s['id']} ({s['width']} x {s['height']})" for s in at_work[:4]]
             names += ["..."] * (len(at_work) > 4)

@@ -60,7 +60,10 @@ def flags(phase, doc, **extra):
     print_configuration(args)
     lock(args.out)
     sizes = ("max_pixels", "batch_size", "prompts_at_once", "max_tokens")
-    explain_out_of_memory(" or ".join(flag_of(name) for name in sizes if name in settings))
+    smaller = "a smaller --model"
+    if getattr(args, "quantize", "nf4") == "none":
+        smaller += ", or --quantize nf4"
+    explain_out_of_memory(" or ".join(flag_of(name) for name in sizes if name in settings), smaller)
     # Ctrl-C ends at once: nothing has begun that could be lost.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
     return args

@@ -41,7 +41,7 @@ VISRL = {  # of all phases of the second paper
     ),
 }
 
-PRESETS = {  # phase -> name -> Setting
+PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of the phase
     "all": {
         "model": Setting("Qwen/Qwen3-VL-4B-Instruct", "toy/base", "base model: folder or hub id"),
         "quantize": Setting("nf4", "none", "4-bit; double quantisation is ours", ("nf4", "none")),
@@ -117,6 +117,7 @@ PRESETS = {  # phase -> name -> Setting
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
         "guard": GUARD,
     },
+    "merge": {"quantize": None},  # it takes the weights in full
     "visrl.make_data": {
         **VISRL,
         "sft_samples": Setting(30647, 48, "samples with boxes, for SFT (Table 7)"),
