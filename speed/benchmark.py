@@ -1,15 +1,14 @@
 """How fast, against what: a piece of work done the plainest correct way, and as this code does it.
 
-    python -m speed.benchmark                                     the toy
+    python -m speed.benchmark                                            the toy
     python -m speed.random_checkpoint --out runs/random_4b
     python -m speed.benchmark --preset paper --model runs/random_4b      for a GPU
 
 The plain way (plain.py) is `generate()` over the whole context, encoded anew at every step, and one
 forward pass per trajectory with all of its logits. Before anything is timed both ways have to
-agree: in float32 the same tokens under greedy decoding, and the same losses and gradients within a
-tolerance. Then they take turns; a row has the medians.
-
-The adapter is the best one in --out; where there is none, a new one with random weights.
+agree: in float32 the same tokens, and the same loss and gradient within a tolerance. Then they take
+turns; a row has the medians. Decoding is greedy, so that both do the same work. The adapter is the
+best one in --out; where there is none, a new one with random weights.
 """
 
 import statistics
@@ -32,8 +31,8 @@ from toy.world import make_samples
 import torch
 
 PROMPTS = 2  # as --preset paper decodes them together
-GROUP = dict(group_size=6, temperatures=(1.0, 0.7))  # as the presets sample
-ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]  # of the trajectories of a group
+N = 6  # trajectories of a prompt
+ADVANTAGES = [1.0, -1.0, 0.5, -0.5, 1.0, -0.5]  # of the trajectories of a group
 TOKENS = 60  # of a step, at most
 TURNS = 3  # timed calls of each way
 
@@ -85,19 +84,18 @@ def grpo_gradient(vlm, trajectories, images, advantages, *, batch_size, logprobs
 
 
 # Pairs of functions: the plain way and ours -------------------------------------------------------
-def decoding(vlm, images, texts, tokens, **more):
-    """Rollouts of all prompts, T = 2. more: arguments of both."""
+def rollouts(vlm, images, texts, tokens):
+    """Rollouts of these prompts, T = 2."""
     what = vlm, images, texts, 2
-    plain = partial(plain_rollout, *what, max_tokens=tokens, **more)
-    return plain, partial(play, *what, max_tokens=tokens, seeds=list(range(len(images))), **more)
+    options = dict(max_tokens=tokens, group_size=N)
+    return partial(plain_rollout, *what, **options), partial(play, *what, **options)
 
 
-def updates(vlm, trajectories, images):
-    """Updates of GRPO. images: PIL, one for each trajectory."""
-    pictures = [feedback_pictures(image, t.boxes) for image, t in zip(images, trajectories)]
+def updates(vlm, image, trajectories):
+    """Updates of GRPO on a group of trajectories of one image (PIL)."""
+    pictures = [feedback_pictures(image, t.boxes) for t in trajectories]
     update = partial(grpo_gradient, vlm, trajectories, pictures, ADVANTAGES)
-    plain = partial(update, batch_size=1, logprobs=plain_logprobs)
-    return plain, partial(update, batch_size=len(trajectories))
+    return partial(update, batch_size=1, logprobs=plain_logprobs), partial(update, batch_size=N)
 
 
 # Whether they agree, and how long they take -------------------------------------------------------
@@ -107,16 +105,16 @@ def check(vlm, images, texts, tokens=16):
     In bfloat16 near ties fall either way, so tokens may differ there.
     """
     is_exact = vlm.base.dtype == torch.float32
-    plain, ours = (decode() for decode in decoding(vlm, images, texts, tokens))
+    plain, ours = (decode() for decode in rollouts(vlm, images, texts, tokens))
     same = sum(a.target == b.target and a.boxes == b.boxes for a, b in zip(plain, ours))
     losses, gradients = [], []
-    for update in updates(vlm, ours, images):
+    for update in updates(vlm, images[0], ours[:N]):
         losses.append(update())
         grads = [p.grad.flatten() for p in vlm.model.parameters() if p.grad is not None]
         gradients.append(torch.cat(grads))
     loss = abs(losses[0] - losses[1]) / abs(losses[0])
     gradient = (gradients[0] - gradients[1]).norm().item() / gradients[0].norm().item()
-    print(f"the two ways: {same} of {len(ours)} greedy trajectories have the same tokens;")
+    print(f"the two ways: {same} of {len(ours)} trajectories have the same tokens;")
     print(f"  loss and gradient of GRPO differ by {loss:.0e} and {gradient:.0e}")
     if (is_exact and same < len(ours)) or max(loss, gradient) > (5e-3 if is_exact else 0.1):
         stop("the two ways do not agree; nothing is timed")
@@ -149,10 +147,10 @@ def main(args):
     print(f"{machine}, torch {torch.__version__}; {TOKENS} tokens a step, medians of {TURNS}")
     check(vlm, images, texts)
     print(f"{'work':38}{'plain, s':>10}{'ours, s':>10}{'times faster':>14}")
-    rollouts = decoding(vlm, images, texts, TOKENS, **GROUP)
-    compare(f"rollout of {PROMPTS} prompts, N = 6, T = 2", rollouts)
-    _, ours = decoding(vlm, images[:1], texts[:1], TOKENS, **GROUP)
-    compare("GRPO update, ours in a batch of 6", updates(vlm, ours(), images[:1] * 6))
+    both = rollouts(vlm, images, texts, TOKENS)
+    compare(f"rollout of {PROMPTS} prompts, N = {N}, T = 2", both)
+    group = both[1]()[:N]
+    compare(f"GRPO update, ours in a batch of {N}", updates(vlm, images[0], group))
 
 
 if __name__ == "__main__":

@@ -57,11 +57,9 @@ def append_written(vlm, row, tokens, t):
 
 
 @torch.no_grad()
-def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size=1, temperatures=(0.0, 0.0)):
-    """As `rollout`, but all images and all tokens so far go through the model at every step.
-
-    Returns Trajectories with their ids, targets and boxes; `images` are PIL.
-    """
+def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
+    """As `rollout`, greedy, but all images and all tokens so far go through the model at every
+    step. Returns Trajectories with their ids, targets and boxes; `images` are PIL."""
     end_of_turn = vlm.token("<|im_end|>")
     recompute_activations(vlm)
     rows = []
@@ -70,13 +68,13 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size=1, temper
         for _ in range(group_size):
             rows.append(begin(vlm, size_in_tokens(vlm, image), text, IVT))
             shown.append([image])
+    texts = [text for text in texts for _ in range(group_size)]
     for t in range(steps + 1):
         if t > 0:
-            for i, (row, pictures) in enumerate(zip(rows, shown)):
+            for row, pictures, text in zip(rows, shown, texts):
                 picture = IVT.feedback(pictures[0], last_valid(row.boxes))
                 pictures.append(picture)
-                size = size_in_tokens(vlm, picture)
-                row.ids += continuation_ids(vlm, size, texts[i // group_size], IVT)
+                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), text, IVT)
         inputs = model_inputs(vlm, [row.ids for row in rows], shown)
         start = inputs["input_ids"].shape[1]
 
@@ -84,18 +82,14 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size=1, temper
             ends = [IVT.ends(vlm.tokenizer.decode(row[start:]), t) for row in ids]
             return torch.tensor(ends, device=ids.device)
 
-        temperature = temperatures[min(t, 1)]
-        sampling = dict(do_sample=False)
-        if temperature > 0:
-            sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
         out = vlm.base.generate(
             **inputs,
             max_new_tokens=max_tokens,
+            do_sample=False,
             eos_token_id=end_of_turn,
             pad_token_id=end_of_turn,
             stopping_criteria=[step_ends],
             suppress_tokens=[vlm.base.config.image_token_id],
-            **sampling,
         )
         for row, tokens in zip(rows, out[:, start:].tolist()):
             append_written(vlm, row, tokens, t)

@@ -8,7 +8,6 @@ The time of a pass and its memory do not depend on what the weights are; --model
 
 import argparse
 
-from support.model.loading import quiet
 from support.running.processes import device
 from toy.model import make_image_processor, make_tokenizer
 
@@ -69,5 +68,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder of the checkpoint")
     out = parser.parse_args().out
-    quiet()
     print(f"{out}: {save_random(out) / 1e9:.2f} billion parameters in bfloat16")

@@ -1,63 +1,59 @@
-"""The benchmark: that it times nothing before both ways agree, and a row of each kind."""
+"""The benchmark: that it times nothing before both ways agree, and its rows."""
 
-import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import common
 from common import rollout
 from speed import against_trl, benchmark, random_checkpoint
-from speed.work import random_work
 from support.model.adapters import new_adapter, save_adapter
 from support.model.loading import load_vlm
-from support.running.presets import PRESETS
+from support.running.flags import EMBEDDED, model_path
+from support.running.presets import settings_of
 from tests.small import picture
-from toy.recipe.train import BASE
-from toy.world import make_samples
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = dict(
-    hidden_size=80,  # LoRA of rank 2
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=32,
-    intermediate_size=64,
-    vocab_size=1024,
-)
-VISION = dict(depth=4, hidden_size=64, intermediate_size=64, num_heads=2)
+
+def args_of(preset, **more):
+    values = {name: getattr(row, preset) for name, row in settings_of(None).items()}
+    return SimpleNamespace(**{**values, "preset": preset, **more})
 
 
-@pytest.fixture
-def small(monkeypatch):
-    for name in random_checkpoint.CONFIGS:
-        monkeypatch.setitem(random_checkpoint.CONFIGS, name, (TEXT, VISION))
-
-
-def test_a_random_checkpoint_is_one_that_the_phases_load(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["random_checkpoint", "--out", str(tmp_path / "x")])
-    random_checkpoint.main()
-    assert "billion parameters" in capsys.readouterr().out
-    names = ("quantize", "dtype", "checkpointing", "max_pixels")
-    args = SimpleNamespace(**{name: PRESETS["all"][name].paper for name in names})
-    vlm = load_vlm(args, str(tmp_path / "x"))
+def test_a_random_checkpoint_is_one_that_the_phases_load(tmp_path, monkeypatch):
+    text = dict(hidden_size=80, num_hidden_layers=3, head_dim=32, intermediate_size=64)
+    text |= dict(num_attention_heads=2, num_key_value_heads=1, vocab_size=1024)
+    rope = dict(random_checkpoint.TEXT["rope_parameters"], mrope_section=[6, 5, 5])
+    vision = dict(depth=4, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=80)
+    text, vision = (
+        dict(text, rope_parameters=rope),
+        dict(vision, deepstack_visual_indexes=[0, 1, 2]),
+    )
+    monkeypatch.setattr(random_checkpoint, "TEXT", {**random_checkpoint.TEXT, **text})
+    monkeypatch.setattr(random_checkpoint, "VISION", {**random_checkpoint.VISION, **vision})
+    assert random_checkpoint.save_random(tmp_path) > 100_000
+    vlm = load_vlm(args_of("paper"), str(tmp_path))
     assert vlm.model.config.text_config.hidden_size == 80
     assert rollout(vlm, [picture(96, 80)], ["a"], 1, max_tokens=3)[0].target
 
 
-def test_nothing_is_timed_before_both_ways_agree(small, capsys, monkeypatch):
-    args = SimpleNamespace(config="small", dtype="float32", quantize="none", checkpointing="on")
-    work = random_work(args, 2)
-    work.images = [picture(96, 80), picture(64, 160, 1)]
-    work.texts = ["a", "the cat"]
+@pytest.fixture
+def args(tmp_path):
+    """Of the toy, with an adapter in --out that was not trained."""
+    args = args_of("toy", model=model_path(EMBEDDED), out=tmp_path)
+    vlm = load_vlm(args)
+    new_adapter(vlm, 4, 8)
+    save_adapter(vlm, tmp_path / "sft")
+    return args
+
+
+def test_nothing_is_timed_before_both_ways_agree(args, tmp_path, capsys, monkeypatch):
+    args.out = tmp_path / "none"
+    vlm, *_ = benchmark.prepare(args)
+    asked = [picture(96, 80), picture(64, 160, 1)], ["a", "the cat"]
     monkeypatch.setattr(common, "LOGITS_AT_ONCE", 5 * 1024)
-    benchmark.check(work, 6)
-    assert "2 of 2 greedy trajectories" in capsys.readouterr().out
+    benchmark.check(vlm, *asked, 6)
+    assert "12 of 12 trajectories" in capsys.readouterr().out
 
     def without_images(ids, images, image_token_id, start=0):  # an image's tokens as if text
         positions = [(start + i,) * 3 for i in range(len(ids))]
@@ -65,31 +61,24 @@ def test_nothing_is_timed_before_both_ways_agree(small, capsys, monkeypatch):
 
     monkeypatch.setattr(common, "mrope_positions", without_images)
     with pytest.raises(SystemExit, match="do not agree"):
-        benchmark.check(work, 6)
+        benchmark.check(vlm, *asked, 6)
 
 
-def test_benchmark_of_a_run(tmp_path):
-    """A row of each kind but TRL's, of test samples and an adapter that was not trained."""
-    samples = make_samples(tmp_path / "data", 1, 0)
-    (tmp_path / "data/test.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    vlm = load_vlm(SimpleNamespace(**against_trl.PRESET), str(BASE))
-    new_adapter(vlm, 4, 8)
-    save_adapter(vlm, tmp_path / "sft")
-    argv = [sys.executable, "-m", "speed.benchmark", "--run", str(tmp_path), "--rows", *"4132"]
-    argv += ["--checkpointing", "off", "--repeats", "1", "--sizes", "1", "--tokens", "2"]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    said = ran.stdout + ran.stderr
-    assert ran.returncode == 0 and not re.search(r"warn|Traceback|deprecat", said, re.I), said
-    numbers = [line[0] for line in said.splitlines() if re.match(r"[1-5]\. ", line)]
-    assert numbers == list("1234") and "2 of 2 greedy" in said, said
-
-
-def test_against_trl(capsys):
-    """Row 5: both learn from the same prompts and reward, and write as much."""
-    pytest.importorskip("trl")
-    against_trl.against_trl(None, SimpleNamespace(repeats=2))
+def test_the_rows(args, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "TOKENS", 2)
+    monkeypatch.setattr(benchmark, "TURNS", 1)
+    benchmark.main(args)
     said = capsys.readouterr().out
-    found = re.search(r"5\. GRPO .* times faster .* tokens a completion ([\d.]+), ([\d.]+)", said)
+    assert len(re.findall(r"^(?:rollout|GRPO) .* +[\d.]+ +[\d.]+ +[\d.]+$", said, re.M)) == 2, said
+
+
+def test_against_trl(capsys, monkeypatch):
+    """Both learn from the same prompts and reward, and write as much."""
+    pytest.importorskip("trl")
+    monkeypatch.setattr(against_trl, "TURNS", 2)
+    against_trl.main()
+    said = capsys.readouterr().out
+    found = re.search(r"GRPO .* times faster; tokens a completion ([\d.]+), ([\d.]+)", said)
     theirs, ours = map(float, found.groups())
     assert abs(theirs - ours) < 4  # the base's answers are boxes on both sides
 
@@ -99,11 +88,3 @@ def test_trl_is_given_our_reward():
     texts = ['{"bbox_2d": [0, 0, 1000, 1000]}', '{"bbox_2d": [0, 0, 500, 1000]}', "no box"]
     given = against_trl.trl_reward([[{"content": text}] for text in texts], [truth] * 3)
     assert given == pytest.approx([0.5 + 0.1, 1 + 0.1, 0.0])
-
-
-def test_a_folder_without_a_run_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--run", str(tmp_path)])
-    with pytest.raises(SystemExit) as error:
-        benchmark.main()
-    message = error.value.code
-    assert message.startswith(f"error: --run {tmp_path}") and "\n" not in message

@@ -7,7 +7,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.model.loading import loading, quiet
+from support.model.loading import loading
 from support.running.errors import stop
 from support.running.files import agrees, writing
 from support.running.flags import command
@@ -54,7 +54,6 @@ def new_adapter(vlm, rank, alpha, name="default"):
 
     PEFT keeps its weights in float32, whatever the base is in.
     """
-    quiet()
     if isinstance(vlm.model, PeftModel):
         vlm.model.add_adapter(name, lora_config(rank, alpha))
     else:
@@ -84,7 +83,6 @@ def add_adapter(vlm, folder, name):
     folder without it is taken on trust). PEFT itself passes over another base in silence, and over
     keys that only one of the adapter's two files speaks of.
     """
-    quiet()
     folder = Path(folder)
     if not (isinstance(vlm.model, PeftModel) and name in vlm.model.peft_config):
         with loading(f"adapter {folder}", "*.json and *.safetensors"):

@@ -56,7 +56,7 @@ def unpacked(vlm):
     from bitsandbytes.nn import Linear4bit
     from peft.tuners.lora import LoraLayer
 
-    before = {}  # layer -> its own `forward`, if it has one beside its class's
+    layers = []
     try:
         for layer in vlm.model.modules():
             if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
@@ -71,14 +71,12 @@ def unpacked(vlm):
             ]
             weight = dequantize_4bit(base.weight.data, base.weight.quant_state)
             weight = weight.to(base.compute_dtype)
-            before[layer] = vars(layer).get("forward")
             layer.forward = partial(project, weight=weight, bias=base.bias, loras=loras)
-        yield bool(before)
+            layers.append(layer)
+        yield bool(layers)
     finally:
-        for layer, forward in before.items():
-            del layer.forward
-            if forward:
-                layer.forward = forward
+        for layer in layers:
+            del layer.forward  # its class's is there again
 
 
 def is_plain(layer, name):

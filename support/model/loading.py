@@ -33,6 +33,9 @@ def quiet():
     transformers.logging.disable_progress_bar()
 
 
+quiet()  # before peft is imported: bitsandbytes, which comes with it, chatters too
+
+
 def load_vlm(args, name=None):
     """A base checkpoint as a VLM; no code of the checkpoint is run.
 

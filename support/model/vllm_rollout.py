@@ -41,7 +41,6 @@ from common import (
     begin,
     continuation_ids,
     encode_images,
-    feedback_pictures,
     last_valid,
     read_box,
     token_text,
@@ -131,8 +130,7 @@ def start(args, vlm):
     try:
         more = dict(json.loads(args.vllm or "{}"))
     except (ValueError, TypeError):
-        example = "'{\"tensor_parallel_size\": 2}'"
-        stop(f"--vllm {args.vllm}: no JSON object; for example {example}")
+        stop(f"--vllm {args.vllm}: no JSON object; for example '{{\"tensor_parallel_size\": 2}}'")
     free_memory()
     pictures = getattr(args, "steps", 1) + 1
     processor = vlm.image_processor
@@ -208,18 +206,19 @@ def hand_over(engine, vlm):
 
 
 # The rollout --------------------------------------------------------------------------------------
-def fitted(vlm, picture):
-    """A picture (PIL) in the size in which the image processor would show it, and its ImageTokens
-    without their values: how many rows and columns."""
+def fitted(vlm, picture, encode):
+    """(a PIL picture in the size in which the image processor would show it; its ImageTokens, which
+    have no values unless the trainer is to encode it)."""
     processor = vlm.image_processor
     side = processor.patch_size * processor.merge_size
     pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)  # [3, height, width]
     pixels = processor.resize(
         pixels, size=SizeDict(**dict(processor.size)), resample=processor.resample, factor=side
     )
-    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    tokens = ImageTokens(None, [], picture.height // side, picture.width // side)
-    return picture, tokens
+    resized = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    if encode:  # the picture as it is: resized twice, a small one may end smaller
+        return resized, *encode_images(vlm, [picture])
+    return resized, ImageTokens(None, [], resized.height // side, resized.width // side)
 
 
 def vllm_rollout(
@@ -249,12 +248,13 @@ def vllm_rollout(
     rows = []
     given = zip(images, texts, first_texts or [None] * len(images), seeds or [0] * len(images))
     for image, text, first_text, seed in given:
-        picture, tokens = fitted(vlm, image)
+        picture, tokens = fitted(vlm, image, encode)
         generator = torch.Generator().manual_seed(seed)
         for own in torch.randint(2**31, (group_size, steps + 1), generator=generator).tolist():
             trajectory = begin(vlm, tokens, text, loop, first_text)
             rows.append(Row(trajectory, image, text, own, [picture]))
-    options = dict(temperatures=temperatures, max_tokens=max_tokens, lora=hand_over(engine, vlm))
+    options = dict(temperatures=temperatures, max_tokens=max_tokens, encode=encode)
+    options |= dict(lora=hand_over(engine, vlm))
     llm_engine = engine.llm.llm_engine
     live = {ask(engine, vlm, row, loop, **options): row for row in rows}
     while llm_engine.has_unfinished_requests():
@@ -276,12 +276,10 @@ def vllm_rollout(
             made.boxes.append(read_box(text, last_valid(made.boxes), loop))
             if len(made.boxes) <= steps:
                 live[ask(engine, vlm, row, loop, **options)] = row
-    if encode:
-        put_in_image_tokens(vlm, rows, loop, group_size)
     return [row.trajectory for row in rows]
 
 
-def ask(engine, vlm, row, loop, *, temperatures, max_tokens, lora):
+def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora):
     """Has vLLM write the next step of a row, behind the picture and the instruction of that step.
     Returns the name of the request."""
     from vllm import SamplingParams
@@ -290,7 +288,7 @@ def ask(engine, vlm, row, loop, *, temperatures, max_tokens, lora):
     made = row.trajectory
     t = len(made.boxes)
     if t > 0:
-        picture, tokens = fitted(vlm, loop.feedback(row.image, last_valid(made.boxes)))
+        picture, tokens = fitted(vlm, loop.feedback(row.image, last_valid(made.boxes)), encode)
         made.ids += continuation_ids(vlm, tokens, row.text, loop)
         made.images.append(tokens)
         row.shown.append(picture)
@@ -337,16 +335,3 @@ def take(vlm, row, written, loop):
         if loop.ends("".join(token_text(vlm.tokenizer, one) for one in written_so_far), t):
             return True
     return False
-
-
-def put_in_image_tokens(vlm, rows, loop, group_size):
-    """Gives each trajectory the trainer's encoding of its pictures, step after step in one batch;
-    a group shares its first picture. (Of the pictures as they are: what `fitted` has resized,
-    resized again, a small one may end smaller.)"""
-    pictures = (feedback_pictures(row.image, row.trajectory.boxes, loop) for row in rows)
-    first, *later = (list(step) for step in zip(*pictures))
-    first = encode_images(vlm, first[::group_size])
-    encoded = [[tokens for tokens in first for _ in range(group_size)]]
-    encoded += [encode_images(vlm, step) for step in later]
-    for row, own in zip(rows, zip(*encoded)):
-        row.trajectory.images = list(own)
