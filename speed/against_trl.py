@@ -9,7 +9,7 @@ step of AdamW, from the same reward. Each goes its own way to it. TRL writes wit
 hands image and text to the model anew in each pass; its reference is the model without LoRA, ours
 a second adapter. Its gradient is of all 48 completions at once, ours of six at a time, as in
 the toy preset. TRL ends a completion at the end of the turn, ours at the box, a token earlier.
-TRL's own seconds of a step leave out the optimizer's, ours do not.
+Its own seconds of a step leave out the optimizer's, ours do not.
 """
 
 import tempfile
@@ -42,13 +42,12 @@ def our_steps(images, samples):
     optimizer = torch.optim.AdamW(parameters, lr=PRESET.lr, weight_decay=0.0)
     texts = [sample["expression"] for sample in samples]
     owners = [sample for sample in samples for _ in range(N)]
-    options = dict(max_tokens=PRESET.max_tokens, loop=SINGLE_SHOT, group_size=N)
-    options |= dict(temperatures=(1.0, 1.0))
+    options = dict(max_tokens=PRESET.max_tokens, group_size=N, temperatures=(1.0, 1.0))
     steps = []
     for turn in range(TURNS + 1):
         start = now()
         seeds = [turn * PROMPTS + i for i in range(PROMPTS)]
-        rows = play(vlm, images, texts, 0, seeds=seeds, **options)
+        rows = play(vlm, images, texts, 0, loop=SINGLE_SHOT, seeds=seeds, **options)
         rewards = torch.tensor([reward(row.boxes, sample) for row, sample in zip(rows, owners)])
         advantage = advantages(rewards.view(PROMPTS, N)).flatten()  # [P * N]
         tokens = sum(len(row.target) for row in rows)
@@ -104,7 +103,6 @@ def trl_steps(images, samples):
         max_steps=TURNS + 1,
         logging_steps=1,
         save_strategy="no",
-        report_to="none",
         disable_tqdm=True,
     )
     vlm.tokenizer.padding_side = "left"

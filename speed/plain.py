@@ -22,8 +22,7 @@ def model_inputs(vlm, sequences, images):
     longest = max(map(len, sequences))
     ids = torch.tensor([[0] * (longest - len(s)) + s for s in sequences], device=device)
     mask = [[0] * (longest - len(s)) + [1] * len(s) for s in sequences]
-    flat = [image for row in images for image in row]
-    pixels = vlm.image_processor(images=flat, return_tensors="pt")
+    pixels = vlm.image_processor(images=sum(images, []), return_tensors="pt")
     return dict(
         input_ids=ids,
         attention_mask=torch.tensor(mask, device=device),
@@ -54,17 +53,13 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
     end_of_turn = vlm.token("<|im_end|>")
     for layer in vlm.base.model.language_model.layers:
         layer.gradient_checkpointing = False  # a checkpointed layer writes no cache
-    rows = []
-    shown = []  # the pictures of each row
-    for image, text in zip(images, texts):
-        for _ in range(group_size):
-            rows.append(begin(vlm, size_in_tokens(vlm, image), text, IVT))
-            shown.append([image])
-    texts = [text for text in texts for _ in range(group_size)]
+    owners = [pair for pair in zip(images, texts) for _ in range(group_size)]
+    rows = [begin(vlm, size_in_tokens(vlm, image), text, IVT) for image, text in owners]
+    shown = [[image] for image, _ in owners]  # the pictures of each row
     for t in range(steps + 1):
         if t > 0:
-            for row, pictures, text in zip(rows, shown, texts):
-                picture = IVT.feedback(pictures[0], last_valid(row.boxes))
+            for row, pictures, (image, text) in zip(rows, shown, owners):
+                picture = IVT.feedback(image, last_valid(row.boxes))
                 pictures.append(picture)
                 row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), text, IVT)
         inputs = model_inputs(vlm, [row.ids for row in rows], shown)

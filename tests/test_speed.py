@@ -4,8 +4,8 @@ import re
 from types import SimpleNamespace
 
 import common
-from common import rollout
-from speed import against_trl, benchmark, random_checkpoint
+from common import feedback_pictures, rollout, trajectory_logprobs
+from speed import against_trl, benchmark, plain, random_checkpoint
 from support.model.adapters import new_adapter, save_adapter
 from support.model.loading import load_vlm
 from support.running.flags import EMBEDDED, model_path
@@ -13,6 +13,7 @@ from support.running.presets import settings_of
 from tests.small import picture
 
 import pytest
+import torch
 
 
 def args_of(preset, **more):
@@ -38,38 +39,49 @@ def test_a_random_checkpoint_is_one_that_the_phases_load(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def args(tmp_path):
-    """Of the toy, with an adapter in --out that was not trained."""
-    args = args_of("toy", model=model_path(EMBEDDED), out=tmp_path)
-    vlm = load_vlm(args)
-    new_adapter(vlm, 4, 8)
-    save_adapter(vlm, tmp_path / "sft")
-    return args
+def args(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "TOKENS", 6)
+    monkeypatch.setattr(benchmark, "TURNS", 1)
+    return args_of("toy", model=model_path(EMBEDDED), out=tmp_path)
 
 
-def test_nothing_is_timed_before_both_ways_agree(args, tmp_path, capsys, monkeypatch):
-    args.out = tmp_path / "none"
-    vlm, *_ = benchmark.prepare(args)
-    asked = [picture(96, 80), picture(64, 160, 1)], ["a", "the cat"]
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 5 * 1024)
-    benchmark.check(vlm, *asked, 6)
-    assert "12 of 12 trajectories" in capsys.readouterr().out
-
+def test_nothing_is_timed_before_both_ways_agree(args, capsys, monkeypatch):
     def without_images(ids, images, image_token_id, start=0):  # an image's tokens as if text
         positions = [(start + i,) * 3 for i in range(len(ids))]
         return positions, start + len(ids)
 
     monkeypatch.setattr(common, "mrope_positions", without_images)
     with pytest.raises(SystemExit, match="do not agree"):
-        benchmark.check(vlm, *asked, 6)
+        benchmark.main(args)
+    assert "faster" not in capsys.readouterr().out
 
 
-def test_the_rows(args, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "TOKENS", 2)
-    monkeypatch.setattr(benchmark, "TURNS", 1)
+def test_the_row(args, capsys):
+    """With an adapter in --out, which was not trained."""
+    vlm = load_vlm(args)
+    new_adapter(vlm, 4, 8)
+    save_adapter(vlm, args.out / "sft")
     benchmark.main(args)
     said = capsys.readouterr().out
-    assert len(re.findall(r"^(?:rollout|GRPO) .* +[\d.]+ +[\d.]+ +[\d.]+$", said, re.M)) == 2, said
+    assert "12 of 12 trajectories are the same" in said
+    assert re.search(r"rollout of 2 prompts.* [\d.]+ s, ours [\d.]+ s, [\d.]+ times faster", said)
+
+
+def test_gradients_are_those_of_the_models_own_forward_pass(args, monkeypatch):
+    vlm = benchmark.model_of(args)
+    samples, [image] = benchmark.scenes(1)
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 5 * 1024)
+    [row] = rollout(vlm, [image], [samples[0]["expression"]], 2, max_tokens=20)
+    inputs = plain.model_inputs(vlm, [row.ids], [feedback_pictures(image, row.boxes)])
+    logits = vlm.base(**inputs, use_cache=False).logits[0, row.predictor]  # [M, V]
+    placeholder = torch.tensor([vlm.base.config.image_token_id])
+    own = logits.index_fill(-1, placeholder, -1e30).log_softmax(-1)
+    parameters = [p for p in vlm.model.parameters() if p.requires_grad]
+    gradients = []
+    for logprob in (own[range(len(own)), row.target], trajectory_logprobs(vlm, [row]).logprob):
+        parts = torch.autograd.grad(logprob.mean(), parameters)
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
 
 
 def test_against_trl(capsys, monkeypatch):

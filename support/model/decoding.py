@@ -9,6 +9,7 @@ from support.model.loading import free_memory
 from support.running.errors import out_of_memory, working_on
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 from tqdm import tqdm
 
@@ -24,8 +25,6 @@ def merged(vlm):
     weights are what they were to the bit, from a copy: PEFT takes LoRA off by subtraction, which
     drifts.
     """
-    from peft.tuners.lora import LoraLayer
-
     layers = [module for module in vlm.model.modules() if isinstance(module, LoraLayer)]
     weights = [layer.get_base_layer().weight for layer in layers if not layer.disable_adapters]
     is_float32 = all(weight.dtype == torch.float32 for weight in weights)
@@ -54,7 +53,6 @@ def unpacked(vlm):
     """
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora import LoraLayer
 
     layers = []
     try:
@@ -118,9 +116,7 @@ def play(vlm, images, texts, steps, *, group_size=1, **options):
                 raise
         no_room = size
         free_memory()  # what the rollout held is free here, where the exception is no more
-        tqdm.write(
-            f"no room for unpacked weights with {rows} trajectories; going on from 4-bit ones"
-        )
+        tqdm.write(f"no room for unpacked weights with {rows} trajectories; going on in 4 bits")
     with merged(vlm):
         return roll()
 
@@ -150,6 +146,5 @@ def roll_in_parts(roll, vlm, samples, data, at_once, steps, *, seeds, load=load_
         working_on(part)
         images = [load(sample, data) for sample in part]
         texts = [sample["expression"] for sample in part]
-        own = seeds[i : i + at_once]
-        trajectories += roll(vlm, images, texts, steps, seeds=own, **options)
+        trajectories += roll(vlm, images, texts, steps, seeds=seeds[i : i + at_once], **options)
     return trajectories

@@ -79,8 +79,7 @@ def load_vlm(args, name=None):
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         smallest = min(image_processor.size["shortest_edge"], args.max_pixels)
         image_processor.size = {"shortest_edge": smallest, "longest_edge": args.max_pixels}  # areas
-    check_tokenizer(name, tokenizer)
-    check_image_processor(name, image_processor, model.config.vision_config)
+    check_parts(name, tokenizer, image_processor, model.config.vision_config)
     model.requires_grad_(False)
     if args.checkpointing == "on":
         # The name in transformers 5.5, then the later one
@@ -132,7 +131,9 @@ def check_report(name, report):
             stop(f"--model {name}: {count} in its *.safetensors ({key}); get it again")
 
 
-def check_tokenizer(name, tokenizer):
+def check_parts(name, tokenizer, processor, vision):
+    """That the files are of one model: a tokenizer with the tokens of pictures, and patches of the
+    size that the vision tower takes."""
     missing = []
     for token in SPECIAL_TOKENS:
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
@@ -142,10 +143,6 @@ def check_tokenizer(name, tokenizer):
     if missing:
         lack = f"its tokenizer has no {', '.join(missing)}"
         stop(f"--model {name}: {lack}; a Qwen3-VL checkpoint is expected")
-
-
-def check_image_processor(name, processor, vision):
-    """Patches of another size would be cut from the image than the vision tower takes."""
     given = processor.patch_size, processor.merge_size, processor.temporal_patch_size
     needed = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     if given != needed:

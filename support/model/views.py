@@ -1,6 +1,7 @@
 """The Loop that `--feedback` names, and its variants in the tables of evaluate.py."""
 
 from dataclasses import replace
+from functools import partial
 
 from common import (
     CORRECTION,
@@ -75,9 +76,7 @@ def zoom(surroundings):
         view = view_of(box, surroundings)
         return draw_overlay(enlarge(image, view), box and box_in_view(box, view))
 
-    def view(last_box):
-        return view_of(last_box, surroundings)
-
+    view = partial(view_of, surroundings=surroundings)
     return replace(IVT, feedback=feedback, continuation=CLOSER, view=view)
 
 
@@ -102,9 +101,6 @@ def asked_again(surroundings):
 
     The box is not drawn: nobody has told the model whose it is.
     """
-
-    def feedback(image, box):
-        return enlarge(image, view_of(box, surroundings))
-
+    loop = zoom(surroundings)
     words = dict(prompt=SINGLE_PROMPT, continuation=SINGLE_PROMPT, turn=USER_TURN)
-    return replace(zoom(surroundings), feedback=feedback, **words)
+    return replace(loop, feedback=lambda image, box: enlarge(image, loop.view(box)), **words)

@@ -13,11 +13,10 @@
 - LoRA: the adapter that is active in the trainer's model is saved and handed over under a new name
   whenever its weights have changed. The name matters: the prefix cache goes by it.
 
-The update stays as it is, with an importance ratio of 1. This holds up to rounding: in bfloat16
-log pi of a token may differ by some hundredths, since vLLM's kernels add up in another order.
-`grpo.py` logs how far (`sampler_gap`), and warns above a bound. Truncated importance sampling,
-which would correct for it, is not built in: with `--dtype float32` the ratio is 1 to five digits,
-and a gap that is large tells of something else that is wrong.
+The update's importance ratio is 1 up to rounding: in bfloat16 log pi of a token may differ by some
+hundredths, since vLLM's kernels add up in another order. `grpo.py` logs how far (`sampler_gap`),
+and warns above a bound. Truncated importance sampling is not built in: in float32 the ratio is 1 to
+five digits, and a gap that is large tells of something else that is wrong.
 """
 
 import atexit
@@ -50,6 +49,7 @@ from support.running.processes import WORLD
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from transformers.image_utils import SizeDict
 
@@ -133,8 +133,7 @@ def start(args, vlm):
     # Wide enough that vLLM leaves a picture as `fitted` made it: a small one is made so large as
     # the smallest, rounded up, which may be more than the largest
     size = {"shortest_edge": side**2, "longest_edge": 2 * processor.size["longest_edge"]}
-    largest = size["longest_edge"] // side**2
-    length = pictures * (largest + args.max_tokens + WORDS)
+    length = pictures * (size["longest_edge"] // side**2 + args.max_tokens + WORDS)
     options = dict(
         dtype=args.dtype,
         seed=args.seed,
@@ -178,7 +177,6 @@ def hand_over(engine, vlm):
     It is saved when its weights are not those that were saved last: other tensors, or changed in
     place since. What was saved before of this name goes.
     """
-    from peft.tuners.lora import LoraLayer
     from vllm.lora.request import LoRARequest
 
     layer = next((m for m in vlm.model.modules() if isinstance(m, LoraLayer)), None)
@@ -310,7 +308,6 @@ def take(vlm, row, output, loop):
     made = row.trajectory
     t = len(made.boxes)
     placeholder = vlm.base.config.image_token_id
-    ended = output.finished
     [written] = output.outputs
     for token, logprobs in zip(written.token_ids, written.logprobs):
         made.predictor.append(len(made.ids) - 1)
@@ -320,15 +317,14 @@ def take(vlm, row, output, loop):
         made.logprob.append(logprobs[token].logprob - others)
         made.step.append(t)
         if token == vlm.token("<|im_end|>"):  # a target, never context
-            ended = True
             break
         made.ids.append(token)
         so_far = made.ids[len(row.before) :]
         if loop.ends("".join(token_text(vlm.tokenizer, one) for one in so_far), t):
-            ended = True
             break
-    if ended:
-        text = vlm.tokenizer.decode(made.ids[len(row.before) :])
-        made.texts.append(text)
-        made.boxes.append(read_box(text, last_valid(made.boxes), loop))
-    return ended
+    else:
+        if not output.finished:
+            return False
+    made.texts.append(vlm.tokenizer.decode(made.ids[len(row.before) :]))
+    made.boxes.append(read_box(made.texts[-1], last_valid(made.boxes), loop))
+    return True
