@@ -14,7 +14,6 @@ Its own seconds of a step leave out the optimizer's, ours do not.
 
 import tempfile
 from statistics import mean, median
-from types import SimpleNamespace
 
 from common import SINGLE_SHOT, advantages, grpo_loss, parse_box, reward, trajectory_logprobs
 from speed.benchmark import TURNS, now, scenes
@@ -22,43 +21,37 @@ from support.model.adapters import lora_config, lora_size, policy_and_reference,
 from support.model.decoding import play
 from support.model.loading import load_vlm
 from support.running.errors import stop
-from support.running.flags import EMBEDDED, model_path
-from support.running.presets import settings_of
+from support.running.flags import flags
 
 import torch
 from transformers import PrinterCallback, Qwen3VLProcessor
 
-PRESET = SimpleNamespace(**{name: setting.toy for name, setting in settings_of("grpo").items()})
-PRESET.model = model_path(EMBEDDED)
-PROMPTS = PRESET.grad_accum
-N = PRESET.group_size
 
-
-def our_steps(images, samples):
+def our_steps(args, images, samples):
     """TURNS + 1 updates as in grpo.py -> (seconds, mean tokens of a completion) of each."""
-    vlm = load_vlm(PRESET)
-    policy_and_reference(vlm, None, lora_size("toy"))
+    vlm = load_vlm(args)
+    policy_and_reference(vlm, None, lora_size(args.preset))
     parameters = [p for p in vlm.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=PRESET.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     texts = [sample["expression"] for sample in samples]
-    owners = [sample for sample in samples for _ in range(N)]
-    options = dict(max_tokens=PRESET.max_tokens, group_size=N, temperatures=(1.0, 1.0))
+    owners = [sample for sample in samples for _ in range(args.group_size)]
+    options = dict(max_tokens=args.max_tokens, group_size=args.group_size, temperatures=(1.0, 1.0))
     steps = []
     for turn in range(TURNS + 1):
         start = now()
-        seeds = [turn * PROMPTS + i for i in range(PROMPTS)]
+        seeds = [turn * len(images) + i for i in range(len(images))]
         rows = play(vlm, images, texts, 0, loop=SINGLE_SHOT, seeds=seeds, **options)
         rewards = torch.tensor([reward(row.boxes, sample) for row, sample in zip(rows, owners)])
-        advantage = advantages(rewards.view(PROMPTS, N)).flatten()  # [P * N]
+        advantage = advantages(rewards.view(len(images), -1)).flatten()  # [P * N]
         tokens = sum(len(row.target) for row in rows)
-        for i in range(0, len(rows), PRESET.batch_size):
-            part = rows[i : i + PRESET.batch_size]
+        for i in range(0, len(rows), args.batch_size):
+            part = rows[i : i + args.batch_size]
             with torch.no_grad(), using(vlm, "reference"):
                 reference = trajectory_logprobs(vlm, part).logprob  # [M]
             policy = trajectory_logprobs(vlm, part)
-            own = advantage[i : i + PRESET.batch_size].to(reference)[policy.row]  # [M]
+            own = advantage[i : i + args.batch_size].to(reference)[policy.row]  # [M]
             terms = policy.logprob, reference, own, policy.entropy
-            loss, *_ = grpo_loss(*terms, beta=PRESET.beta, entropy_weight=PRESET.entropy)
+            loss, *_ = grpo_loss(*terms, beta=args.beta, entropy_weight=args.entropy)
             (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -80,12 +73,12 @@ class WithoutVideos(Qwen3VLProcessor):
         """The processor of videos needs torchvision; None stands for it."""
 
 
-def trl_steps(images, samples):
+def trl_steps(args, images, samples):
     """The same, as TRL does it."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    vlm = load_vlm(PRESET)
+    vlm = load_vlm(args)
     rows = []
     for sample, image in zip(samples, images):
         prompt = SINGLE_SHOT.prompt.format(text=sample["expression"])
@@ -94,11 +87,11 @@ def trl_steps(images, samples):
     config = GRPOConfig(
         output_dir=tempfile.gettempdir(),
         bf16=False,
-        per_device_train_batch_size=PROMPTS * N,
-        num_generations=N,
-        max_completion_length=PRESET.max_tokens,
-        beta=PRESET.beta,
-        learning_rate=PRESET.lr,
+        per_device_train_batch_size=len(images) * args.group_size,
+        num_generations=args.group_size,
+        max_completion_length=args.max_tokens,
+        beta=args.beta,
+        learning_rate=args.lr,
         gradient_checkpointing=False,
         max_steps=TURNS + 1,
         logging_steps=1,
@@ -113,7 +106,7 @@ def trl_steps(images, samples):
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=WithoutVideos(vlm.image_processor, vlm.tokenizer, None, template),
-        peft_config=lora_config(*lora_size("toy")),
+        peft_config=lora_config(*lora_size(args.preset)),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -127,14 +120,14 @@ def typical(steps):
     return median(seconds), mean(tokens)
 
 
-def main():
+def main(args):
     try:
         import trl
     except ImportError:
         stop("TRL is not installed; pip install trl")
-    samples, images = scenes(PROMPTS)
-    theirs, their_tokens = typical(trl_steps(images, samples))
-    ours, our_tokens = typical(our_steps(images, samples))
+    samples, images = scenes(args.grad_accum)
+    theirs, their_tokens = typical(trl_steps(args, images, samples))
+    ours, our_tokens = typical(our_steps(args, images, samples))
     print(
         f"GRPO step on the toy, TRL {trl.__version__}: {theirs:.2f} s, ours {ours:.2f} s, "
         f"{theirs / ours:.2f} times faster; tokens a completion {their_tokens:.1f}, "
@@ -143,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(flags("grpo", __doc__))

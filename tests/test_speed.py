@@ -16,8 +16,8 @@ import pytest
 import torch
 
 
-def args_of(preset, **more):
-    values = {name: getattr(row, preset) for name, row in settings_of(None).items()}
+def args_of(preset, phase=None, **more):
+    values = {name: getattr(row, preset) for name, row in settings_of(phase).items()}
     return SimpleNamespace(**{**values, "preset": preset, **more})
 
 
@@ -88,7 +88,7 @@ def test_against_trl(capsys, monkeypatch):
     """Both learn from the same prompts and reward, and write as much."""
     pytest.importorskip("trl")
     monkeypatch.setattr(against_trl, "TURNS", 2)
-    against_trl.main()
+    against_trl.main(args_of("toy", "grpo", model=model_path(EMBEDDED)))
     said = capsys.readouterr().out
     found = re.search(r"GRPO .* times faster; tokens a completion ([\d.]+), ([\d.]+)", said)
     theirs, ours = map(float, found.groups())
