@@ -110,12 +110,9 @@ def test_the_main_job(whole):
     names = ["Base (single-shot)", "Base + IVT", "SFT + IVT", "SFT + GRPO + IVT", "single-step"]
     assert all(name in (out / "results.md").read_text() for name in names)
     page = (out / "report.html").read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    test, *validations = data["groups"]
+    [test] = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["groups"]
     assert len(test["samples"]) == 7 and len(test["methods"]) == 8
-    names = [(group["name"], [m["name"] for m in group["methods"]]) for group in validations]
-    updates = ["update 0", "update 2"]
-    assert names == [("validation of grpo", updates), ("validation of grpo_single", updates)]
+    assert page.count("<summary>Training: ") == 3
     rows = lines(out / "log/grpo.jsonl")
     updates = [row for row in rows if "reward" in row]
     validations = [row["val_reward"] for row in rows if "val_reward" in row]

@@ -6,7 +6,7 @@ interval; differences between rows are paired.
 
 from common import box_iou, format_box, normalize_box
 from support.report import tables
-from support.report.page import SAMPLES, group, log_curves, write_page
+from support.report.page import chart, group, log_curves, write_page
 from support.report.rows import Row
 from support.report.statistics import estimate, judged, resamples
 from support.report.tables import cells
@@ -217,17 +217,37 @@ def page(args, results, samples, lines_of):
     with their scores; returns its path."""
     shown = next((name for name in (RL2, RL1, SFT) if name in lines_of), BASE)
     lines = {}
-    for name, own in lines_of.items():
-        lines[Row(name, drawn=False)] = [page_line(args, *pair) for pair in zip(samples, own)]
-    groups = [group("test", samples, lines, 1, shown=shown, limit=SAMPLES), *pair_groups(args)]
+    for name, rows in lines_of.items():
+        own = lines[Row(name, drawn=False)] = []
+        for sample, line, base in zip(samples, rows, lines_of[BASE]):
+            ends = base["right"], line["right"]
+            first, last = ("right" if right else "wrong" for right in ends)
+            words = {"words": f"{BASE}: {first}; here: {last}", "ends": ends}
+            own.append({**page_line(args, sample, line), **words})
+    share, base = (results["answers"][name]["all"][0] for name in (shown, BASE))
     return write_page(
         args.out / "report.html",
-        title=f"{args.out.name} · VisRL, {results['model']} · {results['n']} test samples",
+        title=f"{args.out.name}: of {results['n']} test questions, {shown} (model "
+        f"{results['model']}) answers a share of {share:.3f}; {BASE}: {base:.3f}",
+        chart=stages_chart(results["answers"]),
+        findings=results["findings"],
         tables=sections(results),
         curves=log_curves(args.out / "log"),
-        groups=groups,
+        groups=[group("test", samples, lines, 1, shown=shown), *pair_groups(args)],
         data=args.out / "data",
     )
+
+
+def stages_chart(answers):
+    """Right answers after each stage of the training, and iteration (Figure 4): all questions, and
+    those of each source."""
+    stages = [name for name in answers if name in (BASE, SFT, RL1, RL2) or "iteration" in name]
+    series = {}
+    for t, name in enumerate(stages):
+        for source, value in answers[name].items():
+            series.setdefault(source, []).append([t, *value])
+    names = "; ".join(f"{t}: {name}" for t, name in enumerate(stages))
+    return chart(f"Share of right answers, with 95 percent intervals. {names}", "stage", series)
 
 
 def page_line(args, sample, line):
@@ -259,8 +279,8 @@ def pair_groups(args):
             for sample, pair in zip(questions, pairs):
                 taken = {**pair[side], "first_text": format_box(pair[side]["box"])}
                 line = page_line(args, sample, taken)
-                scores = {"box critic": "box_score", "answer critic": "response_score"}
-                line["scores"] = {word: taken[key] for word, key in scores.items()}
+                box, answer = taken["box_score"], taken["response_score"]
+                line["words"] = f"box critic {box}, answer critic {answer}"
                 own.append(line)
-        groups.append(group(path.stem, questions, lines, 1, shown="chosen", limit=SAMPLES))
+        groups.append(group(path.stem, questions, lines, 1, shown="chosen"))
     return groups

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from support.data.samples import read_side
-from support.report.page import SAMPLES, group, result_curves, write_page
+from support.report.page import group, result_chart, write_page
 from support.report.rows import Row
 from support.report.statistics import main_row
 from support.report.tables import report, results_of, summary, write_results
@@ -95,8 +95,8 @@ if __name__ == "__main__":
         folder / "report.html",
         title=f"{folder.name} · {len(samples)} test samples",
         tables=report(results),
-        curves=result_curves(results),
-        groups=[group("test", samples, own, args.steps, shown=shown.name, limit=SAMPLES)],
+        chart=result_chart(results),
+        groups=[group("test", samples, own, args.steps, shown=shown.name)],
         data=data,
     )
     print(f"tables and page of {args.predictions} in {folder}")
