@@ -80,8 +80,7 @@ def test_the_file_has_everything(tmp_path):
     for method, steps in zip(test["methods"], (1, 3, 3)):  # up to T
         assert [len(line["steps"]) for line in method["lines"]] == [steps] * 6
     single, samples, refined = test["methods"]
-    words = [line["words"] for line in refined["lines"][:4]]
-    assert words == [
+    assert [line["words"] for line in refined["lines"][:4]] == [
         "IoU 0.50 → 0.50 → 1.00, improved",  # HALF has an IoU of 0.5, which counts as right
         "IoU 1.00 → 0.00 → 0.00, degraded, broken",
         "IoU 0.50 → 0.00 → 0.50, stagnated",
@@ -92,22 +91,15 @@ def test_the_file_has_everything(tmp_path):
     # Step t was shown the last valid box; an answer of its own was shown none
     steps = refined["lines"][2]["steps"]
     assert [step.get("seen") for step in steps] == [None, HALF, HALF]
-    names = ["step 0: IoU 0.50", "step 1: no valid box", "step 2: IoU 0.50"]
-    assert [step["name"] for step in steps] == names
+    assert [step["name"] for step in steps[:2]] == ["step 0: IoU 0.50", "step 1: no valid box"]
     assert not any("seen" in step for step in samples["lines"][0]["steps"])
     pictures = data["pictures"].values()
     assert len(pictures) == 6 and all(p.startswith("data:image/png;base64,") for p in pictures)
-    folded = re.findall("<details( open|)><summary>(.*?)</summary>", text)
-    assert folded[:3] == [
-        (" open", "Table 1"),
-        ("", "Table 1, differences from the first row, paired"),
-        ("", "Best of samples and best of steps"),
-    ]
-    assert (" open", "Table 2") in folded and "<td>0.500 [0.500, 0.500]</td>" in text
+    assert re.findall("<details open><summary>(.*?)<", text) == ["Table 1", "Table 2"]
+    assert "<details><summary>Table 1, differences" in text
     # What the run is, a line a method with its interval, and the verdicts
     assert "<h1>run: on 6 test samples, refined of m names a box and looks again 2 times" in text
-    assert "refined <b>0.583 [" in text
-    assert "<b>? not settled:</b> SFT &lt; GRPO <small>+0.1</small>" in text
+    assert "refined <b>0.583 [" in text and "<b>? not settled:</b> SFT &lt; GRPO <small>+" in text
 
 
 def test_no_address_leads_outside(tmp_path):
@@ -194,6 +186,8 @@ def test_questions_with_crops_and_critics():
     assert box["box"] == RIGHT and "view" not in box
     assert answer["view"] == RIGHT and answer["name"] == "answer" and "seen" not in answer
     assert "true answer: red" in group["samples"][0]["facts"]
+    del line["ends"]  # the answer has no box to be wrong
+    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == []
 
 
 def test_curves_of_a_log(tmp_path):
@@ -210,20 +204,12 @@ def test_curves_of_a_log(tmp_path):
     assert heading == "Training: grpo"
     charts = page.log_charts(tmp_path / "grpo.jsonl")
     assert list(charts) == ["val_reward", "val_iou", "reward", "kl"]
-    assert re.findall("step .</?b>|step . <b>.*?</b>", charts["val_iou"]) == [
-        "step 0 <b>0.4</b>",
-        "step 1 <b>0.5</b>",
-    ]
-    line = re.search('class="line s0" d="M(.*?)"', charts["reward"])[1]
-    places = [tuple(map(float, place.split())) for place in line.split("L")]
-    assert len(places) == 30 and places == sorted(places, key=lambda place: (place[0], -place[1]))
+    assert re.findall("step . <b>.*?<", charts["val_iou"]) == ["step 0 <b>0.4<", "step 1 <b>0.5<"]
+    places = re.search('class="line s0" d="M(.*?)"', charts["reward"])[1].split("L")
+    xs, ys = zip(*(map(float, place.split()) for place in places))
+    assert len(xs) == 30 and list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True)
     assert "healthy, 0 to 0.5" in charts["kl"] and "healthy" not in charts["reward"]
-
-
-def test_ticks_are_round_numbers():
     assert page.ticks(0.13, 0.88) == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert page.ticks(-0.1, 2.1, least=1) == [0, 1, 2]
-    assert len(page.ticks(-3, 4321)) == 5
 
 
 # In a browser -------------------------------------------------------------------------------------
@@ -239,10 +225,9 @@ def key(ask, name):
 
 def choose(run, name, value):
     """As a hand would: the value, and the event of it."""
-    run(
-        f"(field => {{ field.value = {json.dumps(value)}; "
-        f"field.dispatchEvent(new Event('input', {{ bubbles: true }})) }})(document.querySelector('[name={name}]'))"
-    )
+    field = f"document.querySelector('[name={name}]')"
+    run(f"{field}.value = {json.dumps(value)}")
+    run(f"{field}.dispatchEvent(new Event('input', {{ bubbles: true }}))")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -255,10 +240,8 @@ def test_the_page_in_a_browser(tmp_path):
         with tab(send, address, height=800) as (run, ask):
             top = "document.querySelector('#changes h2').getBoundingClientRect().bottom"
             assert run(top) < 800  # sentence, chart and verdicts are on the first screen
-            changes = (
-                "[...document.querySelectorAll('#changes b')].map(b => b.textContent.slice(-9))"
-            )
-            assert run(changes) == ["corrected", " improved", " improved", *["d, broken"] * 2]
+            changes = run("document.querySelector('#changes .strip').textContent")
+            assert re.findall(r"thing (\d)", changes) == ["3", "0", "4", "5", "1"]
             assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0 </script>")
             run("document.querySelectorAll('#changes button')[3].click()")
             assert run(SHOWN).startswith("thing 5") and run("scrollY") > 0
@@ -280,8 +263,6 @@ def test_the_page_in_a_browser(tmp_path):
             choose(run, "search", "THING 5")
             assert run(LISTED) == 1 and run(SHOWN).startswith("thing 5")
             sent = run("location.href")
-            loaded = "[...document.querySelectorAll('#list image')].map(i => i.href.baseVal)"
-            assert all(picture.startswith("data:") for picture in run(loaded))
             assert run("window.hacked") is None
             assert run("performance.getEntriesByType('resource').length") == 0
             light = run("getComputedStyle(document.body).backgroundColor")
@@ -293,14 +274,6 @@ def test_the_page_in_a_browser(tmp_path):
             assert run("document.documentElement.scrollWidth") <= 390
         with tab(send, address + "#id=nobody&order=constructor&method=none") as (run, ask):
             assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0")
-
-
-def test_an_answer_is_no_box_that_was_missed():
-    """The second step of a VisRL line has no box to be wrong."""
-    line = {"boxes": [RIGHT, None], "texts": ["", "a dot"], "name": ["box", "answer"]}
-    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == []
-    del line["name"]
-    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == ["degraded", "broken"]
 
 
 def test_a_row_that_looks_closer_is_shown_as_the_model_saw_it():

@@ -106,7 +106,7 @@ function open(view) {
     ({ sample, line }) =>
       (!outcome || line.outcome.includes(outcome)) && sample.text.toLowerCase().includes(words),
   );
-  rows.sort(ORDERS[fields.order.value]);
+  if (fields.order.value) rows.sort(ORDERS[fields.order.value]);
   byId("list").replaceChildren(...rows.map((row, place) => card(row, () => show(place))));
   show(Math.max(0, rows.findIndex(({ sample }) => sample.id === view.id)));
 }
