@@ -72,7 +72,7 @@ function trajectory(sample, method, i) {
       make("p", {}, step.text),
     ),
   );
-  const head = make("h3", {}, `${method.name}. ${line.words}`);
+  const head = make("h3", {}, `${method.name} `, make("span", { class: "quiet" }, line.words));
   return [head, make("div", { class: "strip" }, ...panels)];
 }
 
@@ -86,7 +86,7 @@ function fill(select, names, value, otherwise = names[0]) {
 const ORDERS = {
   gain: (a, b) => (b.line.gain ?? 0) - (a.line.gain ?? 0),
   loss: (a, b) => (a.line.gain ?? 0) - (b.line.gain ?? 0),
-  first: (a, b) => (a.line.first ?? 0) - (b.line.first ?? 0),
+  first: (a, b) => a.line.first - b.line.first,
 };
 
 function rowsOf(group, method) {
@@ -98,7 +98,8 @@ function open(view) {
   const group = named(groups, fields.group.value);
   const methods = group.methods.map(({ name }) => name);
   fill(fields.method, methods, view.method, group.shown);
-  fill(fields.beside, ["", ...methods], view.beside);
+  const others = methods.filter((name) => name !== fields.method.value);
+  fill(fields.beside, ["", ...others], view.beside);
   for (const key of ["outcome", "order", "search"]) fields[key].value = view[key] ?? "";
   const words = fields.search.value.toLowerCase();
   const outcome = fields.outcome.value;

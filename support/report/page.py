@@ -248,8 +248,8 @@ def sample_record(sample):
 
 
 def line_record(row, sample, line, steps):
-    """A line of a row as the script takes it. first, gain: the IoU at the first step, and that at
-    the last one minus it, where both are steps of one trajectory."""
+    """A line of a row as the script takes it. first: the IoU at the first step. gain: that at the
+    last step minus it, where both are steps of one trajectory, or of the line's own "ends"."""
     count = min(steps + 1, len(line["boxes"]))
     records = [step_record(row, sample, line, t) for t in range(count)]
     ious = []
@@ -257,12 +257,11 @@ def line_record(row, sample, line, steps):
         ious = [box_iou(box, sample) for box in line["boxes"][:count]]
     joined = (" → " if row.ordered else ", ").join(f"{value:.2f}" for value in ious)
     words = [line.get("words") or joined and f"IoU {joined}"]
-    record = {"steps": records, "outcome": []}
+    record = {"steps": records, "outcome": [], "first": ious[0] if ious else 0}
     ends = line.get("ends")
     if row.ordered and len(ious) > 1:
         ends = ious[0], ious[-1]
     if ends:
-        record["first"] = ends[0]
         record["gain"] = ends[1] - ends[0]
         record["outcome"] = outcome(*ends)
     record["words"] = ", ".join([*words, *record["outcome"]])
