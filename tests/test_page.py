@@ -98,7 +98,7 @@ def test_the_file_has_everything(tmp_path):
     assert re.findall("<details open><summary>(.*?)<", text) == ["Table 1", "Table 2"]
     assert "<details><summary>Table 1, differences" in text
     # What the run is, a line a method with its interval, and the verdicts
-    assert "<h1>run: on 6 test samples, refined of m names a box and looks again 2 times" in text
+    assert "<h1>run: on 6 test samples, refined (m) names a box and looks again 2 times" in text
     assert "refined <b>0.583 [" in text and "<b>? not settled:</b> SFT &lt; GRPO <small>+" in text
 
 

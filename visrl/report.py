@@ -280,7 +280,7 @@ def pair_groups(args):
                 taken = {**pair[side], "first_text": format_box(pair[side]["box"])}
                 line = page_line(args, sample, taken)
                 box, answer = taken["box_score"], taken["response_score"]
-                line["words"] = f"box critic {box}, answer critic {answer}"
+                line["words"] = f"box critic {box:.3g}, answer critic {answer:.3g}"
                 own.append(line)
         groups.append(group(path.stem, questions, lines, 1, shown="chosen"))
     return groups

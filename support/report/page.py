@@ -85,7 +85,7 @@ def write_evaluation(args, results, samples, lines_of):
 def headline(name, results):
     """What an evaluation is, and what came out, in one sentence."""
     shown = results["shown"]
-    words = f"{name}: on {results['n']} test samples, {shown} of {results['model']} names a box"
+    words = f"{name}: on {results['n']} test samples, {shown} ({results['model']}) names a box"
     if shown in results["table2"]:
         row = results["table2"][shown]
         words += f" and looks again {results['steps']} times; mean IoU goes from "
