@@ -233,16 +233,16 @@ def choose(run, name, value):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_the_page_in_a_browser(tmp_path):
     args, results, samples, lines_of = a_run(tmp_path, words=HOSTILE)
-    rows = [{"update": i, "kl": i / 100} for i in range(1, 31)]
-    write_jsonl(tmp_path / "log/grpo.jsonl", rows)
+    write_jsonl(tmp_path / "log/grpo.jsonl", [{"update": 1, "kl": 0.1}])
     address = page.write_evaluation(args, results, samples, lines_of).as_uri()
     with browser() as send:
         with tab(send, address, height=800) as (run, ask):
-            top = "document.querySelector('#changes h2').getBoundingClientRect().bottom"
-            assert run(top) < 800  # sentence, chart and verdicts are on the first screen
+            # Sentence, chart and verdicts are on the first screen
+            assert run("document.querySelector('#changes').getBoundingClientRect().top") < 800
             changes = run("document.querySelector('#changes .strip').textContent")
             assert re.findall(r"thing (\d)", changes) == ["3", "0", "4", "5", "1"]
             assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0 </script>")
+            assert run("location.hash") == ""  # loaded again, it begins at its first screen
             run("document.querySelectorAll('#changes button')[3].click()")
             assert run(SHOWN).startswith("thing 5") and run("scrollY") > 0
             choose(run, "method", "base")

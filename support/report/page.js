@@ -6,6 +6,7 @@ const { groups, pictures } = JSON.parse(document.getElementById("data").textCont
 const fields = byId("controls").elements;
 let rows = []; // of the list: {sample, i, line}
 let at = 0; // the one whose steps are shown
+let started = false; // from then on the address follows the view
 
 // make("p", {class: "trace"}, "text", otherElement); "svg:rect" is an element of SVG.
 function make(name, attributes, ...children) {
@@ -93,7 +94,7 @@ function rowsOf(group, method) {
   return group.samples.map((sample, i) => ({ sample, i, line: method.lines[i] }));
 }
 
-function open(view) {
+function browse(view) {
   fill(fields.group, groups.map(({ name }) => name), view.group);
   const group = named(groups, fields.group.value);
   const methods = group.methods.map(({ name }) => name);
@@ -133,7 +134,7 @@ function show(place) {
   const view = [...new FormData(byId("controls")), ["id", sample.id]];
   // Replaced: going back leads to the page before, not through every sample that was looked at
   const address = new URLSearchParams(view.filter(([, value]) => value));
-  history.replaceState(null, "", `#${address}`);
+  if (started) history.replaceState(null, "", `#${address}`);
 }
 
 function address() {
@@ -151,7 +152,7 @@ function showChanges() {
   section.querySelector("span").textContent = method.name;
   for (const row of [...gains, ...losses.reverse()]) {
     const choose = () => {
-      open({ id: row.sample.id });
+      browse({ id: row.sample.id });
       byId("trajectories").scrollIntoView();
     };
     section.querySelector(".strip").append(card(row, choose));
@@ -167,13 +168,13 @@ function onKey(event) {
   if (rows[at + step]) show(at + step);
 }
 
-const sent = location.hash; // somebody sent a view: go there
 showChanges();
-open(address());
-if (sent) byId("trajectories").scrollIntoView();
-window.addEventListener("hashchange", () => open(address()));
+browse(address());
+started = true;
+if (location.hash) byId("trajectories").scrollIntoView(); // somebody sent a view
+window.addEventListener("hashchange", () => browse(address()));
 document.addEventListener("keydown", onKey);
 byId("controls").addEventListener("submit", (event) => event.preventDefault());
 byId("controls").addEventListener("input", () =>
-  open({ ...Object.fromEntries(new FormData(byId("controls"))), id: rows[at]?.sample.id }),
+  browse({ ...Object.fromEntries(new FormData(byId("controls"))), id: rows[at]?.sample.id }),
 );
