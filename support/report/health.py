@@ -9,30 +9,12 @@ import torch
 # and what to try outside it
 HEALTHY = {
     "kl": (0, 0.5, "the policy runs from its reference; lower --lr or raise --beta"),
-    "entropy": (
-        0.01,
-        3,
-        "low: groups stop differing, raise --entropy; high: a collapse on the way, lower --lr",
-    ),
-    "no_signal": (
-        0,
-        0.7,
-        "most groups have equal rewards and teach nothing; raise --temperature or --group-size",
-    ),
-    "sampler_gap": (
-        0,
-        0.05,
-        "what samples is not the policy that is trained; look at --dtype, or --engine plain",
-    ),
-    "valid": (
-        0.9,
-        1,
-        "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished",
-    ),
+    "entropy": (0.01, 3, "low: groups stop differing, raise --entropy; high: lower --lr"),
+    "no_signal": (0, 0.7, "equal rewards teach nothing; raise --temperature or --group-size"),
+    "sampler_gap": (0, 0.05, "what samples is not what is trained; try --engine plain, --dtype"),
+    "valid": (0.9, 1, "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished"),
 }
-
 LAST_UPDATES = 10
-
 FEWEST_UPDATES = 5  # before these a mean says little
 
 

@@ -7,30 +7,9 @@ random in it depends on the box alone, so that a run can be repeated.
 
 from dataclasses import replace
 
-from common import draw_overlay
 from support.model.views import asked_again
 
 import numpy as np
-from PIL import ImageDraw, ImageFont
-
-
-def no_overlay(image, box):
-    """The image itself."""
-    return image
-
-
-def random_text(image, box):
-    """A copy with red letters all over it, and no box: red to look at, which says nothing."""
-    rng = np.random.default_rng([2, *(box or [])])
-    image = image.copy()
-    pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(max(8, image.height // 8))
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    for _ in range(12):
-        at = rng.integers(0, [image.width, image.height]).tolist()
-        word = "".join(rng.choice(letters, 5))
-        pen.text(at, word, fill=(255, 0, 0), font=font, anchor="mm")
-    return image
 
 
 def random_box(box):
@@ -46,18 +25,14 @@ def elsewhere(feedback):
     return lambda image, box: feedback(image, random_box(box))
 
 
-OVERLAYS = {
-    "no overlay": no_overlay,
-    "random text": random_text,
-    "a box elsewhere": elsewhere(draw_overlay),
-}
-
-
 def shown_instead(args, row):
     """What a row's own boxes are compared with: name -> feedback. A row of views is shown other
     views."""
     if row.drawn and args.feedback == "overlay":
-        return OVERLAYS
+        return {
+            "no overlay": lambda image, box: image,
+            "a box elsewhere": elsewhere(row.loop.feedback),
+        }
     instead = {"a view elsewhere": elsewhere(row.loop.feedback)}
     if row.drawn:
         instead["no box drawn"] = asked_again(args.surroundings).feedback

@@ -50,7 +50,7 @@ def write_all(args, samples, lines_of, others, start):
     """All that an evaluation leaves: results.md, results.json, report.html, the largest gain as
     figures/lead.png, and --predictions.
 
-    lines_of: Row -> its lines, in the order of the samples. others: as of `statistics.ablations`.
+    lines_of: Row -> its lines, in the order of the samples. others: as of `analysis.ablations_of`.
     start: a time.time().
     """
     results = results_of_run(args, samples, lines_of, others)
