@@ -33,7 +33,8 @@ args = flags(
     __doc__,
     ablations=Flag("add rows with other pictures than the predicted box", kind="switch"),
     predictions=Flag("write every trajectory of every row to this .jsonl", kind="new file"),
-    **own_picture.FLAGS,
+    image=Flag("your own picture, not the test samples; or a .jsonl of many", kind="file"),
+    expression=Flag("what to find in it"),
 )
 start = time.time()
 loop = loop_of(args)

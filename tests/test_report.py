@@ -8,7 +8,7 @@ from common import IVT, Trajectory
 from support.model.views import asked_again, zoom
 from support.report import health
 from support.report.analysis import ablations_of, choices, results_of
-from support.report.overlays import shown_instead
+from support.report.overlays import ablation_rows
 from support.report.own_picture import own_samples
 from support.report.pictures import write_strip
 from support.report.rows import Row
@@ -201,7 +201,7 @@ def test_a_file_of_predictions_is_scored(tmp_path):
     [
         ({**PREDICTIONS[0], "id": 1}, "line 5: expected"),
         (PREDICTIONS[0], "line 5: expected(.*)once for each id"),
-        ({**PREDICTIONS[0], "method": "x"}, "1 of the 2"),
+        ({**PREDICTIONS[0], "method": "x"}, "each of the 2"),
         ({**PREDICTIONS[0], "method": "x", "boxes": [[5, 0, 0, 5]]}, "line 5: expected"),
         ({**PREDICTIONS[0], "method": "x", "boxes": [[0, 0, float("nan"), 5]]}, "expected"),
         ({"id": "1"}, "line 5: expected"),
@@ -271,8 +271,9 @@ def test_the_lead_picture_shows_the_box_that_is_fed_back(tmp_path):
 def test_what_is_shown_instead_of_the_box():
     image = picture(90, 70)
     before = image.tobytes()
-    instead = shown_instead(SimpleNamespace(feedback="overlay"), Row(GRPO, loop=IVT))
-    for name, feedback in instead.items():
+    rows = ablation_rows(SimpleNamespace(feedback="overlay"), Row(GRPO, loop=IVT))
+    for name, row in rows.items():
+        feedback = row.loop.feedback
         shown = feedback(image, RIGHT)
         assert shown.size == image.size and image.tobytes() == before
         assert shown.tobytes() == feedback(image, RIGHT).tobytes()

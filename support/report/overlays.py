@@ -25,25 +25,19 @@ def elsewhere(feedback):
     return lambda image, box: feedback(image, random_box(box))
 
 
-def shown_instead(args, row):
-    """What a row's own boxes are compared with: name -> feedback. A row of views is shown other
-    views."""
+def ablation_rows(args, row):
+    """The same row with the same model, shown something else: what is shown -> Row. A row of views
+    is shown other views."""
+    instead = {"a view elsewhere": elsewhere(row.loop.feedback)}
     if row.drawn and args.feedback == "overlay":
-        return {
+        instead = {
             "no overlay": lambda image, box: image,
             "a box elsewhere": elsewhere(row.loop.feedback),
         }
-    instead = {"a view elsewhere": elsewhere(row.loop.feedback)}
-    if row.drawn:
+    elif row.drawn:
         instead["no box drawn"] = asked_again(args.surroundings).feedback
-    return instead
-
-
-def ablation_rows(args, row):
-    """The same row with the same model, shown something else: what is shown -> Row."""
     rows = {}
-    for word, feedback in shown_instead(args, row).items():
+    for word, feedback in instead.items():
         log = f"{row.log}_{word.replace(' ', '_')}"
-        loop = replace(row.loop, feedback=feedback)
-        rows[word] = replace(row, name=word, log=log, loop=loop)
+        rows[word] = replace(row, name=word, log=log, loop=replace(row.loop, feedback=feedback))
     return rows

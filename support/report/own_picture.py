@@ -11,15 +11,10 @@ from support.model.decoding import roll_in_parts, rollouts
 from support.report.pictures import write_strip
 from support.running.errors import stop
 from support.running.files import agrees, read_jsonl
-from support.running.flags import Flag, command
+from support.running.flags import command
 
 UPRIGHT = partial(load_image, upright=True)  # as a person sees it, whatever its size
 LINE = '{"image": "photo.jpg", "expression": "the cat on the left"}'
-IMAGE = "your own picture, not the test samples; or a .jsonl with an image and an expression a line"
-FLAGS = {
-    "image": Flag(IMAGE, kind="file"),
-    "expression": Flag("what to find in it"),
-}
 
 
 def look_at(args, image, expression, loop):

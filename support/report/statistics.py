@@ -30,10 +30,8 @@ def main_row(rows):
     """The row that strata and pictures are of: the paper's last that is there,
     or, of other systems, the last."""
     named = {row.name: row for row in rows}
-    for name in (GRPO, SFT, WITHOUT_SFT, UNTRAINED):
-        if name in named:
-            return named[name]
-    return list(rows)[-1]
+    wanted = (GRPO, SFT, WITHOUT_SFT, UNTRAINED, *reversed(named))
+    return next(named[name] for name in wanted if name in named)
 
 
 # Estimates ----------------------------------------------------------------------------------------
