@@ -30,10 +30,7 @@ import numpy as np
 
 LISTS = ("boxes", "texts", "read", "confidence")  # of a line, with an entry for each step
 AGREEMENT = 0.9  # the IoU above which two boxes agree
-
-# How far untrained IVT has to fall in Acc@0.5 to count as the paper's finding, in which it falls by
-# 0.31. The paper names no threshold; this one is ours.
-FALL = 0.1
+FALL = 0.1  # of Acc@0.5, for an untrained loop to collapse; ours, the paper names no threshold
 
 
 # All numbers --------------------------------------------------------------------------------------
@@ -50,13 +47,10 @@ def results_of(samples, lines_of, steps):
         name = row.name
         lines = [{key: line[key][: steps + 1] for key in LISTS if key in line} for line in lines]
         ious = ious_of[name] = all_ious(samples, lines)
-        compared = metrics(next(iter(ious_of.values()))[:, 0])
+        base = metrics(next(iter(ious_of.values()))[:, 0])  # of the first row
         chosen = choices(ious, lines, row.ordered)
-        scores = {way: metrics(values) for way, values in chosen.items()}
-        results["table1"][name] = {way: metric_estimates(v) for way, v in scores.items()}
-        results["differences"][name] = {
-            way: metric_estimates(v - compared) for way, v in scores.items()
-        }
+        results["table1"][name] = {way: metric_estimates(v) for way, v in chosen.items()}
+        results["differences"][name] = {way: metric_estimates(v, base) for way, v in chosen.items()}
         if row.ordered and ious.shape[1] > 1:
             gains = {way: estimate(values - ious[:, 0]) for way, values in chosen.items()}
             results["table2"][name] = {**refinement(samples, lines, ious), "gains": gains}
@@ -214,13 +208,12 @@ def truth_of_traces(samples, lines, t):
 def balanced_accuracy(said, true):
     """An estimate of the mean, over the claims that are ever true, of the share of its samples in
     which it is said. said, true: [S] words."""
-    columns = []
-    for claim in CLAIMS:
-        columns += [true == claim, (true == claim) & (said == claim)]
+    is_true = np.stack([true == claim for claim in CLAIMS], 1)  # [S, claims]
+    is_said = is_true & (said == true)[:, None]
 
     def accuracy(means):
-        whole, part = means[..., 0::2], means[..., 1::2]  # [..., claims]
+        whole, part = np.split(means, 2, -1)  # [..., claims]
         shares = np.where(whole > 0, part / whole, 0)
         return shares.sum(-1) / (whole > 0).sum(-1)
 
-    return estimate_of(np.stack(columns, 1), accuracy)
+    return estimate_of(np.hstack([is_true, is_said]), accuracy)

@@ -113,14 +113,14 @@ def write_all(folders, root=ROOT):
             stop(f"{folder} is not as {folders[0]}, but for the seed: {', '.join(differing)}")
     runs = [read_results(folder) for folder in folders]
     made = f"{machine()}; {runs[0]['n']} test samples a seed, T = {runs[0]['steps']}, greedy."
-    head = ["# Each seed", "", f"{made} {INTERVALS}", ""]
-    write_text(root / "docs/tables/seeds.md", "\n".join(head + seeds_table(runs)))
+    head = f"# Each seed\n\n{made} {INTERVALS}\n\n"
+    write_text(root / "docs/tables/seeds.md", head + "\n".join(seeds_table(runs)))
     head = f"# Seed {runs[0]['seed']}\n\n{machine()}.\n\n"
     tables = INTERVAL_OF_A_MEAN.sub(r"\1", markdown(main_sections(runs[0])))  # docs are short
     write_text(root / "docs/tables/main.md", head + tables)
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    head = [f"Mean of seeds {seeds} (lowest to highest); {made}", ""]
-    block = "\n".join(head + mean_table(runs))
+    head = f"Mean of seeds {seeds} (lowest to highest); {made}\n\n"
+    block = head + "\n".join(mean_table(runs))
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = BLOCK.sub(lambda match: f"{match[1]}{block}\n{match[2]}", readme)
     write_text(root / "README.md", readme)

@@ -52,8 +52,7 @@ def rollout_facts(rewards, trajectories, owners, gaps):
     gaps: of `sampler_gaps`. no_signal: the share of groups whose rewards are all equal, which teach
     nothing.
     """
-    valid = [sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories]
-    valid = gather(valid)
+    valid = gather([sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories])
     lengths = gather([len(t.target) for t in trajectories])
     sums, largest = zip(*gather([(sum(gaps), max(gaps))]))
     rewards = torch.tensor(gather(rewards.tolist()))  # [P, N] of all processes

@@ -1,9 +1,5 @@
 """Does the picture matter? What an ablation shows at step t instead of box t - 1 on the image, or
-instead of the view of it.
-
-A picture takes (image, box or None) and is of the same size, as the feedback of a loop is; what is
-random in it depends on the box alone, so that a run can be repeated.
-"""
+instead of the view of it."""
 
 from dataclasses import replace
 
@@ -13,7 +9,7 @@ import numpy as np
 
 
 def random_box(box):
-    """A box (0..1000) that has nothing to do with this one."""
+    """A box (0..1000) that has nothing to do with this one, and is the same for it every time."""
     rng = np.random.default_rng([1, *(box or [])])
     x, y = rng.integers(0, 700, 2).tolist()
     width, height = rng.integers(100, 300, 2).tolist()

@@ -62,8 +62,7 @@ def is_prediction(own):
 
 
 if __name__ == "__main__":
-    file = Flag("the .jsonl file with the boxes", kind="file")
-    args = flags("evaluate", __doc__, predictions=file)
+    args = flags("evaluate", __doc__, predictions=Flag("the .jsonl with the boxes", kind="file"))
     if not args.predictions:
         stop("give the file to score: --predictions theirs.jsonl")
     samples = read_side(args, "test")

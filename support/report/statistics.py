@@ -27,8 +27,7 @@ WITHOUT_SFT = "GRPO without SFT + IVT"
 
 
 def main_row(rows):
-    """The row that strata and pictures are of: the paper's last that is there,
-    or, of other systems, the last."""
+    """The row that strata and pictures are of: the paper's last that is there, else the last."""
     named = {row.name: row for row in rows}
     wanted = (GRPO, SFT, WITHOUT_SFT, UNTRAINED, *reversed(named))
     return next(named[name] for name in wanted if name in named)
@@ -87,8 +86,7 @@ def all_ious(samples, lines):
 
 
 def by_change(samples, lines):
-    """The numbers of the samples, ordered by IoU at the last step minus IoU at the first: the
-    largest gain first, the largest loss last."""
+    """The numbers of the samples, by the IoU's change over the steps, the largest gain first."""
     ious = all_ious(samples, lines)
     return np.argsort(ious[:, 0] - ious[:, -1], kind="stable").tolist()
 
@@ -99,9 +97,10 @@ def metrics(ious):
     return np.stack([ious >= 0.5, ious >= 0.7, ious >= 0.9, ious], 1)
 
 
-def metric_estimates(values):
-    """[S, 4] of `metrics`, or the difference of two -> {metric: estimate}."""
-    return dict(zip(METRICS, estimate(values)))
+def metric_estimates(ious, compared=0):
+    """[S] as of `metrics` -> {metric: estimate}. compared: the `metrics` of other boxes, which are
+    taken away."""
+    return dict(zip(METRICS, estimate(metrics(ious) - compared)))
 
 
 def changes(ious):

@@ -150,9 +150,9 @@ def differences(results):
         for way, row in ways.items():
             rows.append([name, way, *cells(row.values(), "+"), cell(gains.get(way), "+")])
     text = (
-        f"{CHOICE} Agreement: the first box whose IoU with the one before is above {AGREEMENT}; "
-        "confidence: the box with the highest mean log-probability of its tokens; own trace: the "
-        "box before the first trace that keeps it."
+        f"Agreement: the first box whose IoU with the one before is above {AGREEMENT}; confidence: "
+        "the box with the highest mean log-probability; own trace: the box before the first trace "
+        "that keeps it."
     )
     head = ("Method", "box", *METRICS, "mean IoU, from its own step 0")
     return "Table 1, differences from the first row, paired", text, head, rows
@@ -192,9 +192,8 @@ def turns(results):
         wrong, corrected, right, spoilt, change = row["turns"].values()
         rows.append([name, wrong, cell(corrected), right, cell(spoilt), cell(change, "+")])
     text = (
-        "Right and wrong at IoU 0.5. ECR: share of what is wrong at step 0 that the last step "
-        "corrects; EIR: share of the right that it spoils. Acc@0.5 changes by (1 - Acc) ECR - Acc "
-        "EIR."
+        "Right: IoU 0.5 or more. ECR: share of the wrong at step 0 that the last step corrects; "
+        "EIR: share of the right that it spoils. Acc@0.5 changes by (1 - Acc) ECR - Acc EIR."
     )
     head = ("Method", "wrong at step 0", "ECR", "right at step 0", "EIR", "change of Acc@0.5")
     return "The second look", text, head, rows
@@ -212,8 +211,7 @@ def traces(results):
     text = (
         "Of the boxes that a step was shown, on a wrong object (IoU 0), right (IoU 0.5 and more) "
         "and in between, the share whose trace says each of three things. Balanced accuracy: the "
-        "share that says what the geometry says, each of the three weighing alike; without "
-        "looking, 1/3 where all three are true of some boxes."
+        "share that says what the geometry says, the three weighing alike; chance is 1/3."
     )
     head = ("Method", "step", "the box is", "n", *(f'says "{claim}"' for claim in CLAIMS))
     return "Does the trace tell the truth", text, (*head, "balanced accuracy"), rows
