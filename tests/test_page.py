@@ -151,11 +151,11 @@ def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
     for name in ("plain.jpg", "turned.jpg", "print.jpg", "map.bmp"):
         samples[name] = {**GOOD, "image": name}
     for name, sample in samples.items():
-        kind, content = page.embedded(tmp_path / name, sample, tmp_path, page.load_image).split(",")
+        kind, content = page.embedded(tmp_path / name, sample, tmp_path).split(",")
         as_it_is = base64.b64decode(content) == (tmp_path / name).read_bytes()
         assert kind == "data:image/jpeg;base64" and as_it_is == (name == "plain.jpg"), name
     missing = [{"samples": [{**GOOD, "image": "none.png"}]}]
-    assert page.addresses(missing, tmp_path, tmp_path, page.load_image) == {"none.png": ""}
+    assert page.addresses(missing, tmp_path, tmp_path) == {"none.png": ""}
 
 
 def test_outcomes_are_those_of_table_2():

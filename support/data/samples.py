@@ -143,9 +143,10 @@ def load_image(sample, folder, upright=False):
     """The sample's image as 8-bit RGB (PIL), of the size that the sample says.
 
     Grey, palette and CMYK images are converted, 16-bit ones scaled down, transparency is laid on
-    white. A photo that a camera marked as rotated is turned only if the annotated size says so, or
-    `upright` does. Raises ValueError that names file and reason: animations, floating-point images,
-    files larger than Pillow's limit against decompression bombs, truncated or foreign ones.
+    white. A photo that a camera marked as rotated is turned only if the annotated size says so;
+    with `upright` always, and its size need not be known. Raises ValueError that names file and
+    reason: animations, floating-point images, files larger than Pillow's limit against
+    decompression bombs, truncated or foreign ones.
     """
     path = Path(folder) / sample["image"]
     try:
@@ -168,7 +169,7 @@ def decode(image, size, upright):
     turned = image.size == size[::-1] and image.size != size
     if upright or (turned and image.getexif().get(0x0112, 1) >= 5):  # EXIF's orientation
         image = ImageOps.exif_transpose(image)
-    if image.size != size:
+    if image.size != size and not upright:
         own, said = ("{} x {}".format(*pair) for pair in (image.size, size))
         raise ValueError(f"it is {own}, the sample says {said}")
     image.load()  # decodes: a truncated file shows here

@@ -27,7 +27,7 @@ from support.model.views import loop_of
 from support.report.health import HEALTHY
 from support.report.pictures import write_strip
 from support.report.rows import Row, log_line
-from support.report.statistics import by_change, main_row, signed
+from support.report.statistics import RIGHT, SAME, by_change, main_row, signed
 from support.report.tables import cell, report, results_of_run, summary, write_results
 from support.running.files import write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
@@ -37,8 +37,6 @@ from PIL import Image
 HERE = Path(__file__).parent
 PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
 SAMPLES = 1000  # of a group, at most
-SAME = 0.01  # as in Table 2: a smaller change of IoU is none
-RIGHT = 0.5
 SIGNS = {"holds": "✓", "DOES NOT HOLD": "✗", "NOT SETTLED": "?"}
 OPEN = ("Table 1", "Table 2", "Right answers")  # what the papers have too
 
@@ -48,7 +46,7 @@ def write_all(args, samples, lines_of, others, start):
     """All that an evaluation leaves: results.md, results.json, report.html, the largest gain as
     figures/lead.png, and --predictions.
 
-    lines_of: Row -> its lines, in the order of the samples. others: as of `statistics.ablations`.
+    lines_of: Row -> its lines, in the order of the samples. others: as of `analysis.ablations_of`.
     start: a time.time().
     """
     results = results_of_run(args, samples, lines_of, others)
@@ -115,15 +113,12 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
 
 
 # The file -----------------------------------------------------------------------------------------
-def write_page(
-    path, *, title, groups, data, chart="", findings=(), tables=(), curves=(), load=load_image
-):
+def write_page(path, *, title, groups, data, chart="", findings=(), tables=(), curves=()):
     """Writes a page whole, or not at all, and returns its path.
 
     title: a sentence. groups: of `group`; the first one's gains and losses are shown first. chart:
-    of `chart`. findings: of statistics.findings. tables: sections, as of tables.report. curves:
-    (heading, charts) pairs. data: the folder that the images' paths start from; load: as
-    load_image.
+    of `chart`. findings: of analysis.findings. tables: sections, as of tables.report. curves:
+    (heading, charts) pairs. data: the folder that the images' paths start from.
     """
     if RANK:
         return path
@@ -138,7 +133,7 @@ def write_page(
     for name, text, head, rows in tables:
         body = f'<p class="quiet">{escape(text)}</p>{table(head, rows)}'
         folded.append(fold(name, body, is_open=name in OPEN))
-    pictures = addresses(groups, data, Path(path).parent, load)
+    pictures = addresses(groups, data, Path(path).parent)
     parts = {
         "title": escape(title),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
@@ -176,7 +171,7 @@ def to_json(value):
 
 
 # Pictures -----------------------------------------------------------------------------------------
-def addresses(groups, data, folder, load):
+def addresses(groups, data, folder):
     """The path of each image of the groups -> its address: its content, up to PICTURES bytes of
     them all, then a path relative to `folder`; "" where it cannot be read."""
     found = {}
@@ -185,7 +180,7 @@ def addresses(groups, data, folder, load):
     for image, sample in samples.items():
         file = Path(data) / image
         try:
-            address = embedded(file, sample, data, load)
+            address = embedded(file, sample, data)
         except (OSError, ValueError):  # it was there when the samples were checked
             address = ""
         if len(address) > room:
@@ -195,7 +190,7 @@ def addresses(groups, data, folder, load):
     return found
 
 
-def embedded(file, sample, data, load):
+def embedded(file, sample, data):
     """An image in an address: the file as it is, or a JPEG where a browser could show the file
     otherwise than the model saw it (turned, other colours, no known format)."""
     with Image.open(file) as image:
@@ -205,7 +200,7 @@ def embedded(file, sample, data, load):
     content = file.read_bytes()
     if not plain:
         kind, buffer = "JPEG", io.BytesIO()
-        load(sample, data).save(buffer, format=kind, quality=90)
+        load_image(sample, data).save(buffer, format=kind, quality=90)
         content = buffer.getvalue()
     return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
 
