@@ -20,17 +20,18 @@ Reads data/train.jsonl, data/pairs.jsonl and an adapter. Writes rl1/, rl2/, rl2_
 """
 
 from common import trajectory_logprobs
-from support.data.samples import VISRL_FIELDS, load_image, read_side
+from support.data.samples import VISRL_FIELDS, load_image, read_side, with_samples
 from support.model import adapters, loading, memory
 from support.run import Run
 from support.running.errors import stop
-from support.running.files import read_jsonl
-from support.running.flags import Flag
+from support.running.flags import Flag, command
 from visrl.loop import (
     LOOPS,
+    actor,
     answer_trajectory,
     chosen_nll,
     dpo_loss,
+    made_by,
     named,
     pair_logprobs,
     path_trajectory,
@@ -47,7 +48,7 @@ run = Run(
 args, data = run.args, run.data
 loop = LOOPS[args.crop]
 steps = 2 if args.stage == "2" else 1  # K
-before = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
+before = actor(args.iteration)
 name, origin = {
     ("1", "rl1"): ("rl1", before),
     ("2", "rl1"): ("rl2", named("rl1", args.iteration)),
@@ -58,19 +59,13 @@ run.name = named(name, args.iteration)
 
 # Data: the pairs of phase 3, each with its sample -------------------------------------------------
 train = read_side(args, "train", "python -m visrl.make_data", VISRL_FIELDS)
-sample_of = {sample["id"]: sample for sample in train}
 file = data / f"{named('pairs', args.iteration)}.jsonl"
-make_pairs = run.command(f"python -m visrl.make_pairs --iteration {args.iteration}")
-pairs = read_jsonl(file, make_pairs)
-pairs = [{**sample_of[pair["id"]], **pair} for pair in pairs if pair["id"] in sample_of]
+make_pairs = command(args, f"python -m visrl.make_pairs --iteration {args.iteration}")
+pairs = with_samples(file, train, make_pairs)
 if not pairs:
     stop(f"{file} has no pair of a sample in train.jsonl; run {make_pairs}")
 run.agrees(named("paths", args.iteration), "crop")
-folder = None
-if origin:
-    stage, _, number = origin.removeprefix("rl").partition("_")
-    script = f"python -m visrl.dpo --stage {stage} --iteration {number or 1}"
-    folder = run.starts_from(origin, "python -m visrl.sft" if origin == "sft" else script, "crop")
+folder = origin and run.starts_from(origin, made_by(origin), "crop")
 run.reads(file)
 
 # Model and optimizer ------------------------------------------------------------------------------

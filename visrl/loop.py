@@ -153,3 +153,16 @@ def chosen_nll(scores, count):
 def named(name, iteration):
     """The name of a file or an adapter in an iteration; the first one's has no number."""
     return name if iteration == 1 else f"{name}_{iteration}"
+
+
+def actor(iteration):
+    """The adapter that an iteration begins with."""
+    return "sft" if iteration == 1 else named("rl2", iteration - 1)
+
+
+def made_by(adapter):
+    """The script that makes sft, rl1 or rl2 of some iteration."""
+    if adapter == "sft":
+        return "python -m visrl.sft"
+    stage, _, iteration = adapter.removeprefix("rl").partition("_")
+    return f"python -m visrl.dpo --stage {stage} --iteration {iteration or 1}"

@@ -41,7 +41,7 @@ from support.model.decoding import rollouts
 from support.running import errors, files, processes
 from support.running.flags import Flag, flags
 from visrl.critics import score_paths
-from visrl.loop import END, LOOPS, named
+from visrl.loop import END, LOOPS, actor, made_by, named
 
 # The diversity controller (Eq. 3) -----------------------------------------------------------------
 TOLERANCE = 0.4  # share of the area; the authors' code
@@ -87,6 +87,7 @@ def controlled(rng, boxes, iou_max):
 
 
 # Filter and pair (Eq. 4) --------------------------------------------------------------------------
+ABLATIONS = ("no_controller", "no_box_critic", "sft_critic")
 BOTH = ("box_score", "response_score")
 
 
@@ -123,11 +124,7 @@ if __name__ == "__main__":
     args = flags(
         "visrl.make_pairs",
         __doc__,
-        ablation=Flag(
-            "leave a part out, or let the SFT model be the critic (Table 6)",
-            "none",
-            ("none", "no_controller", "no_box_critic", "sft_critic"),
-        ),
+        ablation=Flag("a change that Table 6 measures", "none", ("none", *ABLATIONS)),
     )
     start = time.time()
     data = args.out / "data"
@@ -136,10 +133,8 @@ if __name__ == "__main__":
     train = read_side(args, "train", "python -m visrl.make_data", VISRL_FIELDS)
     for sample in train:
         sample.pop("bbox", None)  # from here on nothing can look at it
-    actor = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
-    made = f"python -m visrl.dpo --stage 2 --iteration {args.iteration - 1}"
-    made = "python -m visrl.sft" if actor == "sft" else made
-    inputs = [data / "train.jsonl", adapters.weights_of(args, actor, made, "crop")]
+    policy = actor(args.iteration)
+    inputs = [data / "train.jsonl", adapters.weights_of(args, policy, made_by(policy), "crop")]
     depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
     depends_on.append("iteration")
 
@@ -149,22 +144,25 @@ if __name__ == "__main__":
         vlm = loading.load_vlm(args)
         if args.ablation == "sft_critic":
             adapters.add_adapter(vlm, args.out / "sft", "critic")
-        adapters.add_adapter(vlm, args.out / actor, "actor")
+        adapters.add_adapter(vlm, args.out / policy, "actor")
         return vlm
+
+    def place(name, *of):
+        """data/<name>.jsonl, with the iteration in its name, and the ablation if it is one of
+        these, which change it."""
+        if args.ablation in of:
+            name = f"{name}_{args.ablation}"
+        return data / f"{named(name, args.iteration)}.jsonl"
 
     def step(name, of, work, *more):
         """The rows of data/<name>.jsonl, one for each question; those not yet there are made.
 
         of: the ablations that change this step or one before it. more: the flags that do.
         """
-        if args.ablation in of:
-            name = f"{name}_{args.ablation}"
-        name = named(name, args.iteration)
+        path = place(name, *of)
         depends_on.extend(more)
-        same = files.begin(args, name, *inputs, only=depends_on)
-        path = data / f"{name}.jsonl"
-        restart = args.restart and not same
-        return files.resumable(path, train, args.batch_size, name, work, restart=restart)
+        files.begin(args, path.stem, *inputs, only=depends_on, log=path)
+        return files.resumable(path, train, args.batch_size, path.stem, work)
 
     # 1. Boxes -------------------------------------------------------------------------------------
     def sample_boxes(batch):
@@ -263,9 +261,7 @@ if __name__ == "__main__":
     if not pairs:
         reasons = f"dropped: {dict(dropped)}"
         errors.stop(f"no question gave a pair ({reasons}); look at --win, --lose, --temperature")
-    name = "pairs" if args.ablation == "none" else f"pairs_{args.ablation}"
-    name = named(name, args.iteration)
-    files.write_jsonl(data / f"{name}.jsonl", pairs)
+    files.write_jsonl(place("pairs", *ABLATIONS), pairs)
 
     counts = sum((count for _, count in controls), Counter())
     flat = [path for row in scored for path in row["paths"]]
@@ -282,4 +278,4 @@ if __name__ == "__main__":
         spread = f"mean {mean:.3f}, {high} from {args.win} on, {low} up to {args.lose}"
         print(f"  {key}: {spread}, {len(flat) - len(given)} without")
     print(f"questions kept: {len(pairs)}; dropped: {counted(dropped)}")
-    print(f"{len(pairs)} pairs in {data / name}.jsonl, {processes.minutes(start)}")
+    print(f"{len(pairs)} pairs in {place('pairs', *ABLATIONS)}, {processes.minutes(start)}")

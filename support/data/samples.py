@@ -77,13 +77,19 @@ def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
     return read_samples(args.out / f"data/{side}.jsonl", command(args, made_by), fields)
 
 
+def with_samples(path, samples, made_by=""):
+    """The rows of a .jsonl file that `made_by` makes, each with all that its sample says. Rows of
+    other samples are of an earlier run, and left out."""
+    sample_of = {sample["id"]: sample for sample in samples}
+    rows = read_jsonl(path, made_by)
+    return [{**sample_of[row["id"]], **row} for row in rows if row["id"] in sample_of]
+
+
 def read_trajectories(args, data):
-    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces), each with
-    all that its sample says. Exits when there are none, or not with --steps."""
-    sample_of = {sample["id"]: sample for sample in read_side(args, "train")}
+    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces). Exits when
+    there are none, or not with --steps."""
     path = data / "sft.jsonl"
-    rows = read_jsonl(path, command(args, "python make_data.py"))
-    rows = [{**sample_of[row["id"]], **row} for row in rows if row["id"] in sample_of]
+    rows = with_samples(path, read_side(args, "train"), command(args, "python make_data.py"))
     if not rows:
         stop(f"{path} has no trajectory of a sample in train.jsonl; make it again")
     count = len(rows[0]["boxes"])

@@ -38,7 +38,7 @@ FEWEST_UPDATES = 5  # before these a mean says little
 
 def warn(run):
     """Says which metrics' means over the last updates of a Run have left their range; each once."""
-    recent = run.rows[-LAST_UPDATES:]
+    recent = [row for row in run.rows if "kl" in row][-LAST_UPDATES:]
     if len(recent) < FEWEST_UPDATES:
         return
     for key, (low, high, advice) in HEALTHY.items():

@@ -44,9 +44,12 @@ def flags(phase, doc, **extra):
     parser = make_parser(doc, settings, extra)
     args = parser.parse_args()
     for name, setting in settings.items():
-        if getattr(args, name) is None:
+        value = getattr(args, name)
+        if value is None:
             setattr(args, name, getattr(setting, args.preset))
-        check_range(parser, name, setting, getattr(args, name))
+        elif type(value) is not str and not setting.low <= value <= setting.high:  # or NaN
+            expected = f"expected {setting.low} to {setting.high}"
+            parser.error(f"{flag_of(name)} is {value}; {expected}")
     start_processes()
     room = (phase or "").rpartition(".")[0]  # "visrl" of "visrl.sft"
     args.out = args.out or f"runs/{room and room + '_'}{args.preset}"
@@ -116,14 +119,6 @@ def make_parser(doc, settings, extra):
             options = {"action": "store_true"}
         parser.add_argument(flag_of(name), help=flag.help.replace("%", "%%"), **options)
     return parser
-
-
-def check_range(parser, name, setting, value):
-    if isinstance(setting.paper, str):
-        return
-    if not setting.low <= value <= setting.high:  # NaN is in no range
-        given = f"{flag_of(name)} is {value}"
-        parser.error(f"{given}; expected {setting.low} to {setting.high}")
 
 
 def print_configuration(args):

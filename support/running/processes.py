@@ -13,8 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from support.running.errors import stop
-
 import torch
 import torch.distributed as dist
 
@@ -81,15 +79,6 @@ def sum_gradients(parameters):
         p.grad = gradient.view_as(p)
 
 
-def divides(count, flag):
-    """Stops unless each process gets the same number: N processes then train as one does."""
-    if count % WORLD:
-        stop(
-            f"{flag} is {count}, not a multiple of the {WORLD} processes; give a multiple, or "
-            "start fewer"
-        )
-
-
 def program():
     """What was started, without its flags: "python sft.py", "python -m support.model.merge"."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # there is one with -m alone
@@ -102,6 +91,7 @@ def catch_interrupts():
     """From here on Ctrl-C ends a loop after the update or batch at hand, with all saved, and a
     second one at once."""
     signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)  # a cluster's last word before it kills
 
 
 def ask_to_stop(number, frame):
