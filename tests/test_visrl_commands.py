@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
 def test_the_main_job(whole):
     out, _ = whole
     report = (out / "results.md").read_text()
-    names = ["Base, no box", "RL2, shown the true box", "RL2 only", "Plain DPO", "iteration 2"]
+    names = ["Base, no box", "RL2, shown the true box", "RL2 only", "Plain DPO", "pairs_2"]
     assert all(name in report for name in [*names, "without the diversity controller"])
     assert (out / "report.html").exists()
     for name, steps in (("rl1", 1), ("rl2", 2), ("rl2_only", 2), ("plain_dpo", 1)):

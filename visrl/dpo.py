@@ -33,8 +33,8 @@ from visrl.loop import (
     dpo_loss,
     made_by,
     named,
-    pair_logprobs,
     path_trajectory,
+    step_logprobs,
 )
 
 import torch
@@ -114,8 +114,8 @@ for chosen in run.epochs(pairs, vlm, optimizer):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
         losses, margins = dpo_loss(  # [N, K], [N, K]
-            pair_logprobs(policy, len(part), steps),  # [N, 2, K]
-            pair_logprobs(reference, len(part), steps),  # [N, 2, K]
+            step_logprobs(policy, len(batch), steps),  # [2N, K]
+            step_logprobs(reference, len(batch), steps),  # [2N, K]
             args.beta,
         )
         losses = losses.mean(1)  # [N]: Eq. 8, both steps weigh one half

@@ -38,15 +38,15 @@ if args.preset == "paper" and not (args.data or args.viscot):
     errors.stop(
         f"for samples of your own: --data FILE.jsonl; for the paper's: --viscot DIR. {sources.GET}"
     )
+sides = [data / f"{side}.jsonl" for side in sources.SIDES]
+if args.restart and not processes.RANK:  # first: killed here, no old side stays beside new ones
+    for side in sides:
+        side.unlink(missing_ok=True)
 files.begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad",))
-there = all((data / f"{side}.jsonl").exists() for side in sources.SIDES)
-if there and not args.restart:
-    print(f"{data / 'test.jsonl'} is finished; --restart makes everything again")
+if all(side.exists() for side in sides) and not args.restart:
+    print(f"{sides[-1]} is finished; --restart makes everything again")
     raise SystemExit
 
-for side in sources.SIDES:  # of a run that is made anew, none may stay beside new ones
-    if not processes.RANK:
-        (data / f"{side}.jsonl").unlink(missing_ok=True)
 sides = sources.prepare(args, data)
 for side, samples in sides.items():
     counts = Counter(sample["source"] for sample in samples)

@@ -135,8 +135,7 @@ if __name__ == "__main__":
         sample.pop("bbox", None)  # from here on nothing can look at it
     policy = actor(args.iteration)
     inputs = [data / "train.jsonl", adapters.weights_of(args, policy, made_by(policy), "crop")]
-    depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
-    depends_on.append("iteration")
+    depends_on = "model quantize dtype engine max_pixels max_tokens seed iteration".split()
 
     @functools.cache
     def load_model():
@@ -195,27 +194,25 @@ if __name__ == "__main__":
         controls.append(controlled(rng, row["boxes"], tau))
 
     def sample_answers(batch):
-        flat = []  # (number of the question, sample, box) of each path
-        seeds = []
+        flat = []  # (number of the question, sample, box, seed) of each path
         for number, sample in batch:
             for i, box in enumerate(controls[number][0]):
-                flat.append((number, sample, box))
-                seeds.append(seed_of(number) + 1 + i)
+                flat.append((number, sample, box, seed_of(number) + 1 + i))
         paths = {number: [] for number, _ in batch}
         trajectories = []
         if flat:
             trajectories = roll(
                 load_model(),
-                [load_image(sample, data) for _, sample, _ in flat],
-                [sample["question"] for _, sample, _ in flat],
+                [load_image(sample, data) for _, sample, _, _ in flat],
+                [sample["question"] for _, sample, _, _ in flat],
                 1,
                 max_tokens=args.max_tokens,
                 loop=loop,
                 temperatures=(args.temperature,) * 2,
-                seeds=seeds,
-                first_texts=[format_box(box) for _, _, box in flat],
+                seeds=[seed for *_, seed in flat],
+                first_texts=[format_box(box) for _, _, box, _ in flat],
             )
-        for (number, _, box), trajectory in zip(flat, trajectories):
+        for (number, _, box, _), trajectory in zip(flat, trajectories):
             answer = trajectory.texts[1]
             # Cut short, or with a special token in it, it is no text to be learnt
             if trajectory.target[-1] == load_model().token(END) and "<|" not in answer:
@@ -234,12 +231,9 @@ if __name__ == "__main__":
         for number, sample in batch:
             image = load_image(sample, data)
             items += [(image, sample, path) for path in paths[number]["paths"]]
-        made = []
-        if items:
-            options = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
-            with judge:
-                made = score_paths(vlm, items, **options, roll=roll)
-        made = iter(made)
+        options = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
+        with judge:
+            made = iter(score_paths(vlm, items, **options, roll=roll) if items else [])
         rows = []
         for number, sample in batch:
             own = [next(made) for _ in paths[number]["paths"]]
@@ -261,21 +255,18 @@ if __name__ == "__main__":
     if not pairs:
         reasons = f"dropped: {dict(dropped)}"
         errors.stop(f"no question gave a pair ({reasons}); look at --win, --lose, --temperature")
-    files.write_jsonl(place("pairs", *ABLATIONS), pairs)
+    file = place("pairs", *ABLATIONS)
+    files.write_jsonl(file, pairs)
 
     counts = sum((count for _, count in controls), Counter())
     flat = [path for row in scored for path in row["paths"]]
-    possible = sum(len(kept) for kept, _ in controls)
-    attempts = args.attempts * len(train)
-    print(f"{len(train)} questions, {attempts} attempts, {len(flat)} candidates")
-    for what, n in counts.items():
-        print(f"  {what}: {n}")
-    print(f"  answers that did not end: {possible - len(flat)}")
+    unfinished = sum(len(kept) for kept, _ in controls) - len(flat)
+    print(f"{args.attempts * len(train)} attempts at {len(train)} questions: {counted(counts)}")
+    print(f"{unfinished} answers did not end; {len(flat)} candidates")
     for key in BOTH:
         given = [path[key] for path in flat if path[key] is not None]
         high, low = sum(v >= args.win for v in given), sum(v <= args.lose for v in given)
-        mean = sum(given) / max(1, len(given))
-        spread = f"mean {mean:.3f}, {high} from {args.win} on, {low} up to {args.lose}"
+        spread = f"{high} from {args.win} on, {low} up to {args.lose}"
         print(f"  {key}: {spread}, {len(flat) - len(given)} without")
-    print(f"questions kept: {len(pairs)}; dropped: {counted(dropped)}")
-    print(f"{len(pairs)} pairs in {place('pairs', *ABLATIONS)}, {processes.minutes(start)}")
+    print(f"questions dropped: {counted(dropped)}")
+    print(f"{len(pairs)} pairs in {file}, {processes.minutes(start)}")

@@ -36,7 +36,6 @@ FINDINGS = (  # the paper's: in words, of what, and the differences above zero i
     ("Looking beats plain DPO on answers", "answers", [(RL2, PLAIN)]),
     ("A second iteration raises answers (Figure 4)", "answers", [(f"{RL2}, iteration 2", RL2)]),
 )
-NEAR = 0.02  # SFT is "near" the base up to here; the paper names no threshold
 PARTS = {  # a file of pairs -> what of the pipeline is missing (Table 6)
     "pairs_no_controller": "without the diversity controller",
     "pairs_no_box_critic": "without the box critic",
@@ -106,22 +105,14 @@ def analyse(samples, lines_of, pairs):
     boxed = [name for name in pairs if all("bbox" in pair for pair in pairs[name])]
     good = {name: right_pairs(pairs[name]) for name in boxed}
     results["pairs"] = {n: {"pairs": len(v), "WP-LN": estimate(v)} for n, v in good.items()}
-    results["findings"] = findings(right, groups, good)
+    results["findings"] = findings(right, good)
     return results
 
 
-def findings(right, groups, good):
+def findings(right, good):
     """The paper's findings as hypotheses on these rows: a list of `judged`. good: name of a file of
     pairs -> its `right_pairs`."""
     found = []
-    answers = right["answers"]
-    if SFT in answers and BASE in answers:
-        change = answers[SFT] - answers[BASE]
-        each = {name: estimate(change[mask]) for name, mask in groups.items() if name != "all"}
-        source = min(each, key=lambda name: each[name][0])
-        sentence = "SFT answers less, or hardly more, than the base without a box on some source"
-        sentence += f" (at most {NEAR} more; {source})"
-        found.append(judged(sentence, [each[source]], below=NEAR))
     for sentence, what, pairs in FINDINGS:
         rows = right[what]
         if all(name in rows for pair in pairs for name in pair):
@@ -138,15 +129,11 @@ def findings(right, groups, good):
 # Tables -------------------------------------------------------------------------------------------
 def summary(results):
     """Answers and boxes of each row and the verdicts, without intervals."""
-    width = max(map(len, results["answers"])) + 2
     sources = " / ".join(next(iter(results["answers"].values())))
-    lines = [f"{results['n']} test samples", ""]
-    lines.append(f"Right answers, and right boxes (IoU > 0.5): {sources}")
+    lines = [f"{results['n']} test samples: right answers; right boxes (IoU > 0.5): {sources}"]
     for name, row in results["answers"].items():
-        line = f"{name:{width}}{tables.means(row.values())}"
-        if name in results["boxes"]:
-            line += f"   boxes {tables.means(results['boxes'][name].values())}"
-        lines.append(line)
+        boxes = results["boxes"].get(name, {})
+        lines.append(f"{name:40}{tables.means(row.values())}    {tables.means(boxes.values())}")
     return "\n".join([*lines, "", *tables.summary_of_findings(results)])
 
 

@@ -50,9 +50,7 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False):
         problems += [f"{path}, line {number}: {sentence}" for sentence in found]
     if problems and not skip_bad:
         head = f"{len(problems)} problems in {path} (--skip-bad leaves such lines of --data out):"
-        if len(problems) > PROBLEMS_SHOWN:
-            problems[PROBLEMS_SHOWN:] = [f"... and {len(problems) - PROBLEMS_SHOWN} more"]
-        stop("\n".join([head, *problems]))
+        stop("\n".join([head, *problems[:PROBLEMS_SHOWN]]))
     if problems:
         skipped = path.with_name(path.name + ".skipped")
         write_text(skipped, "\n".join(problems) + "\n")

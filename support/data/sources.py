@@ -37,15 +37,14 @@ def begin_data(args, data):
         if missing := datasets.missing_files(folders):
             head = "the paper's data is not all there (for samples of your own: --data FILE.jsonl)"
             stop("\n".join([head, *missing]))
+    if args.restart and not RANK:  # first: killed here, no run goes on with another's samples
+        for name in (*SIDES, "student", "traces", "sft"):
+            (data / f"{name}.jsonl").unlink(missing_ok=True)
     inputs = [args.data] if args.data else []
     begin(args, "make_data", *inputs, ignore=("batch_size", "skip_bad", *datasets.DATASETS))
     if (data / "sft.jsonl").exists() and not args.restart:
         print(f"{data / 'sft.jsonl'} is finished; --restart makes everything again")
         raise SystemExit
-    if args.restart and not RANK:
-        for name in (*SIDES, "student", "traces", "sft"):
-            (data / f"{name}.jsonl").unlink(missing_ok=True)
-    barrier()
 
 
 def folders_of(args):
@@ -98,17 +97,12 @@ def show_student(samples, predictions):
     """
     ious = torch.tensor([row["iou"] for row in predictions])
     accuracy = (ious >= 0.5).float().mean()
-    print(
-        f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {accuracy:.3f}; first boxes, and the truth:"
-    )
+    print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {accuracy:.3f}; boxes, and the truth:")
     for sample, row in list(zip(samples, predictions))[:3]:
         truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
         print(f"  {sample['expression']!r}: {row['box']}, truth {truth}")
     if ious.mean() < 0.1:
-        print(
-            "warning: the student hardly ever hits; are its boxes in 0..1000, and is the ground "
-            "truth in pixels?"
-        )
+        print("warning: the student hardly ever hits; are true boxes in pixels, its in 0..1000?")
 
 
 def write_trajectories(args, rows, start):

@@ -31,6 +31,13 @@ class Flag:
     kind: str | None = None
 
 
+COMMON = {
+    "preset": Flag("column of PRESETS (default: toy)", "toy", ("toy", "paper")),
+    "out": Flag("folder of the run (default: in runs/)"),
+    "restart": Flag("begin this phase again, dropping its checkpoint", kind="switch"),
+}
+
+
 def flags(phase, doc, **extra):
     """Parses the command line -> Namespace: --preset, --out, --restart, each row of PRESETS that
     `settings_of` the phase has, and `extra` (name -> Flag).
@@ -93,16 +100,13 @@ def flag_of(name):
 
 
 def make_parser(doc, settings, extra):
-    parser = argparse.ArgumentParser(
-        prog=program(), description=doc.split("\n\n")[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "--preset", choices=("toy", "paper"), default="toy", help="column of PRESETS (default: toy)"
-    )
-    parser.add_argument("--out", help="folder of the run (default: in runs/)")
-    parser.add_argument(
-        "--restart", action="store_true", help="begin this phase again, dropping its checkpoint"
-    )
+    about = doc.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog=program(), description=about, allow_abbrev=False)
+    for name, flag in {**COMMON, **extra}.items():
+        options = {"default": flag.default, "choices": flag.choices}
+        if flag.kind == "switch":
+            options = {"action": "store_true"}
+        parser.add_argument(flag_of(name), help=flag.help.replace("%", "%%"), **options)
     for name, setting in settings.items():
         values = str(setting.paper) or "none"
         if setting.paper != setting.toy:
@@ -113,11 +117,6 @@ def make_parser(doc, settings, extra):
             choices=setting.choices,
             help=f"{setting.help} ({values})".replace("%", "%%"),
         )
-    for name, flag in extra.items():
-        options = {"default": flag.default, "choices": flag.choices}
-        if flag.kind == "switch":
-            options = {"action": "store_true"}
-        parser.add_argument(flag_of(name), help=flag.help.replace("%", "%%"), **options)
     return parser
 
 
@@ -126,7 +125,7 @@ def print_configuration(args):
     values = dict(vars(args))
     if os.path.isdir(args.model):
         values["model"] = os.path.relpath(args.model)
-    for name in ("preset", "out", "restart"):
+    for name in COMMON:
         del values[name]
     not_given = ("None", "False", "", "()")
     words = [f"{name}={v}" for name, v in values.items() if str(v) not in not_given]
