@@ -30,7 +30,7 @@ class Run:
     the update of the best validation so far. rows: of the log, those before a stop too.
     """
 
-    # One door for a phase, see there
+    # Of the processes and messages a phase needs no more
     gather = staticmethod(processes.gather)
     sum_gradients = staticmethod(processes.sum_gradients)
     at_work = staticmethod(errors.working_on)

@@ -523,11 +523,13 @@ def test_the_findings_are_judged_by_their_intervals():
     # A box is right above 0.5, not from there on; a control's box is not the policy's
     assert results["boxes"][report.SFT]["a"][0] == pytest.approx(5 / 20)
     assert "true" not in results["boxes"]
-    assert ("true", report.RL2) in [(d["row"], d["against"]) for d in results["differences"]]
     assert results["pairs"]["pairs"]["WP-LN"][0] == pytest.approx(0.75)
-    found = {sentence[:8]: word for sentence, _, word in results["findings"]}
+    found = {sentence[:20]: word for sentence, _, word in results["findings"]}
     assert len(found) == 7 and set(found.values()) == {"holds", "NOT SETTLED"}
-    assert [key for key in found if found[key] != "holds"] == ["RL2 only", "A second"]
+    assert [key for key in found if found[key] != "holds"] == [
+        "In answers SFT < RL2",
+        "A second iteration r",
+    ]
     without = [{key: value for key, value in pair.items() if key != "bbox"} for pair in pairs(3)]
     worse = analyse({**rows, report.RL1: log_lines(20, 2)}, {"pairs": without})
     assert "DOES NOT HOLD" in {w for s, _, w in worse["findings"] if s.startswith("RL1 raises")}

@@ -98,11 +98,8 @@ def ask_to_stop(number, frame):
     if stop_asked:
         sys.exit(130)
     stop_asked.append(number)
-    print(
-        "\nstopping after the update or batch at hand; Ctrl-C again ends at once",
-        file=sys.stderr,
-        flush=True,
-    )
+    words = "stopping after the update or batch at hand; Ctrl-C again ends at once"
+    print(f"\n{words}", file=sys.stderr, flush=True)
 
 
 def interrupted():
