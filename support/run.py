@@ -167,10 +167,6 @@ class Run:
         self.shown |= {key: value for key, value in row.items() if key in SHOWN}
         self.bar.set_postfix(self.shown, refresh=False)
 
-    def say(self, sentence):
-        """Prints a line above the bar."""
-        self.bar.write(sentence)
-
     # The end --------------------------------------------------------------------------------------
     def save(self, finished):
         """All state of the run in one file. What is drawn at random depends on the seed and the

@@ -209,7 +209,7 @@ def test_split_is_by_image_and_balanced():
     assert len(set.union(*images)) == sum(map(len, images))
     assert [sum(s["source"] == x for s in sides["test"]) for x in "abc"] == [5, 4, 4]
     with pytest.raises(
-        ValueError, match="too few samples for 119 in train: missing 2 of a, 2 of b, 1 of c"
+        SystemExit, match="too few samples for 119 in train: missing 2 of a, 2 of b, 1 of c; give"
     ):
         split(samples, {"train": 119, "val": 1, "test": 3}, 0)
 

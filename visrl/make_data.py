@@ -19,7 +19,8 @@ Writes data/{sft,train,test}.jsonl and data/images/ under --out.
 import time
 from collections import Counter
 
-from support.running import errors, files, processes
+from support.data.sources import begin_files
+from support.running import errors, processes
 from support.running.flags import Flag, command, flags
 from visrl import sources
 
@@ -38,14 +39,7 @@ if args.preset == "paper" and not (args.data or args.viscot):
     errors.stop(
         f"for samples of your own: --data FILE.jsonl; for the paper's: --viscot DIR. {sources.GET}"
     )
-sides = [data / f"{side}.jsonl" for side in sources.SIDES]
-if args.restart and not processes.RANK:  # first: killed here, no old side stays beside new ones
-    for side in sides:
-        side.unlink(missing_ok=True)
-files.begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad",))
-if all(side.exists() for side in sides) and not args.restart:
-    print(f"{sides[-1]} is finished; --restart makes everything again")
-    raise SystemExit
+begin_files(args, data, sources.SIDES)
 
 sides = sources.prepare(args, data)
 for side, samples in sides.items():
@@ -53,7 +47,6 @@ for side, samples in sides.items():
     boxed = sum("bbox" in sample for sample in samples)
     print(f"{side}: {len(samples)}, {boxed} with a box; " + ", ".join(map(str, counts.items())))
 print("one sample of each source:")
-for source in sorted({sample["source"] for sample in sides["test"]}):
-    sample = next(sample for sample in sides["test"] if sample["source"] == source)
+for source, sample in sorted({sample["source"]: sample for sample in sides["test"]}.items()):
     print(f"  {source}: {sample['question']!r} {sample['answer']!r}, {sample['image']}")
 print(f"{processes.minutes(start)}; next: {command(args, 'python -m visrl.sft')}")

@@ -110,8 +110,7 @@ def refcocog(folder, coco):
     columns = ["ref_id", "image_id", "bbox", "raw_image_info", "sentences"]
     for path in sorted(folder.rglob("*.parquet")):
         for ref in read_parquet(path, columns):
-            # not the ref's own file_name, which ends in the annotation's number: there is no such
-            # file
+            # The ref's own file_name ends in the annotation's number: there is no such file
             name = f"COCO_train2014_{ref['image_id']:012d}.jpg"
             image = json.loads(ref["raw_image_info"])
             for sentence in ref["sentences"]:
@@ -275,7 +274,7 @@ def split(samples, sizes, seed):
     sources, by image.
 
     All samples of one image go to one side, so no test image is ever trained on, whatever source it
-    comes from. Smaller sides are filled first. Raises ValueError naming the source that runs out.
+    comes from. Smaller sides are filled first. Exits with the source that runs out.
     """
     rng = random.Random(seed)
     sources = sorted({sample["source"] for sample in samples})
@@ -290,7 +289,8 @@ def split(samples, sizes, seed):
         partial, groups = take(groups, wanted, cut=True)
         if any(wanted.values()):
             missing = ", ".join(f"{count} of {source}" for source, count in wanted.items() if count)
-            raise ValueError(f"too few samples for {sizes[side]} in {side}: missing {missing}")
+            remedy = "give more, or lower --train-samples, --val-samples, --test-samples"
+            stop(f"too few samples for {sizes[side]} in {side}: missing {missing}; {remedy}")
         sides[side] = whole + partial
         rng.shuffle(sides[side])
     return sides

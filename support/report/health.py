@@ -45,7 +45,7 @@ def warn(run):
         mean = sum(row[key] for row in recent) / len(recent)
         if key not in run.warned and not low <= mean <= high:
             run.warned.add(key)
-            run.say(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
+            run.bar.write(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
 
 
 def step_ious(trajectories, owners):

@@ -122,13 +122,11 @@ def make_parser(doc, settings, extra):
 
 def print_configuration(args):
     print(f"{program()} --preset {args.preset} --out {args.out}")
-    values = dict(vars(args))
-    if os.path.isdir(args.model):
-        values["model"] = os.path.relpath(args.model)
-    for name in COMMON:
-        del values[name]
-    not_given = ("None", "False", "", "()")
-    words = [f"{name}={v}" for name, v in values.items() if str(v) not in not_given]
+    model = os.path.relpath(args.model) if os.path.isdir(args.model) else args.model
+    words = []
+    for name, value in {**vars(args), "model": model}.items():
+        if name not in COMMON and str(value) not in ("None", "False", ""):
+            words.append(f"{name}={value}")
     print("  " + "  ".join(words), flush=True)
 
 
