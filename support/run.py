@@ -68,10 +68,8 @@ class Run:
 
     def reads(self, *inputs, ignore=()):
         """Ends the program where the phase is finished, or was begun with other values or other
-        input files. ignore: flags that do not change what it makes.
-        """
-        # --restart removes the checkpoint before its configuration is written anew: killed between
-        # the two, no run goes on from the other's weights.
+        input files. ignore: flags that do not change what it makes."""
+        # Before its configuration: killed between the two, no run goes on from other weights
         state = load_checkpoint(self.checkpoint, self.args.restart)
         files.begin(self.args, self.name, *self.inputs, *inputs, ignore=ignore)
         if state and state["finished"]:
@@ -109,11 +107,8 @@ class Run:
                     processes.leave_if_interrupted()
 
     def epochs(self, rows, vlm, optimizer):
-        """Yields the batch of each update that is left, as many rows as --batch-size times
-        --grad-accum, fewer at the end of an epoch.
-
-        Each epoch goes through all rows in an order of its own.
-        """
+        """Yields the batch of each update that is left: --batch-size times --grad-accum rows, fewer
+        at the end of an epoch. Each epoch goes through all rows in an order of its own."""
         size = self.args.batch_size * self.args.grad_accum
         in_epoch = math.ceil(len(rows) / size)
         print(f"{len(rows)} rows, {in_epoch * self.args.epochs} updates of {size}")

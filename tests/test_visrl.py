@@ -509,7 +509,7 @@ def test_the_findings_are_judged_by_their_intervals():
     def analyse(rows, pairs):
         boxes = {name: "true" if name == "true" else "own" for name in rows}
         lines_of = {PlainRow(name, boxes[name]): lines for name, lines in rows.items()}
-        return report.analyse(SAMPLES, lines_of, pairs)
+        return report.analyse(lines_of, pairs)
 
     def pairs(*counts):
         """So many pairs of each kind, of chosen and rejected boxes."""
@@ -518,10 +518,10 @@ def test_the_findings_are_judged_by_their_intervals():
         return [{**SAMPLES[0], "chosen": {"box": a}, "rejected": {"box": b}} for a, b in made]
 
     results = analyse(rows, {"pairs": pairs(30, 0, 10), "pairs_no_controller": pairs(5, 25)})
-    assert results["answers"][report.SFT]["all"][0] == pytest.approx(0.25)
-    assert results["boxes"][report.RL1]["all"][0] == pytest.approx(0.5)
+    assert results["answers"][report.SFT][0] == pytest.approx(0.25)
+    assert results["boxes"][report.RL1][0] == pytest.approx(0.5)
     # A box is right above 0.5, not from there on; a control's box is not the policy's
-    assert results["boxes"][report.SFT]["a"][0] == pytest.approx(5 / 20)
+    assert results["boxes"][report.SFT][0] == pytest.approx(10 / 40)
     assert "true" not in results["boxes"]
     assert results["pairs"]["pairs"]["WP-LN"][0] == pytest.approx(0.75)
     found = {sentence[:20]: word for sentence, _, word in results["findings"]}

@@ -38,6 +38,7 @@ start = time.time()
 data = args.out / "data"
 test = samples.read_side(args, "test", "python -m visrl.make_data", samples.VISRL_FIELDS)
 roll = rollouts(args)
+CONTROLS = {"whole": "the whole image", "random": "a random box", "true": "the true box"}
 boxed = dict(loop=LOOPS[args.crop], steps=1, drawn=False)
 ROWS = [
     Row(report.BASE, "base", ASK),
@@ -88,8 +89,7 @@ def play(row):
             line = {"id": sample["id"], "answer": answer, "box": None}
             line["right"] = is_right(answer, sample["answer"])
             if row.steps:
-                line["box"] = trajectory.boxes[0]
-                line["first_text"] = trajectory.texts[0]
+                line |= {"box": trajectory.boxes[0], "first_text": trajectory.texts[0]}
             if row.steps and "bbox" in sample:
                 line["iou"] = round(box_iou(line["box"], sample), 6)
             lines.append(line)
@@ -110,17 +110,16 @@ for iteration in range(2, 100):  # the model after each later iteration (Figure 
 ROWS = [row for row in ROWS if rows.is_trained(args, row)]
 main = report.main_row(ROWS)
 if main.adapter and all("bbox" in sample for sample in test):
-    for kind in ("true", "random", "whole"):
-        name = f"{main.name}, shown {report.CONTROLS[kind]}"
-        ROWS.append(replace(main, name=name, log=f"{main.log}_{kind}", box=kind))
-by_adapter = sorted(ROWS, key=lambda row: row.adapter or "")  # each model is loaded once
-lines_of = {row: play(row) for row in by_adapter}
-lines_of = {row: lines_of[row] for row in ROWS}
+    after = ROWS.index(main) + 1  # beside it, so that its model is loaded once
+    for kind, shown in CONTROLS.items():
+        name = f"{main.name}, shown {shown}"
+        ROWS.insert(after, replace(main, name=name, log=f"{main.log}_{kind}", box=kind))
+lines_of = {row: play(row) for row in ROWS}
 
 # Report -------------------------------------------------------------------------------------------
 pairs = report.read_pairs(data)
 results = {"n": len(test), "seed": args.seed, "model": Path(args.model).name}
-results |= report.analyse(test, lines_of, pairs)
+results |= report.analyse(lines_of, pairs)
 tables.write_results(results, args.out, report.summary(results), report.sections(results))
 place = report.page(args, results, test, lines_of, pairs)
 places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"

@@ -46,7 +46,6 @@ for side, samples in sides.items():
     counts = Counter(sample["source"] for sample in samples)
     boxed = sum("bbox" in sample for sample in samples)
     print(f"{side}: {len(samples)}, {boxed} with a box; " + ", ".join(map(str, counts.items())))
-print("one sample of each source:")
-for source, sample in sorted({sample["source"]: sample for sample in sides["test"]}.items()):
-    print(f"  {source}: {sample['question']!r} {sample['answer']!r}, {sample['image']}")
+    sample = samples[0]
+    print(f"  {sample['question']!r} {sample['answer']!r}, {sample['image']}")
 print(f"{processes.minutes(start)}; next: {command(args, 'python -m visrl.sft')}")

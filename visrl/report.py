@@ -23,7 +23,6 @@ RL1 = "SFT + RL1"
 RL2 = "SFT + RL1 + RL2"
 ONLY = "SFT + RL2 only"
 PLAIN = "Plain DPO, no box"
-CONTROLS = {"true": "the true box", "random": "a random box", "whole": "the whole image"}
 FINDINGS = (  # the paper's: in words, of what, and the differences above zero if it holds
     ("RL1 raises box accuracy, without boxes", "boxes", [(RL1, SFT)]),
     ("In answers SFT < SFT + RL1 < SFT + RL1 + RL2", "answers", [(RL1, SFT), (RL2, RL1)]),
@@ -72,7 +71,7 @@ def unpaired(a, b):
 
 
 # All numbers --------------------------------------------------------------------------------------
-def analyse(samples, lines_of, pairs):
+def analyse(lines_of, pairs):
     """Everything that results.json holds, of row -> its lines and name -> pairs."""
     right = {"answers": {}, "boxes": {}}  # of what -> name of the row -> [S]
     for row, lines in lines_of.items():
@@ -80,16 +79,9 @@ def analyse(samples, lines_of, pairs):
         ious = [line.get("iou") for line in lines]
         if row.box == "own" and None not in ious:  # the samples have true ones
             right["boxes"][row.name] = (np.array(ious) > 0.5).astype(float)
-    sources = np.array([sample["source"] for sample in samples])
-    groups = {"all": np.full(len(samples), True)}
-    groups |= {source: sources == source for source in sorted(set(sources.tolist()))}
-
-    def by_source(values):
-        return {group: estimate(values[mask]) for group, mask in groups.items()}
-
     results = {}
     for what, rows in right.items():
-        results[what] = {name: by_source(values) for name, values in rows.items()}
+        results[what] = {name: estimate(values) for name, values in rows.items()}
     boxed = [name for name in pairs if all("bbox" in pair for pair in pairs[name])]
     good = {name: right_pairs(pairs[name]) for name in boxed}
     results["pairs"] = {n: {"pairs": len(v), "WP-LN": estimate(v)} for n, v in good.items()}
@@ -117,22 +109,21 @@ def findings(right, good):
 # Tables -------------------------------------------------------------------------------------------
 def summary(results):
     """Answers and boxes of each row and the verdicts, without intervals."""
-    sources = " / ".join(next(iter(results["answers"].values())))
-    lines = [f"{results['n']} test samples: right answers; right boxes (IoU > 0.5): {sources}"]
-    for name, row in results["answers"].items():
-        boxes = results["boxes"].get(name, {})
-        lines.append(f"{name:40}{tables.means(row.values())}    {tables.means(boxes.values())}")
+    lines = [f"{results['n']} test samples: right answers, right boxes (IoU > 0.5)"]
+    for name in results["answers"]:
+        shares = [results[what][name] for what in ("answers", "boxes") if name in results[what]]
+        lines.append(f"{name:40}{tables.means(shares)}")
     return "\n".join([*lines, "", *tables.summary_of_findings(results)])
 
 
 def sections(results):
-    """As of tables.report: answers, boxes, pairs, verdicts."""
-    groups = list(next(iter(results["answers"].values())))
+    """As of tables.report: answers and boxes, pairs, verdicts."""
     made = f"{results['n']} test samples, greedy, seed {results['seed']}, model {results['model']}."
-    found = []
-    for name, key in (("Right answers", "answers"), ("Right boxes, IoU > 0.5", "boxes")):
-        rows = [[row, *cells(values.values())] for row, values in results[key].items()]
-        found.append((name, f"{made} {tables.INTERVALS}", ("Row", *groups), rows))
+    rows = []
+    for name, answers in results["answers"].items():
+        rows.append([name, *cells([answers, results["boxes"].get(name)])])
+    head = ("Row", "right answers", "right boxes, IoU > 0.5")
+    found = [("Answers and boxes", f"{made} {tables.INTERVALS}", head, rows)]
     rows = [[name, row["pairs"], *cells([row["WP-LN"]])] for name, row in results["pairs"].items()]
     text = "WP-LN: the chosen box is right and the rejected one is not."
     found.append(("Pairs (Table 6)", text, ("file", "pairs", "WP-LN"), rows))

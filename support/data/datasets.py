@@ -16,8 +16,7 @@ from pathlib import Path
 from support.running.errors import stop
 from support.running.files import write_bytes
 
-# flag -> files: patterns of what has to be there; about: what it is; get: the shell command that
-# downloads it
+# flag -> files: patterns of what has to be there; about: what it is; get: what downloads it
 DATASETS = {
     "refcocog": {
         "files": ["**/*.parquet"],
@@ -32,8 +31,8 @@ DATASETS = {
     "refl4": {
         "files": ["ref-l4-val.parquet", "ref-l4-test.parquet", "**/*.jpg"],
         "about": "Ref-L4 with its images (3.5 GB), hub id JierunChen/Ref-L4, CC BY-NC 4.0",
-        "get": "hf download JierunChen/Ref-L4 --repo-type dataset --local-dir {folder} && "
-        "tar -xzf {folder}/images.tar.gz -C {folder}",
+        "get": "hf download JierunChen/Ref-L4 ref-l4-val.parquet ref-l4-test.parquet images.tar.gz "
+        "--repo-type dataset --local-dir {folder} && tar -xzf {folder}/images.tar.gz -C {folder}",
     },
     "coco": {
         "files": ["**/COCO_train2014_*.jpg"],
@@ -75,15 +74,16 @@ def as_published(where, how):
 
 
 # The readers --------------------------------------------------------------------------------------
-def read_parquet(path, columns):
-    """Yields the rows of a parquet file as dicts of these columns; no other column is read, and few
-    rows are in memory at once."""
+def read_parquet(folder, columns):
+    """Yields the rows of a folder's parquet files as dicts of these columns; no other column is
+    read, and few rows are in memory at once."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        stop(f"reading {path} needs pyarrow: pip install pyarrow")
-    for batch in ParquetFile(path).iter_batches(batch_size=64, columns=columns):
-        yield from batch.to_pylist()
+        stop(f"reading {folder} needs pyarrow: pip install pyarrow")
+    for path in sorted(folder.rglob("*.parquet")):
+        for batch in ParquetFile(path).iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
 
 
 def image_key(origin, name):
@@ -108,61 +108,56 @@ def refcocog(folder, coco):
     if (coco / "train2014").is_dir():
         coco = coco / "train2014"
     columns = ["ref_id", "image_id", "bbox", "raw_image_info", "sentences"]
-    for path in sorted(folder.rglob("*.parquet")):
-        for ref in read_parquet(path, columns):
-            # The ref's own file_name ends in the annotation's number: there is no such file
-            name = f"COCO_train2014_{ref['image_id']:012d}.jpg"
-            image = json.loads(ref["raw_image_info"])
-            for sentence in ref["sentences"]:
-                yield {
-                    "id": f"refcocog_{ref['ref_id']}-{sentence['sent_id']}",
-                    "source": "refcocog",
-                    "image": str((coco / name).resolve()),
-                    "key": image_key("coco", name),
-                    "width": image["width"],
-                    "height": image["height"],
-                    "expression": sentence["sent"],
-                    "bbox": ref["bbox"],
-                }
+    for ref in read_parquet(folder, columns):
+        # The ref's own file_name ends in the annotation's number: there is no such file
+        name = f"COCO_train2014_{ref['image_id']:012d}.jpg"
+        image = json.loads(ref["raw_image_info"])
+        for sentence in ref["sentences"]:
+            yield {
+                "id": f"refcocog_{ref['ref_id']}-{sentence['sent_id']}",
+                "source": "refcocog",
+                "image": str((coco / name).resolve()),
+                "key": image_key("coco", name),
+                "width": image["width"],
+                "height": image["height"],
+                "expression": sentence["sent"],
+                "bbox": ref["bbox"],
+            }
 
 
 def refadv(folder):
     """Ref-Adv-s; the id is the row number. The images stay in the parquet until `write_images`."""
     columns = ["file_name", "normal_caption", "solution", "width", "height", "image_source"]
-    number = 0
-    for path in sorted(folder.rglob("*.parquet")):
-        for row in read_parquet(path, columns):
-            yield {
-                "id": f"refadv_{number}",
-                "source": "refadv",
-                "image": inside(row["file_name"]),
-                "key": image_key(row["image_source"], row["file_name"]),
-                "width": row["width"],
-                "height": row["height"],
-                "expression": row["normal_caption"],
-                "bbox": row["solution"],
-            }
-            number += 1
+    for number, row in enumerate(read_parquet(folder, columns)):
+        yield {
+            "id": f"refadv_{number}",
+            "source": "refadv",
+            "image": inside(row["file_name"]),
+            "key": image_key(row["image_source"], row["file_name"]),
+            "width": row["width"],
+            "height": row["height"],
+            "expression": row["normal_caption"],
+            "bbox": row["solution"],
+        }
 
 
 def refl4(folder):
     """Ref-L4, whose boxes are xywh; its images lie anywhere in the folder."""
     columns = ["id", "caption", "bbox", "image_id", "width", "height", "file_name"]
     images = {path.name: path.resolve() for path in folder.rglob("*.jpg")}
-    for name in ("ref-l4-val.parquet", "ref-l4-test.parquet"):
-        for row in read_parquet(folder / name, columns):
-            origin, _, number = row["image_id"].rpartition("_")
-            x, y, width, height = row["bbox"]
-            yield {
-                "id": f"refl4_{row['id']}",
-                "source": "refl4",
-                "image": str(images.get(Path(row["file_name"]).name, row["file_name"])),
-                "key": image_key(origin, number),
-                "width": row["width"],
-                "height": row["height"],
-                "expression": row["caption"],
-                "bbox": [x, y, x + width, y + height],
-            }
+    for row in read_parquet(folder, columns):
+        origin, _, number = row["image_id"].rpartition("_")
+        x, y, width, height = row["bbox"]
+        yield {
+            "id": f"refl4_{row['id']}",
+            "source": "refl4",
+            "image": str(images.get(Path(row["file_name"]).name, row["file_name"])),
+            "key": image_key(origin, number),
+            "width": row["width"],
+            "height": row["height"],
+            "expression": row["caption"],
+            "bbox": [x, y, x + width, y + height],
+        }
 
 
 # Samples ------------------------------------------------------------------------------------------
@@ -246,11 +241,10 @@ def write_images(samples, data, folders):
     wanted = {s["image"]: s["source"] for s in samples if not (data / s["image"]).exists()}
     folder = Path(folders["refadv"])
     with as_published(f"--refadv: {folder}", how_to_get("refadv", folder)):
-        for path in sorted(folder.rglob("*.parquet")):
-            for row in read_parquet(path, ["file_name", "image"]):
-                image = inside(row["file_name"])
-                if wanted.pop(image, None):
-                    write_bytes(data / image, lambda file: file.write(row["image"]["bytes"]))
+        for row in read_parquet(folder, ["file_name", "image"]):
+            image = inside(row["file_name"])
+            if wanted.pop(image, None):
+                write_bytes(data / image, lambda file: file.write(row["image"]["bytes"]))
     for image, source in sorted(wanted.items())[:1]:
         name = "coco" if source == "refcocog" else source
         count = f"{len(wanted)} images are missing, such as {image}"

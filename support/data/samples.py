@@ -11,6 +11,7 @@ from support.running.flags import command
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 FIELDS = {"id": str, "source": str, "image": str, "width": int, "height": int}
 OPTIONAL = {"key": str, "bbox": list}
@@ -21,17 +22,13 @@ NO_WORDS = re.compile("<\\||[\ud800-\udfff]")  # half a surrogate pair is no cha
 
 
 def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False):
-    """The samples of a .jsonl file, every line and every image checked.
+    """The samples of a .jsonl file that `command` makes, every line and every image checked.
 
-    Fields: id, source, image (path relative to the file), width, height, the texts of `fields`,
-    bbox (float pixels x1 y1 x2 y2; VisRL's samples need none), and optionally key (samples of one
-    key stay on one side of the split). fields: name -> type of those that have to be there.
-    command: what makes the file, for the message when it is missing. All problems are reported
-    together and end the program, each with line, field, value and remedy. With `skip_bad` the good
-    samples are returned, and the others are listed in <file>.skipped.
+    fields: name -> type of what has to be there. An image is a path relative to the file, a bbox is
+    float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. All problems end the
+    program together, each with line, field, value and remedy. With `skip_bad` the good samples are
+    returned, and the others listed in <file>.skipped.
     """
-    from tqdm import tqdm
-
     path = Path(path)
     lines = read_lines(path, command)
     samples = []
@@ -124,10 +121,7 @@ def parse_sample(line, folder, fields):
             f"pixels of the {width} x {height} image, with x1 < x2, y1 < y2"
         )
     if max(width, height) > 150 * min(width, height):
-        problems.append(
-            f"image is {width} x {height}; Qwen3-VL's image processor takes sides of 200 to 1 at "
-            "most; crop it"
-        )
+        problems.append(f"image is {width} x {height}; Qwen3-VL takes 200 to 1 at most; crop it")
     try:
         load_image(sample, folder)
     except ValueError as e:

@@ -89,10 +89,8 @@ def prepare(args, data, make_toy_samples):
 
 
 def show_student(samples, predictions):
-    """Prints how good the student is, and its first boxes beside the truth.
-
-    Coordinates that were converted twice, or not at all, show here and nowhere else.
-    """
+    """Prints how good the student is, and its first boxes beside the truth: coordinates that were
+    converted twice, or not at all, show here and nowhere else."""
     ious = torch.tensor([row["iou"] for row in predictions])
     accuracy = (ious >= 0.5).float().mean()
     print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {accuracy:.3f}; boxes, and the truth:")

@@ -20,10 +20,8 @@ from support.running.processes import (
 
 @contextmanager
 def writing(path):
-    """Around every write: a full disk or a forbidden folder ends with a message.
-
-    The last whole file stays.
-    """
+    """Around every write: a full disk or a forbidden folder ends with a message, and the last
+    whole file stays."""
     try:
         yield
     except Exception as e:
@@ -64,9 +62,7 @@ def write_jsonl(path, rows):
 
 def read_lines(path, command):
     """The lines (bytes) of a file that `command` makes; stops with it when the file is not there.
-
-    Lines end at "\\n" alone: a text in them may hold any other line end.
-    """
+    Lines end at "\\n" alone: a text in them may hold any other line end."""
     path = Path(path)
     try:
         return path.read_bytes().removesuffix(b"\n").split(b"\n")
@@ -89,10 +85,8 @@ def read_jsonl(path, command, count=None):
 
 
 class Log:
-    """A .jsonl log, a row per event, on the disk at once.
-
-    keep: how many rows stay of an earlier run that goes on.
-    """
+    """A .jsonl log, a row per event, on the disk at once. keep: how many rows stay of an earlier
+    run that goes on."""
 
     def __init__(self, path, keep=0):
         self.path = Path(path)

@@ -20,10 +20,8 @@ EMBEDDED = "toy/base"
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one script, no hyperparameter.
-
-    kind: None (a text), "switch", or a path, which `check_path` checks before any work.
-    """
+    """A flag of one script, no hyperparameter. kind: None (a text), "switch", or as of
+    `check_path`, which is done before any work."""
 
     help: str
     default: object = None

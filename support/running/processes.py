@@ -65,11 +65,8 @@ def gather(items):
 
 
 def sum_gradients(parameters):
-    """Adds up the gradients of all processes.
-
-    Each process has divided its loss by the tokens of the whole update, so the sum is the gradient
-    of the whole update, as one process would have computed it.
-    """
+    """Adds up the gradients of all processes, each of which has divided its loss by the tokens of
+    the whole update: the sum is what one process would have computed."""
     if WORLD == 1:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
