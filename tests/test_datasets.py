@@ -169,12 +169,7 @@ def test_damaged_files_are_named_with_what_gets_them(folders, monkeypatch):
 
 
 def test_missing_files_are_named_with_what_gets_them(tmp_path):
-    given = {
-        "refcocog": tmp_path,
-        "refadv": None,
-        "refl4": tmp_path,
-        "coco": tmp_path,
-    }
+    given = {**dict.fromkeys(datasets.DATASETS, tmp_path), "refadv": None}
     refl4 = "has no ref-l4-val.parquet and no ref-l4-test.parquet and no **/*.jpg."
     coco = "curl -LO http://images.cocodataset.org/zips/train2014.zip"
     expected = {
