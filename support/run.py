@@ -30,7 +30,7 @@ class Run:
     the update of the best validation so far. rows: of the log, those before a stop too.
     """
 
-    # Of the processes and messages a phase needs no more
+    # As they are, so that a phase needs this door alone
     gather = staticmethod(processes.gather)
     sum_gradients = staticmethod(processes.sum_gradients)
     at_work = staticmethod(errors.working_on)

@@ -98,7 +98,7 @@ def show_student(samples, predictions):
         truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
         print(f"  {sample['expression']!r}: {row['box']}, truth {truth}")
     if ious.mean() < 0.1:
-        print("warning: the student hardly ever hits; are true boxes in pixels, its in 0..1000?")
+        print("warning: the student hardly ever hits; is the truth in pixels, its box in 0..1000?")
 
 
 def write_trajectories(args, rows, start):
