@@ -308,7 +308,8 @@ def test_a_picture_of_your_own_is_turned_upright_or_refused(tmp_path):
 def test_leaving_the_healthy_range_warns_once():
     row = {"kl": 0.9, "entropy": 1.0, "no_signal": 0.0, "sampler_gap": 0.0, "valid": 1.0}
     said = []
-    run = SimpleNamespace(rows=[row] * 4, warned=set(), say=said.append)
+    bar = SimpleNamespace(write=said.append)
+    run = SimpleNamespace(rows=[row] * 4, warned=set(), bar=bar)
     health.warn(run)  # too few
     run.rows = [row] * 5
     health.warn(run)

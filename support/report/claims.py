@@ -6,7 +6,7 @@ It reads the template's sentences (support/data/teacher.py), and how a VLM words
 import re
 
 from common import answer_of, iou
-from support.data.geometry import faults_of
+from support.data.teacher import faults_of
 
 WRONG, SHIFT, KEEP = CLAIMS = ("wrong object", "shift or resize", "keep")
 

@@ -20,14 +20,14 @@ FEWEST_UPDATES = 5  # before these a mean says little
 
 def warn(run):
     """Says which metrics' means over the last updates of a Run have left their range; each once."""
-    recent = run.rows[-LAST_UPDATES:]
+    recent = [row for row in run.rows if "kl" in row][-LAST_UPDATES:]
     if len(recent) < FEWEST_UPDATES:
         return
     for key, (low, high, advice) in HEALTHY.items():
         mean = sum(row[key] for row in recent) / len(recent)
         if key not in run.warned and not low <= mean <= high:
             run.warned.add(key)
-            run.say(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
+            run.bar.write(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
 
 
 def step_ious(trajectories, owners):

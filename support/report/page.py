@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
 SAMPLES = 1000  # of a group, at most
 SIGNS = {"holds": "✓", "DOES NOT HOLD": "✗", "NOT SETTLED": "?"}
-OPEN = ("Table 1", "Table 2", "Right answers")  # what the papers have too
+OPEN = ("Table 1", "Table 2", "Answers and boxes")  # what the papers have too
 
 
 # The pages of a run -------------------------------------------------------------------------------

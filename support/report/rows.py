@@ -70,10 +70,9 @@ def play_row(args, row, test, work, *flags, **more):
         say_if_unfinished(args.out / row.adapter)
         inputs.append(adapter_file(args, row))
     only = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", *flags]
-    same = begin(args, f"evaluate_{row.log}", *inputs, only=only, **more)
     path = args.out / f"log/evaluate_{row.log}.jsonl"
-    restart = args.restart and not same
-    return resumable(path, test, args.batch_size, row.name, work, restart=restart)
+    begin(args, path.stem, *inputs, only=only, log=path, **more)
+    return resumable(path, test, args.batch_size, row.name, work)
 
 
 # The log ------------------------------------------------------------------------------------------
