@@ -9,8 +9,8 @@ Decoding is greedy, but for one control: T + 1 sampled answers of the base. Anot
 base asked again on the enlarged surroundings of its box, without any training.
 
 Table 1 of the paper scores "the best predicted box" of a trajectory, which takes the ground truth
-to choose: `best of steps` here. A user can choose the first step, the last, the last valid box, or
-the medoid. Accuracies and IoUs have 95 percent bootstrap intervals; differences are paired.
+to choose: `best of steps` here. A user can choose the first step, the last, or by a rule that does
+without the truth. Accuracies and IoUs have 95 percent bootstrap intervals; differences are paired.
 
 Reads data/test.jsonl and the adapters. Writes results.md, results.json (every number), report.html
 (tables, curves, every trajectory), figures/lead.png, log/evaluate_*.jsonl under --out.
@@ -33,7 +33,8 @@ args = flags(
     __doc__,
     ablations=Flag("add rows with other pictures than the predicted box", kind="switch"),
     predictions=Flag("write every trajectory of every row to this .jsonl", kind="new file"),
-    **own_picture.FLAGS,
+    image=Flag("your own picture, not the test samples; or a .jsonl of many", kind="file"),
+    expression=Flag("what to find in it"),
 )
 start = time.time()
 loop = loop_of(args)
@@ -51,9 +52,9 @@ zoomed = dict(steps=T, drawn=False)
 refined = dict(loop=loop, steps=T, drawn=args.feedback != "again")
 GUARDED = Row(statistics.GUARDED, "base_closer_guarded", guarded(closer), **zoomed)
 ROWS = [
-    Row("Base (single-shot)", "base", SINGLE_SHOT),
+    Row(statistics.BASE, "base", SINGLE_SHOT),
     # A best-of column rewards having several boxes: what do as many samples without a loop reach?
-    Row("Base (single-shot), T + 1 samples", "base_samples", SINGLE_SHOT, samples=T + 1),
+    Row(statistics.SAMPLED, "base_samples", SINGLE_SHOT, samples=T + 1),
     # Do new pixels help without any training? The question again, on the enlarged surroundings
     Row("Base, asked again on the zoomed view", "base_closer", closer, **zoomed),
     GUARDED,

@@ -39,9 +39,8 @@ from common import (
 )
 from support.data import sources
 from support.data.datasets import counted
-from support.data.geometry import perturb
 from support.data.samples import load_image
-from support.data.teacher import template_trace, trace_fault
+from support.data.teacher import perturb, template_trace, trace_fault
 from support.model.decoding import rollouts
 from support.model.loading import load_vlm
 from support.model.views import loop_of

@@ -28,23 +28,25 @@ class Run:
 
     args: its flags. data: the folder of the samples. name: of its adapter, log and checkpoint under
     --out. update: how many updates are done. epoch: the one at hand, from 1. best: the reward and
-    the update of the best validation so far. rows: what this process has logged of updates.
+    the update of the best validation so far. rows: of the log, those before a stop too.
     """
+
+    # As they are, so that a phase needs this door alone
+    gather = staticmethod(processes.gather)
+    sum_gradients = staticmethod(processes.sum_gradients)
+    at_work = staticmethod(errors.working_on)
 
     def __init__(self, phase, doc, **own_flags):
         self.args = flags(phase, doc, **own_flags)
-        processes.divides(self.args.grad_accum, "--grad-accum")
+        if self.args.grad_accum % processes.WORLD:  # N processes are to train as one does
+            given = f"--grad-accum is {self.args.grad_accum}, not a multiple of"
+            errors.stop(f"{given} the {processes.WORLD} processes; give one, or start fewer")
         torch.manual_seed(self.args.seed)  # of new adapters
         self.start = time.time()
         self.data = self.args.out / "data"
         self.name = phase.rpartition(".")[2]
         self.update, self.epoch, self.best = 0, 1, (-1.0, 0)
-        self.shown, self.rows, self.warned = {}, [], set()
-        self.inputs = []
-
-    def command(self, script):
-        """A script as a command on this run, with its own --preset, --model and --out."""
-        return command(self.args, script)
+        self.shown, self.warned, self.inputs = {}, set(), []
 
     @property
     def adapter(self):
@@ -67,10 +69,8 @@ class Run:
 
     def reads(self, *inputs, ignore=()):
         """Ends the program where the phase is finished, or was begun with other values or other
-        input files. ignore: flags that do not change what it makes.
-        """
-        # --restart removes the checkpoint before its configuration is written anew: killed between
-        # the two, no run goes on from the other's weights.
+        input files. ignore: flags that do not change what it makes."""
+        # Before its configuration: killed between the two, no run goes on from other weights
         state = load_checkpoint(self.checkpoint, self.args.restart)
         files.begin(self.args, self.name, *self.inputs, *inputs, ignore=ignore)
         if state and state["finished"]:
@@ -95,6 +95,7 @@ class Run:
             print(f"going on after update {self.update}")
         log = self.args.out / f"log/{self.name}.jsonl"
         self.lines = files.Log(log, keep=state["logged"] if state else 0)
+        self.rows = self.lines.rows
         processes.catch_interrupts()
         bar = dict(total=count, initial=self.update, desc=self.name, unit="update")
         with tqdm(**bar, disable=processes.RANK > 0) as self.bar:
@@ -107,11 +108,8 @@ class Run:
                     processes.leave_if_interrupted()
 
     def epochs(self, rows, vlm, optimizer):
-        """Yields the batch of each update that is left, as many rows as --batch-size times
-        --grad-accum, fewer at the end of an epoch.
-
-        Each epoch goes through all rows in an order of its own.
-        """
+        """Yields the batch of each update that is left: --batch-size times --grad-accum rows, fewer
+        at the end of an epoch. Each epoch goes through all rows in an order of its own."""
         size = self.args.batch_size * self.args.grad_accum
         in_epoch = math.ceil(len(rows) / size)
         print(f"{len(rows)} rows, {in_epoch * self.args.epochs} updates of {size}")
@@ -135,21 +133,9 @@ class Run:
         self.at_work(mine)
         return mine
 
-    def at_work(self, rows):
-        """Names the rows that a message on memory is about, from here on."""
-        errors.working_on(rows)
-
     def total(self, number):
         """The sum of a number over the processes."""
-        return sum(processes.gather([number]))
-
-    def gather(self, rows):
-        """The lists of all processes, one after the other."""
-        return processes.gather(rows)
-
-    def sum_gradients(self, parameters):
-        """Adds up the gradients of the processes, each of which has divided by the whole update."""
-        processes.sum_gradients(parameters)
+        return sum(self.gather([number]))
 
     def check(self, loss, norm, rows):
         """Ends the program before a step that would spoil the weights. rows: of the batch."""
@@ -174,14 +160,8 @@ class Run:
         """A line of the log, by default of the update at hand, counted from 1; some of it on the
         bar."""
         self.lines.write(update=self.update + 1 if update is None else update, **row)
-        if update is None:
-            self.rows.append(row)
         self.shown |= {key: value for key, value in row.items() if key in SHOWN}
         self.bar.set_postfix(self.shown, refresh=False)
-
-    def say(self, sentence):
-        """Prints a line above the bar."""
-        self.bar.write(sentence)
 
     # The end --------------------------------------------------------------------------------------
     def save(self, finished):
@@ -193,7 +173,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             update=self.update,
             best=self.best,
-            logged=self.lines.rows,
+            logged=len(self.rows),
             finished=finished,
         )
 
@@ -204,7 +184,7 @@ class Run:
         if self.best[0] >= 0:
             result = "best validation reward {:.3f}, of update {}".format(*self.best)
         minutes = processes.minutes(self.start)
-        print(f"{result}; adapter in {self.adapter}, {minutes}; next: {self.command(then)}")
+        print(f"{result}; adapter in {self.adapter}, {minutes}; next: {command(self.args, then)}")
 
 
 def shuffled(rows, seed, epoch):

@@ -1,6 +1,6 @@
 """A page in a headless Chromium, spoken to over a pipe (the DevTools protocol).
 
-python -m tests.browser "runs/toy/report.html#sort=gain" assets/page.png     a picture of it
+python -m tests.browser "runs/toy/report.html#order=gain" assets/page.png     a picture of it
 """
 
 import base64

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from support.model.checkpoints import load_checkpoint
-from support.report.own_picture import pairs
 from tests.small import picture
 
 import pytest
@@ -110,12 +109,9 @@ def test_the_main_job(whole):
     names = ["Base (single-shot)", "Base + IVT", "SFT + IVT", "SFT + GRPO + IVT", "single-step"]
     assert all(name in (out / "results.md").read_text() for name in names)
     page = (out / "report.html").read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    test, *validations = data["groups"]
+    [test] = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])["groups"]
     assert len(test["samples"]) == 7 and len(test["methods"]) == 8
-    names = [(group["name"], [m["name"] for m in group["methods"]]) for group in validations]
-    updates = ["update 0", "update 2"]
-    assert names == [("validation of grpo", updates), ("validation of grpo_single", updates)]
+    assert page.count("<summary>Training: ") == 3
     rows = lines(out / "log/grpo.jsonl")
     updates = [row for row in rows if "reward" in row]
     validations = [row["val_reward"] for row in rows if "val_reward" in row]
@@ -145,41 +141,24 @@ def test_scripts_around_a_run(whole, tmp_path):
     before = json.loads((out / "results.json").read_text())
     own = before["ablations"]["SFT + GRPO + IVT, a box elsewhere"]
     assert own["first"] == before["table2"]["SFT + GRPO + IVT"]["first"]  # step 0 sees no box
-    rules = {name: look["rules"] for name, look in before["second_look"].items()}
-    assert "confidence" in rules["SFT + IVT"]  # where a box can be refused, it is not its own
-    assert "confidence" not in rules["Base, asked again, zoomed and guarded"]
+    ways = before["table1"]
+    assert "confidence" in ways["SFT + IVT"]  # where a box can be refused, it is not its own
+    assert "confidence" not in ways["Base, asked again, zoomed and guarded"]
 
     well("-m support.report.score_predictions --predictions theirs.jsonl")
     after = json.loads((out / "theirs/results.json").read_text())
-    for key in ("table1", "table2", "differences", "strata", "findings", "second_look"):
+    for key in ("table1", "table2", "differences", "findings"):
         assert after[key] == before[key], key
 
     picture(90, 70).save(tmp_path / "photo.png")
     own = [{"image": "photo.png", "expression": word} for word in ("the star", "the cross")]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     printed = well(f"{SMALL['evaluate']} --image own.jsonl")
-    assert "2 photo.png: the cross" in printed and "step 2: " in printed, printed
-    assert (out / "figures/own.png").exists()
-    assert "the cross" in (out / "figures/own.html").read_text()
+    assert "photo.png: the cross" in printed and "step 2: " in printed, printed
+    assert (out / "figures/2_photo.png").exists()
 
     printed = well("-m support.model.merge --folder merged")
     assert load_file(tmp_path / "merged/model.safetensors"), printed
-
-
-def test_pictures_of_your_own_are_named_in_three_ways(tmp_path):
-    photo, own = tmp_path / "photo.png", tmp_path / "own.jsonl"
-    picture(90, 70).save(photo)
-    row = {"image": "photo.png", "expression": "a star"}
-    own.write_text(json.dumps(row))
-    for given in ((photo, "a star"), (tmp_path, "a star"), (own, None)):
-        assert pairs(str(given[0]), given[1]) == [(str(photo), "a star")]
-    own.write_text(json.dumps(row) + '\n{"image": "photo.png"}')
-    for path, expression, words in (
-        (own, None, "line 2: expected"),
-        (photo, None, "give both"),
-    ):
-        with pytest.raises(SystemExit, match=words):
-            pairs(str(path), expression)
 
 
 def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
@@ -207,7 +186,7 @@ MISTAKES = [  # a command on the whole run -> what it says
     ("sft.py --model empty", "was made with --model"),
     ("make_data.py --data missing", "--data missing: no such file"),
     ("grpo.py --out file", "--out file: file exists; give a path"),
-    ("evaluate.py --image empty --expression x", "--image empty: no picture in this folder"),
+    ("evaluate.py --image empty --expression x", "--image empty: "),
     ("-m support.report.score_predictions --predictions file", "file, line 1: "),
 ]
 

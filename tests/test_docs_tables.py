@@ -3,7 +3,7 @@
 import json
 
 from support.report import docs_tables
-from support.report.docs_tables import BASE, GRPO, GUARDED, ROWS, SFT
+from support.report.docs_tables import BASE, GRPO, GUARDED, ROWS, SFT, SINGLE
 
 import pytest
 
@@ -13,16 +13,15 @@ def make_run(folder, seed, value, lr=0.1):
     estimate = [value, value - 0.1, value + 0.1]
     box = {metric: estimate for metric in ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")}
     ways = {way: box for way in ("best of steps", "last step", "first step")}
-    loops = [name for name in ROWS if name not in (BASE, "SFT + GRPO (single-step)")]
+    loops = [name for name in ROWS if name not in (BASE, SINGLE)]
     called = {"wrong object": estimate}
     traces = [{"boxes": {"wrong object": called, "right": called}, "balanced": estimate}]
     others = (f"{GRPO}, no overlay", f"{GRPO}, a box elsewhere", f"{GUARDED}, a view elsewhere")
     results = {"n": 5, "seed": seed, "steps": 2}
     results["table1"] = {name: ways if name in loops else {"its only box": box} for name in ROWS}
-    results["table2"] = {name: {"delta": estimate} for name in loops}
+    row = {"delta": estimate, "turns": {"ECR": estimate, "EIR": estimate}, "traces": traces}
+    results["table2"] = dict.fromkeys(loops, row)
     results["differences"] = {name: {"last step": box} for name in (SFT, GRPO, GUARDED)}
-    turns = {"ECR": estimate, "EIR": estimate}
-    results["second_look"] = {name: {"turns": turns, "traces": traces} for name in loops}
     results["ablations"] = {name: {"against": estimate} for name in others}
     (folder / "log").mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -34,8 +33,8 @@ def make_run(folder, seed, value, lr=0.1):
 def test_the_tables_are_of_all_runs_and_only_their_place_in_the_readme_changes(
     tmp_path, monkeypatch
 ):
-    one = ("Table 2", "words", ("head",), [["cell"]])  # tests/test_report.py has the real ones
-    monkeypatch.setattr(docs_tables, "report", lambda results: [one, ("Strata", *one[1:])])
+    sections = [("Table 2", "words", ("head",), [["0.500 [0.400, 0.600]"]])]
+    monkeypatch.setattr(docs_tables, "main_sections", lambda results: sections)
     block = "<!-- table: seeds -->\nold\n<!-- end -->"
     (tmp_path / "README.md").write_text(f"before\n{block}\nafter\n")
     folders = [make_run(tmp_path / f"{seed}", seed, 0.4 + 0.1 * seed) for seed in (0, 1)]
@@ -51,12 +50,14 @@ def test_the_tables_are_of_all_runs_and_only_their_place_in_the_readme_changes(
     seeds = (tmp_path / "docs/tables/seeds.md").read_text()
     assert "| +0.400 [+0.300, +0.500] * | +0.500 [+0.400, +0.600] * |" in seeds
     main = (tmp_path / "docs/tables/main.md").read_text()
-    assert main.startswith("# Seed 0") and "**Table 2.**" in main and "Strata" not in main
+    assert main.startswith("# Seed 0") and "**Table 2.**" in main and "| 0.500 |" in main
 
 
 def test_runs_that_differ_in_more_than_the_seed_and_unfinished_ones_are_refused(tmp_path):
     folders = [make_run(tmp_path / "a", 0, 0.4), make_run(tmp_path / "b", 1, 0.5, lr=0.2)]
-    with pytest.raises(SystemExit, match="sft: lr is 0.1 in"):
+    with pytest.raises(
+        SystemExit, match="but for the seed: sft.config lr: 0.1, sft.config lr: 0.2"
+    ):
         docs_tables.write_all(folders, tmp_path)
     (tmp_path / "a/results.json").unlink()
     with pytest.raises(SystemExit, match="python evaluate.py --ablations --out"):

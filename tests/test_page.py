@@ -1,5 +1,6 @@
-"""The page of trajectories: what is in the file, and what a browser makes of it."""
+"""The page: what is in the file, and what a browser makes of it."""
 
+import base64
 import json
 import re
 from types import SimpleNamespace
@@ -55,6 +56,7 @@ def a_run(folder, count=6, words=""):
             line["texts"] = [text + words for text in line["texts"]]
     results = results_of(samples, lines_of, 2)
     results |= {"seed": 0, "model": "m" + words, "feedback": "overlay", "guard": "off"}
+    results["findings"] = [("SFT < GRPO" + words, "+0.1", "NOT SETTLED")]
     flags = dict(out=folder, steps=2, feedback="overlay", surroundings=2.0)
     return SimpleNamespace(**flags), results, samples, lines_of
 
@@ -64,36 +66,40 @@ def write(folder, **options):
     return path.read_text(encoding="utf-8")
 
 
-def json_of(text, name):
-    """A block of JSON in a page, as it stands there."""
-    return re.search(f'<script type="application/json" id="{name}">(.*?)</script>', text)[1]
+def json_of(text):
+    """The JSON in a page, as it stands there."""
+    return re.search('<script type="application/json" id="data">(.*?)</script>', text)[1]
 
 
 def test_the_file_has_everything(tmp_path):
-    text = write(tmp_path)
-    data = json.loads(json_of(text, "data"))
+    text = write(tmp_path / "run")
+    data = json.loads(json_of(text))
     [test] = data["groups"]
     assert [sample["id"] for sample in test["samples"]] == list("012345")
     assert [method["name"] for method in test["methods"]] == ["base", "samples", "refined"]
     for method, steps in zip(test["methods"], (1, 3, 3)):  # up to T
         assert [len(line["steps"]) for line in method["lines"]] == [steps] * 6
     single, samples, refined = test["methods"]
-    words = [line["outcome"] for line in refined["lines"][:4]]
-    assert words == [
-        ["improved"],  # HALF has an IoU of 0.5, which counts as right
-        ["degraded", "broken"],
-        ["stagnated"],
-        ["improved", "corrected"],
+    assert [line["words"] for line in refined["lines"][:4]] == [
+        "IoU 0.50 → 0.50 → 1.00, improved",  # HALF has an IoU of 0.5, which counts as right
+        "IoU 1.00 → 0.00 → 0.00, degraded, broken",
+        "IoU 0.50 → 0.00 → 0.50, stagnated",
+        "IoU 0.00 → 0.00 → 1.00, improved, corrected",
     ]
     assert [line["gain"] for line in refined["lines"][:4]] == [0.5, -1.0, 0.0, 1.0]
     assert not any(line["outcome"] for line in single["lines"] + samples["lines"])
     # Step t was shown the last valid box; an answer of its own was shown none
-    assert [step.get("seen") for step in refined["lines"][2]["steps"]] == [None, HALF, HALF]
+    steps = refined["lines"][2]["steps"]
+    assert [step.get("seen") for step in steps] == [None, HALF, HALF]
+    assert [step["name"] for step in steps[:2]] == ["step 0: IoU 0.50", "step 1: no valid box"]
     assert not any("seen" in step for step in samples["lines"][0]["steps"])
-    pictures = json.loads(json_of(text, "pictures"))
+    pictures = data["pictures"].values()
     assert len(pictures) == 6 and all(p.startswith("data:image/png;base64,") for p in pictures)
-    tables = report(a_run(tmp_path / "again")[1])
-    assert data["tables"] == json.loads(json.dumps(tables)) and "Table 2" in text
+    assert re.findall("<details open><summary>(.*?)<", text) == ["Table 1", "Table 2"]
+    assert "<details><summary>Table 1, differences" in text
+    # What the run is, a line a method with its interval, and the verdicts
+    assert "<h1>run: on 6 test samples, refined (m) names a box and looks again 2 times" in text
+    assert "refined <b>0.583 [" in text and "<b>? not settled:</b> SFT &lt; GRPO <small>+" in text
 
 
 def test_no_address_leads_outside(tmp_path):
@@ -113,22 +119,21 @@ def test_what_comes_from_data_is_inert(tmp_path):
     )
     tags = [re.findall("<[a-z/!][^>]*>", text) for text in (plain, hostile)]
     assert tags[0] == tags[1]
-    [test] = json.loads(json_of(hostile, "data"))["groups"]
+    [test] = json.loads(json_of(hostile))["groups"]
     assert all(sample["text"].endswith(HOSTILE) for sample in test["samples"])
     assert test["methods"][2]["lines"][0]["steps"][0]["text"].endswith(HOSTILE)
-    for name in ("data", "pictures"):
-        assert not set("<>&\u2028") & set(json_of(hostile, name))
+    assert not set("<>&\u2028") & set(json_of(hostile))
 
 
 def test_pictures_are_embedded_once_and_up_to_a_size(tmp_path, monkeypatch):
     args, results, samples, lines_of = a_run(tmp_path, words="ä %'\"#?")
     samples[1]["image"] = samples[0]["image"]  # two expressions on one picture
     whole = page.write_evaluation(args, results, samples, lines_of)
-    pictures = json.loads(json_of(whole.read_text(), "pictures"))
+    pictures = list(json.loads(json_of(whole.read_text()))["pictures"].values())
     assert len(pictures) == 5
     monkeypatch.setattr(page, "PICTURES", sum(map(len, pictures)) - 10)
     page.write_evaluation(args, results, samples, lines_of)
-    *embedded, path = json.loads(json_of(whole.read_text(), "pictures"))
+    *embedded, path = json.loads(json_of(whole.read_text()))["pictures"].values()
     assert embedded == pictures[:4]
     assert re.fullmatch(r"[\w./%-]+", path) and (tmp_path / unquote(path)).is_file()
 
@@ -146,11 +151,11 @@ def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
     for name in ("plain.jpg", "turned.jpg", "print.jpg", "map.bmp"):
         samples[name] = {**GOOD, "image": name}
     for name, sample in samples.items():
-        kind, content = page.picture_file(tmp_path / name, sample, tmp_path, page.load_image)
-        as_it_is = content == (tmp_path / name).read_bytes()
-        assert kind == "jpeg" and as_it_is == (name == "plain.jpg"), name
-    found = page.addresses({"none.png": GOOD}, tmp_path, tmp_path, page.load_image)
-    assert found == [None]
+        kind, content = page.embedded(tmp_path / name, sample, tmp_path).split(",")
+        as_it_is = base64.b64decode(content) == (tmp_path / name).read_bytes()
+        assert kind == "data:image/jpeg;base64" and as_it_is == (name == "plain.jpg"), name
+    missing = [{"samples": [{**GOOD, "image": "none.png"}]}]
+    assert page.addresses(missing, tmp_path, tmp_path) == {"none.png": ""}
 
 
 def test_outcomes_are_those_of_table_2():
@@ -171,39 +176,46 @@ def test_questions_with_crops_and_critics():
         "texts": ["[0, 0, 250, 500]", "blue"],
         "name": ["box", "answer"],
         "view": [page.WHOLE, RIGHT],
-        "scores": {"box critic": 0.9, "answer critic": 0.0},
+        "words": "box critic 0.9",
+        "ends": (0, 1),
     }
     group = page.group("pairs", [sample], {Row("rejected", drawn=False): [line]}, 1)
     [record] = group["methods"][0]["lines"]
-    assert record["scores"]["box critic"] == 0.9
+    assert record["words"] == "box critic 0.9, improved, corrected" and record["gain"] == 1
     box, answer = record["steps"]
     assert box["box"] == RIGHT and "view" not in box
-    assert answer["view"] == RIGHT and "box" not in answer and "seen" not in answer
-    assert group["samples"][0]["answer"] == "red"
+    assert answer["view"] == RIGHT and answer["name"] == "answer" and "seen" not in answer
+    assert "true answer: red" in group["samples"][0]["facts"]
+    del line["ends"]  # the answer has no box to be wrong
+    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == []
 
 
 def test_curves_of_a_log(tmp_path):
     rows = [{"update": 0, "val_reward": 0.5, "val_iou": [0.4, 0.5]}]
     for i in range(1, 31):
-        rows.append({"update": i, "reward": float(i), "kl": 0.1, "iou": [0.1, 0.2], "name": "x"})
+        rows.append({"update": i, "reward": float(i), "kl": 0.1, "name": "x"})
     write_jsonl(tmp_path / "grpo.jsonl", rows)
+    with open(tmp_path / "grpo.jsonl", "a") as file:  # a phase that was killed
+        file.write('[1]\n{"upd')
     write_jsonl(tmp_path / "sft.jsonl", [{"update": 1, "epoch": 1, "loss": float("nan")}])
     write_jsonl(tmp_path / "evaluate_base.jsonl", [{"id": "1"}])
     (tmp_path / "empty.jsonl").touch()
-    [(heading, charts)] = page.log_curves(tmp_path)
+    [(heading, _)] = page.log_curves(tmp_path)
     assert heading == "Training: grpo"
-    titles = [chart["title"] for chart in charts]
-    assert titles == [page.TITLES[key] for key in ("reward", "iou", "val_iou", "kl")]
-    reward, mean, validation = charts[0]["series"]
-    assert reward["points"][29] == [30, 30.0] and reward["faint"]
-    assert mean["points"][29] == [30, 25.5] and mean["points"][1] == [2, 1.5]
-    assert validation["points"] == [[0, 0.5]]
-    assert len(charts[2]["series"]) == 2 and charts[3]["healthy"] == (0, 0.5)
+    charts = page.log_charts(tmp_path / "grpo.jsonl")
+    assert list(charts) == ["val_reward", "val_iou", "reward", "kl"]
+    assert re.findall("step . <b>.*?<", charts["val_iou"]) == ["step 0 <b>0.4<", "step 1 <b>0.5<"]
+    places = re.search('class="line s0" d="M(.*?)"', charts["reward"])[1].split("L")
+    xs, ys = zip(*(map(float, place.split()) for place in places))
+    assert len(xs) == 30 and list(xs) == sorted(xs) and list(ys) == sorted(ys, reverse=True)
+    assert "healthy, 0 to 0.5" in charts["kl"] and "healthy" not in charts["reward"]
+    assert page.ticks(0.13, 0.88) == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
 # In a browser -------------------------------------------------------------------------------------
-SHOWN = "document.querySelector('.expression').textContent"
-LISTED = "document.querySelectorAll('#list li').length"
+SHOWN = "document.querySelector('#detail h3').textContent"
+LISTED = "document.querySelectorAll('#list button').length"
+PANELS = "document.querySelectorAll('.panel').length"
 
 
 def key(ask, name):
@@ -213,43 +225,44 @@ def key(ask, name):
 
 def choose(run, name, value):
     """As a hand would: the value, and the event of it."""
-    run(
-        f"(field => {{ field.value = {json.dumps(value)}; "
-        f"field.dispatchEvent(new Event('input')) }})(document.querySelector('[name={name}]'))"
-    )
+    field = f"document.querySelector('[name={name}]')"
+    run(f"{field}.value = {json.dumps(value)}")
+    run(f"{field}.dispatchEvent(new Event('input', {{ bubbles: true }}))")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_the_page_in_a_browser(tmp_path):
     args, results, samples, lines_of = a_run(tmp_path, words=HOSTILE)
-    rows = [{"update": i, "kl": i / 100} for i in range(1, 31)]
-    write_jsonl(tmp_path / "log/grpo.jsonl", rows)
+    write_jsonl(tmp_path / "log/grpo.jsonl", [{"update": 1, "kl": 0.1}])
     address = page.write_evaluation(args, results, samples, lines_of).as_uri()
     with browser() as send:
-        with tab(send, address) as (run, ask):
+        with tab(send, address, height=800) as (run, ask):
+            # Sentence, chart and verdicts are on the first screen
+            assert run("document.querySelector('#changes').getBoundingClientRect().top") < 800
+            changes = run("document.querySelector('#changes .strip').textContent")
+            assert re.findall(r"thing (\d)", changes) == ["3", "0", "4", "5", "1"]
             assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0 </script>")
-            assert run("document.querySelectorAll('.panel').length") == 3
+            assert run("location.hash") == ""  # loaded again, it begins at its first screen
+            run("document.querySelectorAll('#changes button')[3].click()")
+            assert run(SHOWN).startswith("thing 5") and run("scrollY") > 0
             choose(run, "method", "base")
-            assert run("document.querySelectorAll('.panel').length") == 1
-            assert run("document.querySelectorAll('table').length") == len(report(results))
+            assert run(PANELS) == 1 and run(SHOWN).startswith("thing 5")
             choose(run, "method", f"refined{HOSTILE}")
             choose(run, "beside", "samples")
-            assert run("document.querySelectorAll('.panel').length") == 6
-            choose(run, "sort", "loss")
+            assert run(PANELS) == 6
+            choose(run, "order", "loss")
+            key(ask, "ArrowLeft")
             assert run(SHOWN).startswith("thing 1")  # from 1 to 0
             key(ask, "ArrowRight")
             assert run(SHOWN).startswith("thing 5")  # the other one
-            key(ask, "ArrowLeft")
             choose(run, "outcome", "corrected")
             assert run(LISTED) == 1 and run(SHOWN).startswith("thing 3")
+            choose(run, "search", "nothing")
+            assert run(LISTED) == run(PANELS) == 0
             choose(run, "outcome", "")
             choose(run, "search", "THING 5")
             assert run(LISTED) == 1 and run(SHOWN).startswith("thing 5")
             sent = run("location.href")
-            dots = "[...document.querySelectorAll('.dot title')].map(t => t.textContent)"
-            assert "kl, mean of the last 10, update 29: 0.245" in run(dots)
-            loaded = "[...document.querySelectorAll('#list image')].map(i => i.href.baseVal)"
-            assert all(picture.startswith("data:") for picture in run(loaded))
             assert run("window.hacked") is None
             assert run("performance.getEntriesByType('resource').length") == 0
             light = run("getComputedStyle(document.body).backgroundColor")
@@ -259,21 +272,8 @@ def test_the_page_in_a_browser(tmp_path):
             assert run("document.querySelector('[name=beside]').value") == "samples"
             assert run("getComputedStyle(document.body).backgroundColor") != light
             assert run("document.documentElement.scrollWidth") <= 390
-        with tab(send, address + "#id=nobody&sort=constructor&method=none") as (run, ask):
+        with tab(send, address + "#id=nobody&order=constructor&method=none") as (run, ask):
             assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0")
-
-
-def test_an_answer_is_no_box_that_was_missed():
-    """The second step of a VisRL line has no box to be wrong."""
-    line = {"boxes": [RIGHT, None], "texts": ["", "a dot"], "name": ["box", "answer"]}
-    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == []
-    del line["name"]
-    assert page.line_record(BASE, GOOD, line, 1)["outcome"] == ["degraded", "broken"]
-
-
-def test_half_a_line_that_a_killed_phase_left_does_not_stop_the_page(tmp_path):
-    (tmp_path / "log.jsonl").write_bytes(b'{"update": 1}\n[1]\n{"upd')
-    assert page.readable(tmp_path / "log.jsonl") == [{"update": 1}]
 
 
 def test_a_row_that_looks_closer_is_shown_as_the_model_saw_it():

@@ -7,28 +7,27 @@ from types import SimpleNamespace
 from common import IVT, Trajectory
 from support.model.views import asked_again, zoom
 from support.report import health
-from support.report.overlays import OVERLAYS
-from support.report.own_picture import own_sample
+from support.report.analysis import ablations_of, choices, results_of
+from support.report.overlays import ablation_rows
+from support.report.own_picture import own_samples
 from support.report.pictures import write_strip
 from support.report.rows import Row
 from support.report.score_predictions import read_predictions
 from support.report.statistics import (
     GRPO,
+    SAMPLED,
     SFT,
     UNTRAINED,
     WITHOUT_SFT,
-    ablations,
     by_change,
     changes,
-    choices,
     estimate,
     main_row,
     metrics,
-    stop_step,
     strata,
     verdict,
 )
-from support.report.tables import markdown, report, results_of, summary, write_results
+from support.report.tables import markdown, report, summary, write_results
 from support.running.files import write_jsonl
 from tests.small import GOOD, TEXTS, picture
 
@@ -40,14 +39,12 @@ from PIL import Image
 RIGHT = [0, 0, 250, 500]  # the truth of GOOD
 HALF = [0, 0, 250, 250]
 FAR = [600, 600, 900, 900]
-SAMPLES_NAME = "samples"  # the row of the tests whose boxes are samples
 
 
 def as_rows(lines_of):
     """name -> lines as the tables take them."""
     return {
-        Row(name, samples=3 if name == SAMPLES_NAME else 1): lines
-        for name, lines in lines_of.items()
+        Row(name, samples=3 if name == SAMPLED else 1): lines for name, lines in lines_of.items()
     }
 
 
@@ -65,7 +62,8 @@ def test_tables_by_hand():
     ious = np.array([[0.4, 0.9, 0.5], [0.7, 0.7, 0.705], [0.9, 0.2, 0.0], [0.0, 0.0, 0.1]])
     a, b = [0, 0, 500, 500], [0, 0, 500, 450]
     boxes = [[FAR, a, b], [a, a, a], [a, b, None], [None, None, None]]
-    chosen = {way: values.tolist() for way, values in choices(ious, boxes).items()}
+    lines = [{"boxes": own, "texts": [""] * 3} for own in boxes]
+    chosen = {way: values.tolist() for way, values in choices(ious, lines).items()}
     assert chosen["best of steps"] == [0.9, 0.705, 0.9, 0.1]
     assert chosen["first step"] == [0.4, 0.7, 0.9, 0.0]
     assert chosen["last step"] == [0.5, 0.705, 0.0, 0.1]
@@ -97,17 +95,9 @@ def test_strata():
     samples = [{**GOOD, "source": "ab"[i % 2]} for i in range(6)]
     ious = np.array([[0.2, 0.49, 0.5, 0.74, 0.75, 1.0], [1.0] * 6]).T
     parts = strata(samples, ious)
-    assert [row["n"] for row in parts["step-0 IoU"].values()] == [2, 2, 2]
-    assert [row["n"] for row in parts["source"].values()] == [3, 3]
-    assert parts["step-0 IoU"]["hard, below 0.5"]["first"][0] == pytest.approx(0.345)
-
-
-def test_stopping_where_two_boxes_agree():
-    a, near = [0, 0, 100, 100], [0, 0, 100, 90]
-    assert stop_step([a, FAR, near, near, near], 0.8, 4) == 3
-    assert stop_step([a, near, FAR], 0.8, 2) == 1
-    assert stop_step([a, None, a, a], 0.8, 2) == 2
-    assert stop_step([a, a, a], 1.0, 2) == 2
+    assert [row["n"] for row in parts.values()] == [2, 2, 2, 3, 3]
+    assert parts["step-0 IoU: hard, below 0.5"]["first"][0] == pytest.approx(0.345)
+    assert list(parts)[3:] == ["source: a", "source: b"]
 
 
 def test_rows_of_an_ablation():
@@ -116,7 +106,7 @@ def test_rows_of_an_ablation():
         trajectories([HALF, RIGHT], [RIGHT, RIGHT]),
         trajectories([HALF, HALF], [RIGHT, FAR]),
     )
-    [(name, found)] = ablations([GOOD, GOOD], 1, {row: own}, {(row, "no box"): other}).items()
+    [(name, found)] = ablations_of([GOOD, GOOD], 1, {row: own}, {(row, "no box"): other}).items()
     assert name == f"{SFT}, no box" and found["against"][0] == -0.75 and found["delta"][0] == -0.5
 
 
@@ -168,16 +158,14 @@ def test_samples_are_set_against_steps_and_have_no_order():
     samples = [{**GOOD, "id": str(i)} for i in range(8)]
     rows_of = {
         "base": trajectories(*[[HALF]] * 8),
-        SAMPLES_NAME: trajectories(*[[FAR, RIGHT]] * 8),
+        SAMPLED: trajectories(*[[FAR, RIGHT]] * 8),
         GRPO: trajectories(*[[HALF, HALF]] * 8),
     }
     results = results_of(samples, as_rows(rows_of), 1)
-    assert results["sampling"]["difference"] == [0.5, 0.5, 0.5]
-    assert f"| {SAMPLES_NAME} | {GRPO} | 1.000 [1.000, 1.000] |" in markdown(report(results))
-    assert list(results["table1"][SAMPLES_NAME]) == ["best of steps", "medoid"]
-    assert SAMPLES_NAME not in results["table2"] and SAMPLES_NAME not in results["second_look"]
-    del rows_of[SAMPLES_NAME]
-    assert "sampling" not in results_of(samples, as_rows(rows_of), 1)
+    [(_, words, found)] = results["findings"]
+    assert words == "-0.500 [-0.500, -0.500]" and found == "DOES NOT HOLD"
+    assert list(results["table1"][SAMPLED]) == ["best of steps", "medoid"]
+    assert SAMPLED not in results["table2"]
 
 
 # Predictions of other systems ---------------------------------------------------------------------
@@ -213,7 +201,7 @@ def test_a_file_of_predictions_is_scored(tmp_path):
     [
         ({**PREDICTIONS[0], "id": 1}, "line 5: expected"),
         (PREDICTIONS[0], "line 5: expected(.*)once for each id"),
-        ({**PREDICTIONS[0], "method": "x"}, "1 of the 2"),
+        ({**PREDICTIONS[0], "method": "x"}, "each of the 2"),
         ({**PREDICTIONS[0], "method": "x", "boxes": [[5, 0, 0, 5]]}, "line 5: expected"),
         ({**PREDICTIONS[0], "method": "x", "boxes": [[0, 0, float("nan"), 5]]}, "expected"),
         ({"id": "1"}, "line 5: expected"),
@@ -226,15 +214,7 @@ def test_a_file_of_predictions_is_scored(tmp_path):
 def test_a_file_of_predictions_is_refused(tmp_path, line, words):
     path = tmp_path / "p.jsonl"
     write_jsonl(path, [*PREDICTIONS, line])
-    with pytest.raises(ValueError, match=words):
-        read_predictions(path, SAMPLES)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000])
-def test_what_is_not_json_is_refused(tmp_path, content):
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="line 1: expected"):
+    with pytest.raises(SystemExit, match=words):
         read_predictions(path, SAMPLES)
 
 
@@ -291,33 +271,45 @@ def test_the_lead_picture_shows_the_box_that_is_fed_back(tmp_path):
 def test_what_is_shown_instead_of_the_box():
     image = picture(90, 70)
     before = image.tobytes()
-    for name, overlay in OVERLAYS.items():
-        shown = overlay(image, RIGHT)
+    rows = ablation_rows(SimpleNamespace(feedback="overlay"), Row(GRPO, loop=IVT))
+    for name, row in rows.items():
+        feedback = row.loop.feedback
+        shown = feedback(image, RIGHT)
         assert shown.size == image.size and image.tobytes() == before
-        assert shown.tobytes() == overlay(image, RIGHT).tobytes()
-        assert overlay(image, None).size == image.size
+        assert shown.tobytes() == feedback(image, RIGHT).tobytes()
+        assert feedback(image, None).size == image.size
         assert (shown.tobytes() == before) == (name == "no overlay")
 
 
-def test_a_picture_of_your_own_is_turned_upright(tmp_path):
+def test_a_picture_of_your_own_is_turned_upright_or_refused(tmp_path):
     file = tmp_path / "photo.jpg"
     turned = Image.Exif()
     turned[0x0112] = 6
     picture(90, 70).save(file, exif=turned)
-    sample, image = own_sample(str(file), "x")
-    assert (sample["width"], sample["height"]) == image.size == (70, 90)
+    own = tmp_path / "own.jsonl"
+    write_jsonl(own, [{"image": "photo.jpg", "expression": "x"}])
+    [sample] = own_samples(str(file), "x")
+    assert own_samples(str(own), None) == [sample]
+    assert (sample["width"], sample["height"]) == (70, 90)
+    write_jsonl(own, [{"image": "photo.jpg"}])
     file.write_bytes(file.read_bytes()[:500])
-    for path in (file, tmp_path / "none.png"):
-        with pytest.raises(SystemExit, match=f"error: --image {path}: "):
-            own_sample(str(path), "x")
-    with pytest.raises(SystemExit, match="say what to find"):
-        own_sample(str(file), "<|im_end|>")
+    for image, words, message in (
+        (own, None, "line 1: expected"),
+        (file, None, "give both"),
+        (None, "x", "give both"),
+        (file, "<|im_end|>", "say what to find"),
+        (file, "x", f"error: --image {file}: "),
+        (tmp_path / "none.png", "x", f"error: --image {tmp_path / 'none.png'}: "),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            own_samples(image and str(image), words)
 
 
 def test_leaving_the_healthy_range_warns_once():
     row = {"kl": 0.9, "entropy": 1.0, "no_signal": 0.0, "sampler_gap": 0.0, "valid": 1.0}
     said = []
-    run = SimpleNamespace(rows=[row] * 4, warned=set(), say=said.append)
+    bar = SimpleNamespace(write=said.append)
+    run = SimpleNamespace(rows=[row] * 4, warned=set(), bar=bar)
     health.warn(run)  # too few
     run.rows = [row] * 5
     health.warn(run)

@@ -24,7 +24,7 @@ def phase(monkeypatch, tmp_path):
     """phase(more flags) -> (Run, a stand-in for the model, optimizer), begun as sft.py begins."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(flags, "lock", lambda folder: None)  # it would last as long as pytest
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
 
     def begin(*more):
         monkeypatch.setattr(processes, "stop_asked", [])
@@ -35,7 +35,8 @@ def phase(monkeypatch, tmp_path):
         return run, SimpleNamespace(model=model), torch.optim.AdamW(model.parameters())
 
     yield begin
-    signal.signal(signal.SIGINT, handler)
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
 def train(run, vlm, optimizer):
@@ -51,13 +52,15 @@ def train(run, vlm, optimizer):
 
 def test_a_stopped_run_goes_on_as_one_that_never_stopped(phase, monkeypatch, capsys):
     seen = [ids for _, ids in zip(range(4), train(*phase()))][:2]  # killed: two are not saved
-    with pytest.raises(SystemExit) as ended:
-        for ids in train(*phase()):
-            seen.append(ids)
-            os.kill(os.getpid(), signal.SIGINT)
-    assert ended.value.code == 130 and "stopped; to go on: " in capsys.readouterr().out
+    for name in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(SystemExit) as ended:
+            for ids in train(*phase()):
+                seen.append(ids)
+                os.kill(os.getpid(), name)
+        assert ended.value.code == 130 and "stopped; to go on: " in capsys.readouterr().out
     run, vlm, _ = begun = phase()
     seen += train(*begun)
+    assert [row["update"] for row in run.rows] == [1, 2, 3, 4, 5, 6]
     log, best, state = run.lines.path.read_bytes(), run.best, adapter_state(vlm.model)
     run.finish(then="python grpo.py")
     with pytest.raises(SystemExit, match="sft was finished and is gone; --restart makes it again"):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from support.report.rows import Row, play_row
 from support.running import errors, files, processes
@@ -143,8 +144,8 @@ def test_resumed_rows_belong_to_their_samples(tmp_path):
 
 def test_one_run_at_a_time_under_one_configuration(tmp_path):
     args = argparse.Namespace(out=tmp_path, restart=False, model="m", lr=0.1)
-    assert not files.begin(args, "sft")
-    assert files.begin(args, "sft")
+    files.begin(args, "sft")
+    files.begin(args, "sft")
     args.lr = 0.2
     with pytest.raises(SystemExit, match="lr: 0.1 then, 0.2 now(.|\n)*--restart"):
         files.begin(args, "sft")
@@ -155,7 +156,7 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
     assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
 
 
-def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path):
+def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeypatch):
     files.write_jsonl(tmp_path / "data/test.jsonl", [GOOD])
     given = dict(guard="off", seed=0, batch_size=1)
     args = argparse.Namespace(out=tmp_path, restart=False, model="m", **given)
@@ -177,6 +178,11 @@ def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path):
         plays("refined", "guard")
     args.restart = True
     assert plays("refined", "guard") == 1 and plays("refined", "guard") == 0
+    args.guard = "off"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "write_text", mock.Mock(side_effect=KeyboardInterrupt))
+        plays("refined", "guard")  # killed before its configuration is written
+    assert not (tmp_path / "log/evaluate_refined.jsonl").exists()  # no line of the other
 
 
 # Ctrl-C and memory --------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+from collections import namedtuple
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -36,7 +37,6 @@ from visrl.loop import (
     crop,
     dpo_loss,
     is_right,
-    pair_logprobs,
     path_trajectory,
     step_logprobs,
 )
@@ -147,7 +147,6 @@ def test_sums_of_each_step_by_hand():
     logprob = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
     scores = TokenScores(logprob, torch.zeros(5), row, step)
     assert step_logprobs(scores, 2, 2).tolist() == [[-3.0, -4.0], [-8.0, -16.0]]
-    assert pair_logprobs(scores, 1, 2).tolist() == [[[-3.0, -4.0], [-8.0, -16.0]]]
 
 
 def test_the_loss_of_each_stage_by_hand():
@@ -195,13 +194,13 @@ def test_a_step_raises_the_chosen_against_the_rejected(vlm, answers):
 
     def logprobs(adapter):
         with adapters.using(own, adapter):
-            return pair_logprobs(trajectory_logprobs(own, batch), 2, steps)
+            return step_logprobs(trajectory_logprobs(own, batch), 4, steps)
 
     before = logprobs("reference").detach()
     dpo_loss(logprobs("policy"), before, 0.1)[0].mean().backward()
     optimizer.step()
     change = (logprobs("policy") - before).detach()
-    assert (change[:, 0] - change[:, 1] > 0).all(), change
+    assert (change[::2] - change[1::2] > 0).all(), change  # chosen, rejected, chosen, ...
     assert torch.equal(logprobs("reference").detach(), before)
 
 
@@ -474,6 +473,8 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
 
 
 # Report -------------------------------------------------------------------------------------------
+PlainRow = namedtuple("PlainRow", "name box")
+RIGHT, WRONG = [0, 0, 500, 1000], [600, 0, 900, 900]
 SAMPLES = []
 for number in range(40):
     own = {"id": str(number), "source": "ab"[number % 2], "image": "a.png", "width": 20}
@@ -487,12 +488,13 @@ def log_lines(right, hit=None):
     for number, sample in enumerate(SAMPLES):
         line = {"id": sample["id"], "answer": "a dot", "right": number < right, "box": None}
         if hit is not None:
-            line |= {"box": [0, 0, 500, 1000], "iou": 1.0 if number < hit else 0.5}
+            line |= {"box": RIGHT, "iou": 1.0 if number < hit else 0.5}
         lines.append(line)
     return lines
 
 
 def test_the_findings_are_judged_by_their_intervals():
+    second = f"{report.RL2}, iteration 2"
     rows = {
         report.BASE: log_lines(20),
         report.SFT: log_lines(10, 10),
@@ -500,41 +502,43 @@ def test_the_findings_are_judged_by_their_intervals():
         report.RL2: log_lines(30, 20),
         report.ONLY: log_lines(31, 10),
         report.PLAIN: log_lines(20),
-        report.control_name(report.RL2, "true"): log_lines(40, 40),
-        f"{report.RL2}, iteration 2": log_lines(30, 20),
+        second: log_lines(30, 20),
+        "true": log_lines(40, 40),
     }
-    pairs = {
-        report.WHOLE: np.array([[True, False]] * 30 + [[False, False]] * 10),
-        report.PARTS["no_controller"]: np.array([[True, False]] * 5 + [[True, True]] * 25),
-    }
-    results = report.analyse(SAMPLES, rows, pairs)
-    assert results["answers"][report.SFT]["all"][0] == pytest.approx(0.25)
-    assert results["boxes"][report.RL1]["all"][0] == pytest.approx(0.5)
+
+    def analyse(rows, pairs):
+        boxes = {name: "true" if name == "true" else "own" for name in rows}
+        lines_of = {PlainRow(name, boxes[name]): lines for name, lines in rows.items()}
+        return report.analyse(SAMPLES, lines_of, pairs)
+
+    def pairs(*counts):
+        """So many pairs of each kind, of chosen and rejected boxes."""
+        kinds = ((RIGHT, WRONG), (RIGHT, RIGHT), (WRONG, WRONG))
+        made = sum(([kind] * count for kind, count in zip(kinds, counts)), [])
+        return [{**SAMPLES[0], "chosen": {"box": a}, "rejected": {"box": b}} for a, b in made]
+
+    results = analyse(rows, {"pairs": pairs(30, 0, 10), "pairs_no_controller": pairs(5, 25)})
+    assert results["answers"][report.SFT][0] == pytest.approx(0.25)
+    assert results["boxes"][report.RL1][0] == pytest.approx(0.5)
     # A box is right above 0.5, not from there on; a control's box is not the policy's
-    assert results["boxes"][report.SFT]["a"][0] == pytest.approx(5 / 20)
-    assert report.control_name(report.RL2, "true") not in results["boxes"]
-    found = {sentence[:8]: word for sentence, _, word in results["findings"]}
-    assert len(found) == 8 and set(found.values()) == {"holds", "NOT SETTLED"}
-    assert [key for key in found if found[key] != "holds"] == ["RL2 only", "A second"]
-    worse = report.analyse(SAMPLES, {**rows, report.RL1: log_lines(20, 2)}, {})
+    assert results["boxes"][report.SFT][0] == pytest.approx(10 / 40)
+    assert "true" not in results["boxes"]
+    assert results["pairs"]["pairs"]["WP-LN"][0] == pytest.approx(0.75)
+    found = {sentence[:20]: word for sentence, _, word in results["findings"]}
+    assert len(found) == 7 and set(found.values()) == {"holds", "NOT SETTLED"}
+    assert [key for key in found if found[key] != "holds"] == [
+        "In answers SFT < RL2",
+        "A second iteration r",
+    ]
+    without = [{key: value for key, value in pair.items() if key != "bbox"} for pair in pairs(3)]
+    worse = analyse({**rows, report.RL1: log_lines(20, 2)}, {"pairs": without})
     assert "DOES NOT HOLD" in {w for s, _, w in worse["findings"] if s.startswith("RL1 raises")}
+    assert worse["pairs"] == {}  # nothing to judge them by
 
 
-def test_pairs_are_judged_by_the_boxes_that_training_never_saw(tmp_path):
-    right, wrong = [0, 0, 500, 1000], [600, 0, 900, 900]
+def test_pairs_are_read_with_their_samples(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", SAMPLES)
-    pairs = []
-    for name, a, b in (("0", right, wrong), ("1", wrong, right), ("2", right, right)):
-        pairs.append({"id": name, "chosen": {"box": a}, "rejected": {"box": b}})
-    write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    write_jsonl(tmp_path / "pairs_no_controller_2.jsonl", pairs[:1])
-    write_jsonl(tmp_path / "pairs_2.jsonl", pairs[1:])
-    found = report.read_pairs(tmp_path)
-    later = f"{report.PARTS['no_controller']}, iteration 2"
-    assert list(found) == [report.WHOLE, f"{report.WHOLE}, iteration 2", later]
-    assert found[report.WHOLE].tolist() == [[True, False], [False, True], [True, True]]
-    shares = report.pair_shares(found[report.WHOLE])
-    kinds = ("WP-LP", "WP-LN", "WN-LP", "WN-LN")
-    assert [shares[kind][0] for kind in kinds] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
-    write_jsonl(tmp_path / "train.jsonl", [{"id": "0"}])
-    assert report.read_pairs(tmp_path) == {}
+    rows = [{"id": name, "chosen": {}, "rejected": {}} for name in ("0", "of an earlier run")]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    write_jsonl(tmp_path / "pairs_no_controller_2.jsonl", rows[1:])
+    assert report.read_pairs(tmp_path) == {"pairs": [{**SAMPLES[0], **rows[0]}]}

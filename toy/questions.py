@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common import draw_overlay, format_box, iou, normalize_box
-from support.data.geometry import place
+from support.data.teacher import place
 from toy.world import MARKS, SIDE, area, center
 
 from PIL import Image

@@ -20,21 +20,12 @@ Reads data/train.jsonl, data/pairs.jsonl and an adapter. Writes rl1/, rl2/, rl2_
 """
 
 from common import trajectory_logprobs
-from support.data.samples import VISRL_FIELDS, load_image, read_side
+from support.data.samples import VISRL_FIELDS, load_image, read_side, with_samples
 from support.model import adapters, loading, memory
 from support.run import Run
 from support.running.errors import stop
-from support.running.files import read_jsonl
-from support.running.flags import Flag
-from visrl.loop import (
-    LOOPS,
-    answer_trajectory,
-    chosen_nll,
-    dpo_loss,
-    named,
-    pair_logprobs,
-    path_trajectory,
-)
+from support.running.flags import Flag, command
+from visrl import loop
 
 import torch
 
@@ -45,32 +36,26 @@ run = Run(
     init=Flag("where --stage 2 starts: stage 1, or SFT (RL2 only)", "rl1", ("rl1", "sft")),
 )
 args, data = run.args, run.data
-loop = LOOPS[args.crop]
+crop = loop.LOOPS[args.crop].feedback
 steps = 2 if args.stage == "2" else 1  # K
-before = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
+before = loop.actor(args.iteration)
 name, origin = {
     ("1", "rl1"): ("rl1", before),
-    ("2", "rl1"): ("rl2", named("rl1", args.iteration)),
+    ("2", "rl1"): ("rl2", loop.named("rl1", args.iteration)),
     ("2", "sft"): ("rl2_only", before),
     ("answers", "rl1"): ("plain_dpo", None),
 }.get((args.stage, args.init)) or stop("--init sft is for --stage 2; leave it out")
-run.name = named(name, args.iteration)
+run.name = loop.named(name, args.iteration)
 
 # Data: the pairs of phase 3, each with its sample -------------------------------------------------
 train = read_side(args, "train", "python -m visrl.make_data", VISRL_FIELDS)
-sample_of = {sample["id"]: sample for sample in train}
-file = data / f"{named('pairs', args.iteration)}.jsonl"
-make_pairs = run.command(f"python -m visrl.make_pairs --iteration {args.iteration}")
-pairs = read_jsonl(file, make_pairs)
-pairs = [{**sample_of[pair["id"]], **pair} for pair in pairs if pair["id"] in sample_of]
+file = data / f"{loop.named('pairs', args.iteration)}.jsonl"
+make_pairs = command(args, f"python -m visrl.make_pairs --iteration {args.iteration}")
+pairs = with_samples(file, train, make_pairs)
 if not pairs:
     stop(f"{file} has no pair of a sample in train.jsonl; run {make_pairs}")
-run.agrees(named("paths", args.iteration), "crop")
-folder = None
-if origin:
-    stage, _, number = origin.removeprefix("rl").partition("_")
-    script = f"python -m visrl.dpo --stage {stage} --iteration {number or 1}"
-    folder = run.starts_from(origin, "python -m visrl.sft" if origin == "sft" else script, "crop")
+run.agrees(loop.named("paths", args.iteration), "crop")
+folder = origin and run.starts_from(origin, loop.made_by(origin), "crop")
 run.reads(file)
 
 # Model and optimizer ------------------------------------------------------------------------------
@@ -83,7 +68,7 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 def pictures(pair):
     """The whole image, the crop of the chosen box, and that of the rejected one."""
     image = load_image(pair, data)
-    return [image, *(loop.feedback(image, pair[side]["box"]) for side in ("chosen", "rejected"))]
+    return [image, *(crop(image, pair[side]["box"]) for side in ("chosen", "rejected"))]
 
 
 image_tokens = memory.image_token_source(vlm, pictures)
@@ -94,12 +79,12 @@ def examples(pairs):
     trajectories = []
     for pair, (image, *crops) in zip(pairs, image_tokens(pairs)):
         question = pair["question"]
-        for crop, path in zip(crops, (pair["chosen"], pair["rejected"])):
+        for part, path in zip(crops, (pair["chosen"], pair["rejected"])):
             if args.stage == "answers":
-                trajectory = answer_trajectory(vlm, question, image, path["answer"])
+                trajectory = loop.answer_trajectory(vlm, question, image, path["answer"])
             else:
                 answer = path["answer"] if steps == 2 else None
-                trajectory = path_trajectory(vlm, question, [image, crop], path["box"], answer)
+                trajectory = loop.path_trajectory(vlm, question, [image, part], path["box"], answer)
             trajectories.append(trajectory)
     return trajectories
 
@@ -118,15 +103,15 @@ for chosen in run.epochs(pairs, vlm, optimizer):
         with torch.no_grad(), adapters.using(vlm, "reference"):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
-        losses, margins = dpo_loss(  # [N, K], [N, K]
-            pair_logprobs(policy, len(part), steps),  # [N, 2, K]
-            pair_logprobs(reference, len(part), steps),  # [N, 2, K]
+        losses, margins = loop.dpo_loss(  # [N, K], [N, K]
+            loop.step_logprobs(policy, len(batch), steps),  # [2N, K]
+            loop.step_logprobs(reference, len(batch), steps),  # [2N, K]
             args.beta,
         )
         losses = losses.mean(1)  # [N]: Eq. 8, both steps weigh one half
         # Both log pi may fall, the rejected one's faster, until no box is written at all; this term
         # holds the chosen one's up (as in arXiv:2404.19733, Section 2.2)
-        nll = chosen_nll(policy, len(part))  # [N]
+        nll = loop.chosen_nll(policy, len(part))  # [N]
         ((losses + args.nll * nll).sum() / len(chosen)).backward()
         # As GRPO's: mean |log pi - log ref| over the tokens of the pairs
         kl = (policy.logprob - reference.logprob).abs().mean()

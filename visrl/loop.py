@@ -125,20 +125,15 @@ def step_logprobs(scores, count, steps):
     return sums.index_add(0, place, scores.logprob).view(count, steps)
 
 
-def pair_logprobs(scores, count, steps):
-    """TokenScores of N pairs' trajectories, pair after pair -> [N, 2, K]: chosen, rejected."""
-    return step_logprobs(scores, 2 * count, steps).view(count, 2, steps)
-
-
 def dpo_loss(policy, reference, beta):
-    """Eq. 5 to 10: log pi of each step of chosen and rejected, [N, 2, K] twice -> two of [N, K]:
-    the loss of each pair and step, and its margin.
+    """Eq. 5 to 10: log pi of each step of chosen, rejected, chosen, ..., [2N, K] twice -> two of
+    [N, K]: the loss of each pair and step, and its margin.
 
     margin = beta ((log pi_w - log ref_w) - (log pi_l - log ref_l)), loss = -log sigmoid(margin).
     With K = 1 this is stage 1 (or plain DPO); stage 2 is the mean of its two steps' losses, so that
     each has its own sigmoid (Eq. 8; that both weigh one half is the authors' code).
     """
-    ratio = policy - reference  # [N, 2, K]
+    ratio = (policy - reference).view(-1, 2, policy.shape[-1])  # [N, 2, K]
     margin = beta * (ratio[:, 0] - ratio[:, 1])  # [N, K]
     return -F.logsigmoid(margin), margin
 
@@ -153,3 +148,16 @@ def chosen_nll(scores, count):
 def named(name, iteration):
     """The name of a file or an adapter in an iteration; the first one's has no number."""
     return name if iteration == 1 else f"{name}_{iteration}"
+
+
+def actor(iteration):
+    """The adapter that an iteration begins with."""
+    return "sft" if iteration == 1 else named("rl2", iteration - 1)
+
+
+def made_by(adapter):
+    """The script that makes sft, rl1 or rl2 of some iteration."""
+    if adapter == "sft":
+        return "python -m visrl.sft"
+    stage, _, iteration = adapter.removeprefix("rl").partition("_")
+    return f"python -m visrl.dpo --stage {stage} --iteration {iteration or 1}"

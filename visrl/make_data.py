@@ -19,7 +19,8 @@ Writes data/{sft,train,test}.jsonl and data/images/ under --out.
 import time
 from collections import Counter
 
-from support.running import errors, files, processes
+from support.data.sources import begin_files
+from support.running import errors, processes
 from support.running.flags import Flag, command, flags
 from visrl import sources
 
@@ -38,22 +39,13 @@ if args.preset == "paper" and not (args.data or args.viscot):
     errors.stop(
         f"for samples of your own: --data FILE.jsonl; for the paper's: --viscot DIR. {sources.GET}"
     )
-files.begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad",))
-there = all((data / f"{side}.jsonl").exists() for side in sources.SIDES)
-if there and not args.restart:
-    print(f"{data / 'test.jsonl'} is finished; --restart makes everything again")
-    raise SystemExit
+begin_files(args, data, sources.SIDES)
 
-for side in sources.SIDES:  # of a run that is made anew, none may stay beside new ones
-    if not processes.RANK:
-        (data / f"{side}.jsonl").unlink(missing_ok=True)
 sides = sources.prepare(args, data)
 for side, samples in sides.items():
     counts = Counter(sample["source"] for sample in samples)
     boxed = sum("bbox" in sample for sample in samples)
     print(f"{side}: {len(samples)}, {boxed} with a box; " + ", ".join(map(str, counts.items())))
-print("one sample of each source:")
-for source in sorted({sample["source"] for sample in sides["test"]}):
-    sample = next(sample for sample in sides["test"] if sample["source"] == source)
-    print(f"  {source}: {sample['question']!r} {sample['answer']!r}, {sample['image']}")
+    sample = samples[0]
+    print(f"  {sample['question']!r} {sample['answer']!r}, {sample['image']}")
 print(f"{processes.minutes(start)}; next: {command(args, 'python -m visrl.sft')}")

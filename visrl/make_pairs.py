@@ -12,20 +12,18 @@ For each question, in five steps, none of which sees a true box:
 3. Answers: the actor sees each box's crop and samples an answer. Box and answer are a path.
 4. Critics: the model before SFT scores each path's box and answer, knowing the true answer.
    `prompted` asks it for JSON scores: of the box it sees the crop alone, of the answer the whole
-   image. `likelihood` (ours, for a base too small for such prompts) takes as the box's score the
-   probability that it gives to the true answer when it is shown the crop and the bare question,
-   and as the answer's score whether it is the true one.
+   image. `likelihood` (ours, for a base too small for that) takes as the box's score how probable
+   it finds the true answer to the bare question about the crop; an answer is right or wrong.
 5. Filter (Eq. 4): paths with two high scores win, with two low ones lose; a question without both
    is too easy or too hard. The chosen path has the highest of both scores among the winners, the
    rejected one the lowest of both among the losers; where no path has, the question is dropped.
 
-Departures from the authors' code, which the paper's text settles: chosen and rejected are extremes,
-and the random box has the area of the second box, not the sides of the first. Ours: an attempt with
-an invalid box, or without room for another, is lost; answers that do not end are no candidates; the
-tolerance of Eq. 3 is theirs (40 percent); the critics' wording.
+Where the authors' code is weaker than the paper's text, it is the text (visrl/README.md). Ours: an
+attempt with an invalid box, or without room for another, is lost; answers that do not end are no
+candidates; the critics' wording. The tolerance of Eq. 3 is the authors'.
 
-Reads data/train.jsonl and an adapter. Writes data/boxes.jsonl, paths.jsonl, scores.jsonl and
-pairs.jsonl under --out, each with the iteration and the ablation in its name.
+Reads data/train.jsonl and an adapter. Writes data/paths.jsonl and pairs.jsonl under --out, with the
+iteration and the ablation in their names.
 """
 
 import functools
@@ -41,7 +39,7 @@ from support.model.decoding import rollouts
 from support.running import errors, files, processes
 from support.running.flags import Flag, flags
 from visrl.critics import score_paths
-from visrl.loop import END, LOOPS, named
+from visrl.loop import END, LOOPS, actor, made_by, named
 
 # The diversity controller (Eq. 3) -----------------------------------------------------------------
 TOLERANCE = 0.4  # share of the area; the authors' code
@@ -87,6 +85,7 @@ def controlled(rng, boxes, iou_max):
 
 
 # Filter and pair (Eq. 4) --------------------------------------------------------------------------
+ABLATIONS = ("no_controller", "no_box_critic", "sft_critic")
 BOTH = ("box_score", "response_score")
 
 
@@ -120,15 +119,8 @@ def extreme(paths, which, scores):
 
 
 if __name__ == "__main__":
-    args = flags(
-        "visrl.make_pairs",
-        __doc__,
-        ablation=Flag(
-            "leave a part out, or let the SFT model be the critic (Table 6)",
-            "none",
-            ("none", "no_controller", "no_box_critic", "sft_critic"),
-        ),
-    )
+    ablation = Flag("a change that Table 6 measures", "none", ("none", *ABLATIONS))
+    args = flags("visrl.make_pairs", __doc__, ablation=ablation)
     start = time.time()
     data = args.out / "data"
     loop = LOOPS[args.crop]
@@ -136,125 +128,98 @@ if __name__ == "__main__":
     train = read_side(args, "train", "python -m visrl.make_data", VISRL_FIELDS)
     for sample in train:
         sample.pop("bbox", None)  # from here on nothing can look at it
-    actor = "sft" if args.iteration == 1 else named("rl2", args.iteration - 1)
-    made = f"python -m visrl.dpo --stage 2 --iteration {args.iteration - 1}"
-    made = "python -m visrl.sft" if actor == "sft" else made
-    inputs = [data / "train.jsonl", adapters.weights_of(args, actor, made, "crop")]
-    depends_on = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", "seed"]
-    depends_on.append("iteration")
+    policy = actor(args.iteration)
+    inputs = [data / "train.jsonl", adapters.weights_of(args, policy, made_by(policy), "crop")]
+    options = dict(max_tokens=args.max_tokens, loop=loop, temperatures=(args.temperature,) * 2)
+    size = 2 * args.attempts  # boxes of a question
 
     @functools.cache
     def load_model():
-        """The base with two adapters, actor and (for an ablation) critic, when a step needs it."""
+        """The base with two adapters, actor and (for an ablation) critic, when it is needed."""
         vlm = loading.load_vlm(args)
         if args.ablation == "sft_critic":
             adapters.add_adapter(vlm, args.out / "sft", "critic")
-        adapters.add_adapter(vlm, args.out / actor, "actor")
+        adapters.add_adapter(vlm, args.out / policy, "actor")
         return vlm
 
-    def step(name, of, work, *more):
-        """The rows of data/<name>.jsonl, one for each question; those not yet there are made.
-
-        of: the ablations that change this step or one before it. more: the flags that do.
-        """
+    def place(name, *of):
+        """data/<name>.jsonl of this iteration, and of the ablation if it is one of these."""
         if args.ablation in of:
             name = f"{name}_{args.ablation}"
-        name = named(name, args.iteration)
-        depends_on.extend(more)
-        same = files.begin(args, name, *inputs, only=depends_on)
-        path = data / f"{name}.jsonl"
-        restart = args.restart and not same
-        return files.resumable(path, train, args.batch_size, name, work, restart=restart)
-
-    # 1. Boxes -------------------------------------------------------------------------------------
-    def sample_boxes(batch):
-        trajectories = roll(
-            load_model(),
-            [load_image(sample, data) for _, sample in batch],
-            [sample["question"] for _, sample in batch],
-            0,
-            max_tokens=args.max_tokens,
-            loop=loop,
-            group_size=2 * args.attempts,
-            temperatures=(args.temperature,) * 2,
-            seeds=[seed_of(number) for number, _ in batch],
-        )
-        boxes = iter([trajectory.boxes[0] for trajectory in trajectories])
-        each = range(2 * args.attempts)
-        return [{"id": sample["id"], "boxes": [next(boxes) for _ in each]} for _, sample in batch]
+        return data / f"{named(name, args.iteration)}.jsonl"
 
     def seed_of(number):
         """Of a question's boxes; those of its paths' answers follow."""
-        return args.seed * 1_000_003 + (2 * args.attempts + 1) * number
+        return args.seed * 1_000_003 + (size + 1) * number
 
-    boxes = step("boxes", (), sample_boxes, "attempts", "temperature")
+    def sample_boxes(batch, images):
+        """1. Two boxes or None for each attempt, a list for each question."""
+        questions = [sample["question"] for _, sample in batch]
+        seeds = [seed_of(number) for number, _ in batch]
+        vlm = load_model()
+        rows = roll(vlm, images, questions, 0, group_size=size, seeds=seeds, **options)
+        boxes = [row.boxes[0] for row in rows]
+        return [boxes[i : i + size] for i in range(0, len(boxes), size)]
 
-    # 2. and 3. Diversity controller, answers ------------------------------------------------------
-    controls = []
-    for sample, row in zip(train, boxes):
-        tau = None if args.ablation == "no_controller" else args.iou_max
-        rng = random.Random(f"{args.seed} {args.iteration} {sample['id']}")
-        controls.append(controlled(rng, row["boxes"], tau))
-
-    def sample_answers(batch):
-        flat = []  # (number of the question, sample, box) of each path
-        seeds = []
-        for number, sample in batch:
-            for i, box in enumerate(controls[number][0]):
-                flat.append((number, sample, box))
-                seeds.append(seed_of(number) + 1 + i)
-        paths = {number: [] for number, _ in batch}
-        trajectories = []
-        if flat:
-            trajectories = roll(
-                load_model(),
-                [load_image(sample, data) for _, sample, _ in flat],
-                [sample["question"] for _, sample, _ in flat],
-                1,
-                max_tokens=args.max_tokens,
-                loop=loop,
-                temperatures=(args.temperature,) * 2,
-                seeds=seeds,
-                first_texts=[format_box(box) for _, _, box in flat],
-            )
-        for (number, _, box), trajectory in zip(flat, trajectories):
-            answer = trajectory.texts[1]
+    def sample_answers(batch, images, boxes_of):
+        """3. (image, sample, path) for each box whose answer has an end."""
+        flat = []  # (image, sample, box, seed) of each path
+        for (number, sample), image, boxes in zip(batch, images, boxes_of):
+            for i, box in enumerate(boxes):
+                flat.append((image, sample, box, seed_of(number) + 1 + i))
+        if not flat:
+            return []
+        images, samples, boxes, seeds = map(list, zip(*flat))
+        questions = [sample["question"] for sample in samples]
+        given = dict(seeds=seeds, first_texts=[format_box(box) for box in boxes])
+        items = []
+        rows = roll(load_model(), images, questions, 1, **given, **options)
+        for image, sample, box, row in zip(images, samples, boxes, rows):
             # Cut short, or with a special token in it, it is no text to be learnt
-            if trajectory.target[-1] == load_model().token(END) and "<|" not in answer:
-                paths[number].append({"box": box, "answer": answer})
-        return [{"id": sample["id"], "paths": paths[number]} for number, sample in batch]
+            if row.target[-1] == load_model().token(END) and "<|" not in row.texts[1]:
+                items.append((image, sample, {"box": box, "answer": row.texts[1]}))
+        return items
 
-    paths = step("paths", ("no_controller",), sample_answers, "iou_max", "crop")
-
-    # 4. Critics -----------------------------------------------------------------------------------
-    def score(batch):
+    def score(items):
+        """4. The paths of these, with the critics' scores."""
         vlm = load_model()
         judge = vlm.model.disable_adapter()  # the model before SFT
         if args.ablation == "sft_critic":
             judge = adapters.using(vlm, "critic")
-        items = []
-        for number, sample in batch:
-            image = load_image(sample, data)
-            items += [(image, sample, path) for path in paths[number]["paths"]]
-        made = []
-        if items:
-            options = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
-            with judge:
-                made = score_paths(vlm, items, **options, roll=roll)
-        made = iter(made)
-        rows = []
-        for number, sample in batch:
-            own = [next(made) for _ in paths[number]["paths"]]
-            rows.append({"id": sample["id"], "paths": own})
-        return rows
+        critics = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
+        with judge:
+            return score_paths(vlm, items, **critics, roll=roll) if items else []
 
-    scored = step("scores", ("no_controller", "sft_critic"), score, "critic")
+    def make_paths(batch):
+        """All that is kept of these questions: sampled boxes, what became of them, scored paths."""
+        images = [load_image(sample, data) for _, sample in batch]
+        rows = {}  # of each question
+        kept = []
+        for (_, sample), boxes in zip(batch, sample_boxes(batch, images)):
+            # 2. The diversity controller
+            tau = None if args.ablation == "no_controller" else args.iou_max
+            rng = random.Random(f"{args.seed} {args.iteration} {sample['id']}")
+            own, counts = controlled(rng, boxes, tau)
+            kept.append(own)
+            rows[sample["id"]] = {"id": sample["id"], "boxes": boxes, "paths": [], "counts": counts}
+        items = sample_answers(batch, images, kept)
+        for (_, sample, _), path in zip(items, score(items)):
+            rows[sample["id"]]["paths"].append(path)
+        for row, own in zip(rows.values(), kept):
+            row["counts"]["answers without an end"] = len(own) - len(row["paths"])
+        return list(rows.values())
+
+    only = "model quantize dtype engine max_pixels max_tokens seed iteration attempts temperature"
+    only = [*only.split(), "iou_max", "crop", "critic"]
+    path = place("paths", "no_controller", "sft_critic")
+    files.begin(args, path.stem, *inputs, only=only, log=path)
+    made = files.resumable(path, train, args.batch_size, path.stem, make_paths)
 
     # 5. Filter and pairs --------------------------------------------------------------------------
     counting = ("response_score",) if args.ablation == "no_box_critic" else BOTH
     pairs = []
     dropped = Counter()
-    for row in scored:
+    for row in made:
         pair = choose_pair(row["paths"], args.win, args.lose, counting)
         if isinstance(pair, str):
             dropped[pair] += 1
@@ -263,23 +228,16 @@ if __name__ == "__main__":
     if not pairs:
         reasons = f"dropped: {dict(dropped)}"
         errors.stop(f"no question gave a pair ({reasons}); look at --win, --lose, --temperature")
-    name = "pairs" if args.ablation == "none" else f"pairs_{args.ablation}"
-    name = named(name, args.iteration)
-    files.write_jsonl(data / f"{name}.jsonl", pairs)
+    file = place("pairs", *ABLATIONS)
+    files.write_jsonl(file, pairs)
 
-    counts = sum((count for _, count in controls), Counter())
-    flat = [path for row in scored for path in row["paths"]]
-    possible = sum(len(kept) for kept, _ in controls)
-    attempts = args.attempts * len(train)
-    print(f"{len(train)} questions, {attempts} attempts, {len(flat)} candidates")
-    for what, n in counts.items():
-        print(f"  {what}: {n}")
-    print(f"  answers that did not end: {possible - len(flat)}")
+    counts = sum((Counter(row["counts"]) for row in made), Counter())
+    flat = [path for row in made for path in row["paths"]]
+    print(f"{args.attempts * len(train)} attempts at {len(train)} questions: {counted(counts)}")
     for key in BOTH:
         given = [path[key] for path in flat if path[key] is not None]
         high, low = sum(v >= args.win for v in given), sum(v <= args.lose for v in given)
-        mean = sum(given) / max(1, len(given))
-        spread = f"mean {mean:.3f}, {high} from {args.win} on, {low} up to {args.lose}"
+        spread = f"{high} from {args.win} on, {low} up to {args.lose}"
         print(f"  {key}: {spread}, {len(flat) - len(given)} without")
-    print(f"questions kept: {len(pairs)}; dropped: {counted(dropped)}")
-    print(f"{len(pairs)} pairs in {data / name}.jsonl, {processes.minutes(start)}")
+    print(f"questions dropped: {counted(dropped)}")
+    print(f"{len(pairs)} pairs in {file}, {processes.minutes(start)}")

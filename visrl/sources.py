@@ -19,8 +19,8 @@ from toy import world
 from PIL import Image
 from tqdm import tqdm
 
-SIDES = ("sft", "train", "test")
-BOXED = {**VISRL_FIELDS, "bbox": list}  # what SFT needs
+BOXED = {**VISRL_FIELDS, "bbox": list}
+SIDES = {"sft": BOXED, "train": VISRL_FIELDS, "test": VISRL_FIELDS}  # side -> what it needs
 
 
 # The toy's questions ------------------------------------------------------------------------------
@@ -179,10 +179,8 @@ def prepare(args, data):
                 stop(f"no sample is left for {side}; {others}")
             write_jsonl(data / f"{side}.jsonl", rows)
     barrier()
-    fields = {"sft": BOXED, "train": VISRL_FIELDS, "test": VISRL_FIELDS}
-    return {
-        side: read_side(args, side, "python -m visrl.make_data", fields[side]) for side in SIDES
-    }
+    command = "python -m visrl.make_data"
+    return {side: read_side(args, side, command, fields) for side, fields in SIDES.items()}
 
 
 def make_sides(args, data):

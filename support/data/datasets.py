@@ -9,7 +9,6 @@ import json
 import random
 import re
 import shlex
-import tarfile
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,34 +16,27 @@ from pathlib import Path
 from support.running.errors import stop
 from support.running.files import write_bytes
 
-from tqdm import tqdm
-
-# flag -> files: patterns of what has to be there; about: what it is; get: the shell command that
-# downloads it
+# flag -> files: patterns of what has to be there; about: what it is; get: what downloads it
 DATASETS = {
     "refcocog": {
         "files": ["**/*.parquet"],
-        "about": "RefCOCOg (UMD split), the parquet files of hub id jxu124/refcocog (its page "
-        "there has size and licence)",
+        "about": "RefCOCOg (UMD split), hub id jxu124/refcocog, whose page has size and licence",
         "get": "hf download jxu124/refcocog --repo-type dataset --local-dir {folder}",
     },
     "refadv": {
         "files": ["**/*.parquet"],
-        "about": "Ref-Adv-s, one parquet file with its images, hub id dddraxxx/ref-adv-s, about "
-        "255 MB, CC BY 4.0",
+        "about": "Ref-Adv-s with its images, hub id dddraxxx/ref-adv-s, about 255 MB, CC BY 4.0",
         "get": "hf download dddraxxx/ref-adv-s --repo-type dataset --local-dir {folder}",
     },
     "refl4": {
-        "files": ["ref-l4-val.parquet", "ref-l4-test.parquet", "images*"],  # packed or not
-        "about": "Ref-L4, ref-l4-val.parquet, ref-l4-test.parquet and images.tar.gz (3.5 GB), hub "
-        "id JierunChen/Ref-L4, CC BY-NC 4.0",
+        "files": ["ref-l4-val.parquet", "ref-l4-test.parquet", "**/*.jpg"],
+        "about": "Ref-L4 with its images (3.5 GB), hub id JierunChen/Ref-L4, CC BY-NC 4.0",
         "get": "hf download JierunChen/Ref-L4 ref-l4-val.parquet ref-l4-test.parquet images.tar.gz "
-        "--repo-type dataset --local-dir {folder}",
+        "--repo-type dataset --local-dir {folder} && tar -xzf {folder}/images.tar.gz -C {folder}",
     },
     "coco": {
         "files": ["**/COCO_train2014_*.jpg"],
-        "about": "the COCO train2014 images, which RefCOCOg's expressions are about; size and "
-        "terms of use: cocodataset.org",
+        "about": "COCO's train2014 images, of RefCOCOg; size and terms of use: cocodataset.org",
         "get": "curl -LO http://images.cocodataset.org/zips/train2014.zip && "
         "unzip -q train2014.zip -d {folder}",
     },
@@ -82,21 +74,16 @@ def as_published(where, how):
 
 
 # The readers --------------------------------------------------------------------------------------
-def read_parquet(path, columns):
-    """Yields the rows of a parquet file as dicts of these columns; no other column is read, and few
-    rows are in memory at once."""
+def read_parquet(folder, columns):
+    """Yields the rows of a folder's parquet files as dicts of these columns; no other column is
+    read, and few rows are in memory at once."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        stop(f"reading {path} needs pyarrow: pip install pyarrow")
-    for batch in ParquetFile(path).iter_batches(batch_size=64, columns=columns):
-        yield from batch.to_pylist()
-
-
-def xyxy(bbox):
-    """[x, y, width, height] -> [x1, y1, x2, y2]."""
-    x, y, width, height = bbox
-    return [x, y, x + width, y + height]
+        stop(f"reading {folder} needs pyarrow: pip install pyarrow")
+    for path in sorted(folder.rglob("*.parquet")):
+        for batch in ParquetFile(path).iter_batches(batch_size=64, columns=columns):
+            yield from batch.to_pylist()
 
 
 def image_key(origin, name):
@@ -110,8 +97,8 @@ def image_key(origin, name):
 
 
 def inside(file_name):
-    """Where an image that comes inside a parquet or tar file is put, relative to data/. Folders
-    in its name are dropped, so that nothing is ever written elsewhere."""
+    """Where an image that comes inside a parquet file is put, relative to data/. Folders in its
+    name are dropped, so that nothing is ever written elsewhere."""
     return f"images/{Path(file_name).name}"
 
 
@@ -121,63 +108,56 @@ def refcocog(folder, coco):
     if (coco / "train2014").is_dir():
         coco = coco / "train2014"
     columns = ["ref_id", "image_id", "bbox", "raw_image_info", "sentences"]
-    for path in sorted(folder.rglob("*.parquet")):
-        for ref in read_parquet(path, columns):
-            # not the ref's own file_name, which ends in the annotation's number: there is no such
-            # file
-            name = f"COCO_train2014_{ref['image_id']:012d}.jpg"
-            image = json.loads(ref["raw_image_info"])
-            for sentence in ref["sentences"]:
-                yield {
-                    "id": f"refcocog_{ref['ref_id']}-{sentence['sent_id']}",
-                    "source": "refcocog",
-                    "image": str((coco / name).resolve()),
-                    "key": image_key("coco", name),
-                    "width": image["width"],
-                    "height": image["height"],
-                    "expression": sentence["sent"],
-                    "bbox": ref["bbox"],
-                }
+    for ref in read_parquet(folder, columns):
+        # The ref's own file_name ends in the annotation's number: there is no such file
+        name = f"COCO_train2014_{ref['image_id']:012d}.jpg"
+        image = json.loads(ref["raw_image_info"])
+        for sentence in ref["sentences"]:
+            yield {
+                "id": f"refcocog_{ref['ref_id']}-{sentence['sent_id']}",
+                "source": "refcocog",
+                "image": str((coco / name).resolve()),
+                "key": image_key("coco", name),
+                "width": image["width"],
+                "height": image["height"],
+                "expression": sentence["sent"],
+                "bbox": ref["bbox"],
+            }
 
 
 def refadv(folder):
     """Ref-Adv-s; the id is the row number. The images stay in the parquet until `write_images`."""
     columns = ["file_name", "normal_caption", "solution", "width", "height", "image_source"]
-    number = 0
-    for path in sorted(folder.rglob("*.parquet")):
-        for row in read_parquet(path, columns):
-            yield {
-                "id": f"refadv_{number}",
-                "source": "refadv",
-                "image": inside(row["file_name"]),
-                "key": image_key(row["image_source"], row["file_name"]),
-                "width": row["width"],
-                "height": row["height"],
-                "expression": row["normal_caption"],
-                "bbox": row["solution"],
-            }
-            number += 1
+    for number, row in enumerate(read_parquet(folder, columns)):
+        yield {
+            "id": f"refadv_{number}",
+            "source": "refadv",
+            "image": inside(row["file_name"]),
+            "key": image_key(row["image_source"], row["file_name"]),
+            "width": row["width"],
+            "height": row["height"],
+            "expression": row["normal_caption"],
+            "bbox": row["solution"],
+        }
 
 
 def refl4(folder):
-    """Ref-L4, whose boxes are xywh. An image that is unpacked in images/ is used where it lies;
-    others stay in the tar until `write_images`."""
+    """Ref-L4, whose boxes are xywh; its images lie anywhere in the folder."""
     columns = ["id", "caption", "bbox", "image_id", "width", "height", "file_name"]
-    unpacked = (folder / "images").resolve()
-    for name in ("ref-l4-val.parquet", "ref-l4-test.parquet"):
-        for row in read_parquet(folder / name, columns):
-            origin, _, number = row["image_id"].rpartition("_")
-            file = unpacked / Path(row["file_name"]).name
-            yield {
-                "id": f"refl4_{row['id']}",
-                "source": "refl4",
-                "image": str(file) if file.exists() else inside(row["file_name"]),
-                "key": image_key(origin, number),
-                "width": row["width"],
-                "height": row["height"],
-                "expression": row["caption"],
-                "bbox": xyxy(row["bbox"]),
-            }
+    images = {path.name: path.resolve() for path in folder.rglob("*.jpg")}
+    for row in read_parquet(folder, columns):
+        origin, _, number = row["image_id"].rpartition("_")
+        x, y, width, height = row["bbox"]
+        yield {
+            "id": f"refl4_{row['id']}",
+            "source": "refl4",
+            "image": str(images.get(Path(row["file_name"]).name, row["file_name"])),
+            "key": image_key(origin, number),
+            "width": row["width"],
+            "height": row["height"],
+            "expression": row["caption"],
+            "bbox": [x, y, x + width, y + height],
+        }
 
 
 # Samples ------------------------------------------------------------------------------------------
@@ -256,45 +236,19 @@ def paper_samples(folders, seed):
 
 
 def write_images(samples, data, folders):
-    """Writes those images of the samples to data/images that lie inside Ref-Adv-s' parquet or
-    Ref-L4's tar, and no others. Exits when one is nowhere."""
-    wanted = {}  # image -> the flag of the dataset that should hold it
-    for sample in samples:
-        if not (data / sample["image"]).exists():
-            source = sample["source"]
-            wanted[sample["image"]] = "coco" if source == "refcocog" else source
-    packed = {
-        "refadv": parquet_images(Path(folders["refadv"])),
-        "refl4": tar_images(Path(folders["refl4"]) / "images.tar.gz", wanted),
-    }
-    for name, images in packed.items():
-        with as_published(f"--{name}: {folders[name]}", how_to_get(name, folders[name])):
-            for file_name, content in images:
-                if wanted.pop(inside(file_name), None):
-                    write_bytes(data / inside(file_name), lambda file: file.write(content))
-                if not wanted:
-                    return  # the rest of an archive need not be unpacked
-    if wanted:
-        image, name = min(wanted.items())
+    """Writes those images of the samples to data/images that lie inside Ref-Adv-s' parquet, and no
+    others. Exits when an image of any dataset is nowhere."""
+    wanted = {s["image"]: s["source"] for s in samples if not (data / s["image"]).exists()}
+    folder = Path(folders["refadv"])
+    with as_published(f"--refadv: {folder}", how_to_get("refadv", folder)):
+        for row in read_parquet(folder, ["file_name", "image"]):
+            image = inside(row["file_name"])
+            if wanted.pop(image, None):
+                write_bytes(data / image, lambda file: file.write(row["image"]["bytes"]))
+    for image, source in sorted(wanted.items())[:1]:
+        name = "coco" if source == "refcocog" else source
         count = f"{len(wanted)} images are missing, such as {image}"
         stop(f"{count}, which --{name} should hold. {how_to_get(name, folders[name])}")
-
-
-def parquet_images(folder):
-    """Yields the (file name, bytes) of Ref-Adv-s' images."""
-    for path in sorted(folder.rglob("*.parquet")):
-        for row in read_parquet(path, ["file_name", "image"]):
-            yield row["file_name"], row["image"]["bytes"]
-
-
-def tar_images(archive, wanted):
-    """Yields the (file name, bytes) of those images of Ref-L4's tar that are wanted."""
-    if not archive.exists():
-        return
-    with tarfile.open(archive, "r:gz") as tar:
-        for member in tqdm(tar, desc=archive.name, unit="file", delay=2):
-            if member.isfile() and inside(member.name) in wanted:
-                yield member.name, tar.extractfile(member).read()
 
 
 # Split --------------------------------------------------------------------------------------------
@@ -314,31 +268,26 @@ def split(samples, sizes, seed):
     sources, by image.
 
     All samples of one image go to one side, so no test image is ever trained on, whatever source it
-    comes from. Smaller sides are filled first. Raises ValueError naming the source that runs out.
+    comes from. Smaller sides are filled first. Exits with the source that runs out.
     """
     rng = random.Random(seed)
     sources = sorted({sample["source"] for sample in samples})
     groups = by_image(samples, rng)
     sides = {}
     for side in sorted(sizes, key=sizes.get):
-        wanted = shares(sizes[side], sources)
+        each, more = divmod(sizes[side], len(sources))  # 505 over three are 169 + 168 + 168
+        wanted = {source: each + (i < more) for i, source in enumerate(sources)}
         # What is cut off an image to fit is lost to every side, so images that fit whole go first:
         # Ref-Adv-s has 1,142 samples, up to six of one image, and 1,139 are needed.
         whole, groups = take(groups, wanted, cut=False)
         partial, groups = take(groups, wanted, cut=True)
         if any(wanted.values()):
             missing = ", ".join(f"{count} of {source}" for source, count in wanted.items() if count)
-            raise ValueError(f"too few samples for {sizes[side]} in {side}: missing {missing}")
+            remedy = "give more, or lower --train-samples, --val-samples, --test-samples"
+            stop(f"too few samples for {sizes[side]} in {side}: missing {missing}; {remedy}")
         sides[side] = whole + partial
         rng.shuffle(sides[side])
     return sides
-
-
-def shares(size, sources):
-    """source -> how many of `size` samples come from it: 505 over three sources is 169 + 168 +
-    168."""
-    each, more = divmod(size, len(sources))
-    return {source: each + (i < more) for i, source in enumerate(sources)}
 
 
 def take(groups, wanted, cut):

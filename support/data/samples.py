@@ -11,6 +11,7 @@ from support.running.flags import command
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 FIELDS = {"id": str, "source": str, "image": str, "width": int, "height": int}
 OPTIONAL = {"key": str, "bbox": list}
@@ -21,17 +22,13 @@ NO_WORDS = re.compile("<\\||[\ud800-\udfff]")  # half a surrogate pair is no cha
 
 
 def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False):
-    """The samples of a .jsonl file, every line and every image checked.
+    """The samples of a .jsonl file that `command` makes, every line and every image checked.
 
-    Fields: id, source, image (path relative to the file), width, height, the texts of `fields`,
-    bbox (float pixels x1 y1 x2 y2; VisRL's samples need none), and optionally key (samples of one
-    key stay on one side of the split). fields: name -> type of those that have to be there.
-    command: what makes the file, for the message when it is missing. All problems are reported
-    together and end the program, each with line, field, value and remedy. With `skip_bad` the good
-    samples are returned, and the others are listed in <file>.skipped.
+    fields: name -> type of what has to be there. An image is a path relative to the file, a bbox is
+    float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. All problems end the
+    program together, each with line, field, value and remedy. With `skip_bad` the good samples are
+    returned, and the others listed in <file>.skipped.
     """
-    from tqdm import tqdm
-
     path = Path(path)
     lines = read_lines(path, command)
     samples = []
@@ -50,9 +47,7 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False):
         problems += [f"{path}, line {number}: {sentence}" for sentence in found]
     if problems and not skip_bad:
         head = f"{len(problems)} problems in {path} (--skip-bad leaves such lines of --data out):"
-        if len(problems) > PROBLEMS_SHOWN:
-            problems[PROBLEMS_SHOWN:] = [f"... and {len(problems) - PROBLEMS_SHOWN} more"]
-        stop("\n".join([head, *problems]))
+        stop("\n".join([head, *problems[:PROBLEMS_SHOWN]]))
     if problems:
         skipped = path.with_name(path.name + ".skipped")
         write_text(skipped, "\n".join(problems) + "\n")
@@ -77,13 +72,19 @@ def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
     return read_samples(args.out / f"data/{side}.jsonl", command(args, made_by), fields)
 
 
+def with_samples(path, samples, made_by=""):
+    """The rows of a .jsonl file that `made_by` makes, each with all that its sample says. Rows of
+    other samples are of an earlier run, and left out."""
+    sample_of = {sample["id"]: sample for sample in samples}
+    rows = read_jsonl(path, made_by)
+    return [{**sample_of[row["id"]], **row} for row in rows if row["id"] in sample_of]
+
+
 def read_trajectories(args, data):
-    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces), each with
-    all that its sample says. Exits when there are none, or not with --steps."""
-    sample_of = {sample["id"]: sample for sample in read_side(args, "train")}
+    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces). Exits when
+    there are none, or not with --steps."""
     path = data / "sft.jsonl"
-    rows = read_jsonl(path, command(args, "python make_data.py"))
-    rows = [{**sample_of[row["id"]], **row} for row in rows if row["id"] in sample_of]
+    rows = with_samples(path, read_side(args, "train"), command(args, "python make_data.py"))
     if not rows:
         stop(f"{path} has no trajectory of a sample in train.jsonl; make it again")
     count = len(rows[0]["boxes"])
@@ -120,10 +121,7 @@ def parse_sample(line, folder, fields):
             f"pixels of the {width} x {height} image, with x1 < x2, y1 < y2"
         )
     if max(width, height) > 150 * min(width, height):
-        problems.append(
-            f"image is {width} x {height}; Qwen3-VL's image processor takes sides of 200 to 1 at "
-            "most; crop it"
-        )
+        problems.append(f"image is {width} x {height}; Qwen3-VL takes 200 to 1 at most; crop it")
     try:
         load_image(sample, folder)
     except ValueError as e:
@@ -143,9 +141,10 @@ def load_image(sample, folder, upright=False):
     """The sample's image as 8-bit RGB (PIL), of the size that the sample says.
 
     Grey, palette and CMYK images are converted, 16-bit ones scaled down, transparency is laid on
-    white. A photo that a camera marked as rotated is turned only if the annotated size says so, or
-    `upright` does. Raises ValueError that names file and reason: animations, floating-point images,
-    files larger than Pillow's limit against decompression bombs, truncated or foreign ones.
+    white. A photo that a camera marked as rotated is turned only if the annotated size says so;
+    with `upright` always, and its size need not be known. Raises ValueError that names file and
+    reason: animations, floating-point images, files larger than Pillow's limit against
+    decompression bombs, truncated or foreign ones.
     """
     path = Path(folder) / sample["image"]
     try:
@@ -168,7 +167,7 @@ def decode(image, size, upright):
     turned = image.size == size[::-1] and image.size != size
     if upright or (turned and image.getexif().get(0x0112, 1) >= 5):  # EXIF's orientation
         image = ImageOps.exif_transpose(image)
-    if image.size != size:
+    if image.size != size and not upright:
         own, said = ("{} x {}".format(*pair) for pair in (image.size, size))
         raise ValueError(f"it is {own}, the sample says {said}")
     image.load()  # decodes: a truncated file shows here

@@ -17,19 +17,14 @@ SIDES = ("train", "val", "test")
 FLAGS = {
     "data": Flag("your own samples: a .jsonl to split into train, val and test", kind="file"),
     "skip_bad": Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
-    **{
-        name: Flag(f"folder with {dataset['about']}")  # missing_files says more than a path check
-        for name, dataset in datasets.DATASETS.items()
-    },
     "teacher_model": Flag("another checkpoint for --teacher vlm (default: --model, the paper's)"),
 }
+for name, dataset in datasets.DATASETS.items():  # missing_files says more than a path check
+    FLAGS[name] = Flag(f"folder with {dataset['about']}")
 
 
 def begin_data(args, data):
-    """Checks the flags and the paper's files; ends the program when all is made already.
-
-    With --restart, what was made before goes, so that all of it is made anew.
-    """
+    """Checks the flags and the paper's files; ends the program when all is made already."""
     folders = folders_of(args)
     if args.data and any(folders.values()):
         stop("--data is for samples of your own, the folders are for the paper's; give one of them")
@@ -37,15 +32,21 @@ def begin_data(args, data):
         if missing := datasets.missing_files(folders):
             head = "the paper's data is not all there (for samples of your own: --data FILE.jsonl)"
             stop("\n".join([head, *missing]))
-    inputs = [args.data] if args.data else []
-    begin(args, "make_data", *inputs, ignore=("batch_size", "skip_bad", *datasets.DATASETS))
-    if (data / "sft.jsonl").exists() and not args.restart:
-        print(f"{data / 'sft.jsonl'} is finished; --restart makes everything again")
+    names = (*SIDES, "student", "traces", "sft")
+    begin_files(args, data, names, ignore=("batch_size", *datasets.DATASETS))
+
+
+def begin_files(args, data, names, ignore=()):
+    """Ends the program when the last of data/<names>.jsonl is made already. With --restart all of
+    them go, to be made anew. ignore: flags that do not change them."""
+    files = [data / f"{name}.jsonl" for name in names]
+    if args.restart and not RANK:  # first: killed here, no run goes on with another's samples
+        for file in files:
+            file.unlink(missing_ok=True)
+    begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad", *ignore))
+    if files[-1].exists() and not args.restart:
+        print(f"{files[-1]} is finished; --restart makes everything again")
         raise SystemExit
-    if args.restart and not RANK:
-        for name in (*SIDES, "student", "traces", "sft"):
-            (data / f"{name}.jsonl").unlink(missing_ok=True)
-    barrier()
 
 
 def folders_of(args):
@@ -75,11 +76,7 @@ def prepare(args, data, make_toy_samples):
             samples = datasets.paper_samples(folders_of(args), args.seed)
         else:
             samples = make_toy_samples(data, -(-sum(sizes.values()) // 3), args.seed)
-        try:
-            sides = datasets.split(samples, sizes, args.seed)
-        except ValueError as e:
-            flags = "--train-samples, --val-samples, --test-samples"
-            stop(f"{e}; give more samples or lower {flags}")
+        sides = datasets.split(samples, sizes, args.seed)
         if from_paper(args):
             everything = [sample for side in sides.values() for sample in side]
             datasets.write_images(everything, data, folders_of(args))
@@ -92,33 +89,24 @@ def prepare(args, data, make_toy_samples):
 
 
 def show_student(samples, predictions):
-    """Prints how good the student is, and its first boxes beside the truth.
-
-    Coordinates that were converted twice, or not at all, show here and nowhere else.
-    """
+    """Prints how good the student is, and its first boxes beside the truth: coordinates that were
+    converted twice, or not at all, show here and nowhere else."""
     ious = torch.tensor([row["iou"] for row in predictions])
     accuracy = (ious >= 0.5).float().mean()
-    print(
-        f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {accuracy:.3f}; first boxes, and the truth:"
-    )
+    print(f"student: mean IoU {ious.mean():.3f}, Acc@0.5 {accuracy:.3f}; boxes, and the truth:")
     for sample, row in list(zip(samples, predictions))[:3]:
         truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
         print(f"  {sample['expression']!r}: {row['box']}, truth {truth}")
     if ious.mean() < 0.1:
-        print(
-            "warning: the student hardly ever hits; are its boxes in 0..1000, and is the ground "
-            "truth in pixels?"
-        )
+        print("warning: the student hardly ever hits; is the truth in pixels, its box in 0..1000?")
 
 
 def write_trajectories(args, rows, start):
     """data/sft.jsonl, one of its trajectories, and what to run next. start: a time.time(). Exits
     when there are no rows."""
     if not rows:
-        stop(
-            "no trajectory is left for phase 1: the student is right or invalid on every sample "
-            "(--iou-max), or no trace of the teacher was usable (the counts are above)"
-        )
+        reasons = "the student is right (--iou-max) or invalid on all, or no trace was usable"
+        stop(f"no trajectory is left for phase 1: {reasons}; the counts are above")
     path = args.out / "data/sft.jsonl"
     write_jsonl(path, rows)
     print("one trajectory:")

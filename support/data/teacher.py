@@ -1,4 +1,5 @@
-"""Reasoning traces: what is wrong with one that a VLM wrote, and traces from geometry alone.
+"""Reasoning traces: what is wrong with one that a VLM wrote, and traces from geometry alone. How
+boxes lie, in words, and boxes moved at random. All boxes are in 0..1000.
 
 The paper's teacher is a VLM (make_data.py, `vlm_traces`). For the toy preset, whose model is too
 small to write them, `template_trace` computes them from the boxes.
@@ -7,7 +8,7 @@ small to write them, `template_trace` computes them from the boxes.
 import re
 
 from common import iou
-from support.data.geometry import faults_of, place
+from support.running.errors import stop
 
 
 def trace_fault(trace, expression):
@@ -63,3 +64,55 @@ def template_trace(boxes, truth, t):
     if sizes:
         cures.append(f"make it {join(sizes)}")
     return f"{', '.join(words)}: the red box is {join(faults)}. I {join(cures)}."
+
+
+# Geometry -----------------------------------------------------------------------------------------
+def place(box):
+    """Where on the image a box (0..1000) lies, in words."""
+    x = (box[0] + box[2]) / 2
+    y = (box[1] + box[3]) / 2
+    row = "upper" if y < 333 else "lower" if y > 667 else ""
+    column = "left" if x < 333 else "right" if x > 667 else ""
+    return f"{row} {column}".strip() or "middle"
+
+
+def faults_of(before, truth):
+    """How a box lies to the true one, both in 0..1000, in words: its faults, and what cures them,
+    moves and sizes."""
+    width = max(truth[2] - truth[0], 1)
+    height = max(truth[3] - truth[1], 1)
+    # How far the truth's centre lies to the right and below, in sizes of the true box
+    dx = (truth[0] + truth[2] - before[0] - before[2]) / 2 / width
+    dy = (truth[1] + truth[3] - before[1] - before[3]) / 2 / height
+    wider = width / max(before[2] - before[0], 1)
+    taller = height / max(before[3] - before[1], 1)
+    rules = [  # whether it is so, the fault, the cure
+        (dx > 0.1, "too far left", "right"),
+        (dx < -0.1, "too far right", "left"),
+        (dy > 0.1, "too high", "down"),
+        (dy < -0.1, "too low", "up"),
+        (wider > 1.15, "too narrow", "wider"),
+        (wider < 0.87, "too wide", "narrower"),
+        (taller > 1.15, "too short", "taller"),
+        (taller < 0.87, "too tall", "shorter"),
+    ]
+    faults = [fault for true, fault, _ in rules if true]
+    moves = [cure for true, _, cure in rules[:4] if true]
+    sizes = [cure for true, _, cure in rules[4:] if true]
+    return faults, moves, sizes
+
+
+def perturb(rng, box, iou_max):
+    """The box (0..1000), its sides moved at random: an IoU of 0.1 to iou_max with the original.
+
+    What the paper tried first, and found to teach poor first answers. Stops when iou_max asks for
+    what hardly exists.
+    """
+    x1, y1, x2, y2 = box
+    for _ in range(10_000):
+        # Sides that cross leave a box with which nothing has an IoU
+        moved = [v + rng.gauss(0, 0.3) * side for v, side in zip(box, (x2 - x1, y2 - y1) * 2)]
+        out = [min(1000, max(0, round(v))) for v in moved]
+        if 0.1 < iou(out, box) <= iou_max:
+            return out
+    stop(f"no box with an IoU of 0.1 to {iou_max} with {box}; raise --iou-max")

@@ -6,7 +6,7 @@ It reads the template's sentences (support/data/teacher.py), and how a VLM words
 import re
 
 from common import answer_of, iou
-from support.data.geometry import faults_of
+from support.data.teacher import faults_of
 
 WRONG, SHIFT, KEEP = CLAIMS = ("wrong object", "shift or resize", "keep")
 
@@ -45,15 +45,13 @@ def trace_of(text):
 
 
 def claim_of(trace):
-    """What a trace says of the box that it examines: one of CLAIMS, or None where it says
-    nothing of the kind."""
+    """What a trace says of the box that it examines: one of CLAIMS, or None where it says none."""
     trace = re.sub(DENIED, "", trace, flags=re.I)
     return next((claim for claim, words in SAYS if re.search(words, trace, re.I)), None)
 
 
 def geometry_of(box, truth):
-    """What a true trace would say of a box, both in 0..1000: one of CLAIMS, by the template's
-    rules."""
+    """What a true trace would say of a box (all in 0..1000): of CLAIMS, by the template's rules."""
     if iou(box, truth) == 0:
         return WRONG
     return SHIFT if faults_of(box, truth)[0] else KEEP

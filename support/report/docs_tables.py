@@ -17,19 +17,14 @@ from importlib.metadata import version
 from operator import getitem
 from pathlib import Path
 
-from support.report.tables import INTERVALS, cell, markdown, markdown_table, report
+from support.report.statistics import BASE, GRPO, GUARDED, SFT, SINGLE, UNTRAINED
+from support.report.tables import INTERVALS, cell, main_sections, markdown, markdown_table
 from support.running.errors import stop
 from support.running.files import read_config, write_text
 from support.running.flags import ROOT
 
-SFT, GRPO, GUARDED = "SFT + IVT", "SFT + GRPO + IVT", "Base, asked again, zoomed and guarded"
-CHOSEN = "best of steps"  # with the truth
-BASE = "Base (single-shot)"
-ROWS = (BASE, "Base + IVT (no training)", SFT, "SFT + GRPO (single-step)", GRPO, GUARDED)
-PHASES = ("make_data", "sft", "grpo", "grpo_single", "evaluate_grpo")
+ROWS = (BASE, UNTRAINED, SFT, SINGLE, GRPO, GUARDED)
 BLOCK = re.compile(r"(<!-- table: seeds -->\n).*?(<!-- end -->)", re.S)
-SECTIONS = ("Table 1", "Table 2", "The paper's findings here")
-WAYS = ("its only box", CHOSEN, "last step")  # of Table 1
 INTERVAL_OF_A_MEAN = re.compile(r"(?<![-+.\d])(\d\.\d{3}) \[[^]-]*\]")
 
 
@@ -41,21 +36,14 @@ def read_results(folder):
     return results
 
 
-def settings(folder, phase):
-    """What a phase was made with, without the seed and the files, which follow it."""
-    config = read_config(folder / f"log/{phase}.config.json")
-    return {key: value for key, value in config.items() if "/" not in key and key != "seed"}
-
-
-def refuse_others(folders):
-    """Stops where a run has other settings than the first: a mean of the two would say nothing."""
-    for folder in folders[1:]:
-        for phase in PHASES:
-            first, own = settings(folders[0], phase), settings(folder, phase)
-            for key in first.keys() | own.keys():
-                if first.get(key) != own.get(key):
-                    both = f"{first.get(key)} in {folders[0]} and {own.get(key)} in {folder}"
-                    stop(f"{phase}: {key} is {both}; give runs that differ in their seed alone")
+def settings(folder):
+    """What the phases of a run were made with, without the seed and the files that follow it."""
+    found = set()
+    for path in (folder / "log").glob("*.config.json"):
+        for key, value in read_config(path).items():
+            if "/" not in key and key != "seed":
+                found.add(f"{path.stem} {key}: {value}")
+    return found
 
 
 def machine():
@@ -84,61 +72,55 @@ def mean_table(runs):
         if name not in runs[0]["table2"]:
             rows.append([name, last, "", "", "", sharp])
             continue
-        first, best = ([way[box]["mean IoU"] for way in ways] for box in ("first step", CHOSEN))
+        first = over([way["first step"]["mean IoU"] for way in ways])
+        best = over([way["best of steps"]["mean IoU"] for way in ways])
         change = over([run["table2"][name]["delta"] for run in runs], "+", spread=True)
-        rows.append([name, over(first), last, change, over(best), sharp])
-    head = ["mean IoU", "step 0", "last step", "change", CHOSEN, "Acc@0.9, last step"]
+        rows.append([name, first, last, change, best, sharp])
+    head = ["mean IoU", "step 0", "last step", "change", "best of steps", "Acc@0.9, last step"]
     return markdown_table(head, rows)
 
 
 def seeds_table(runs):
     """A line per question, a column per run, with the run's own interval."""
-    questions = {}
+    rows = []
+
+    def ask(question, *place, sign=""):
+        rows.append([question, *(cell(reduce(getitem, place, run), sign) for run in runs)])
+
     for name in (SFT, GRPO, GUARDED):
-        questions[f"{name}: last step - step 0"] = ("table2", name, "delta")
+        ask(f"{name}: last step - step 0", "table2", name, "delta", sign="+")
     for name in (SFT, GRPO):
-        end = ("differences", name, "last step", "mean IoU")
-        questions[f"{name}: last step - {BASE}"] = end
+        place = ("differences", name, "last step", "mean IoU")
+        ask(f"{name}: last step - {BASE}", *place, sign="+")
     for name in (f"{GRPO}, no overlay", f"{GRPO}, a box elsewhere", f"{GUARDED}, a view elsewhere"):
-        questions[f"{name}: last step - that of its own box"] = ("ablations", name, "against")
+        ask(f"{name}: last step - that of its own box", "ablations", name, "against", sign="+")
     for name in (SFT, GRPO):
-        turns = ("second_look", name, "turns")
-        questions[f"{name}: share of the wrong boxes that it corrects"] = (*turns, "ECR")
-        questions[f"{name}: share of the right boxes that it spoils"] = (*turns, "EIR")
-        traces = ("second_look", name, "traces", 0)
+        row = ("table2", name)
+        ask(f"{name}: share of the wrong boxes that it corrects", *row, "turns", "ECR")
+        ask(f"{name}: share of the right boxes that it spoils", *row, "turns", "EIR")
+        traces = (*row, "traces", 0)
         for box, words in (("wrong object", "on a wrong object"), ("right", "right")):
             question = f'{name}: of the boxes that are {words}, called "wrong object" at step 1'
-            questions[question] = (*traces, "boxes", box, "wrong object")
-        questions[f"{name}: balanced accuracy at step 1, chance 0.333"] = (*traces, "balanced")
-    rows = []
-    for question, place in questions.items():
-        sign = "" if place[0] == "second_look" else "+"
-        rows.append([question, *(cell(reduce(getitem, place, run), sign) for run in runs)])
+            ask(question, *traces, "boxes", box, "wrong object")
+        ask(f"{name}: balanced accuracy at step 1, chance 0.333", *traces, "balanced")
     return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
-def main_tables(results):
-    """The first tables of results.md, without the intervals of means: docs are to be short."""
-    sections = []
-    for name, text, head, rows in report(results):
-        if name == "Table 1":
-            rows = [row for row in rows if row[1] in WAYS]
-        if name in SECTIONS:
-            sections.append((name, text, head, rows))
-    return INTERVAL_OF_A_MEAN.sub(r"\1", markdown(sections))
-
-
 def write_all(folders, root=ROOT):
-    refuse_others(folders)
+    for folder in folders[1:]:
+        differing = sorted(settings(folder) ^ settings(folders[0]))
+        if differing:  # a mean of the two would say nothing
+            stop(f"{folder} is not as {folders[0]}, but for the seed: {', '.join(differing)}")
     runs = [read_results(folder) for folder in folders]
     made = f"{machine()}; {runs[0]['n']} test samples a seed, T = {runs[0]['steps']}, greedy."
-    head = ["# Each seed", "", f"{made} {INTERVALS}", ""]
-    write_text(root / "docs/tables/seeds.md", "\n".join(head + seeds_table(runs)))
+    head = f"# Each seed\n\n{made} {INTERVALS}\n\n"
+    write_text(root / "docs/tables/seeds.md", head + "\n".join(seeds_table(runs)))
     head = f"# Seed {runs[0]['seed']}\n\n{machine()}.\n\n"
-    write_text(root / "docs/tables/main.md", head + main_tables(runs[0]))
+    tables = INTERVAL_OF_A_MEAN.sub(r"\1", markdown(main_sections(runs[0])))  # docs are short
+    write_text(root / "docs/tables/main.md", head + tables)
     seeds = ", ".join(str(run["seed"]) for run in runs)
-    head = [f"Mean of seeds {seeds} (lowest to highest); {made}", ""]
-    block = "\n".join(head + mean_table(runs))
+    head = f"Mean of seeds {seeds} (lowest to highest); {made}\n\n"
+    block = head + "\n".join(mean_table(runs))
     readme = (root / "README.md").read_text(encoding="utf-8")
     readme = BLOCK.sub(lambda match: f"{match[1]}{block}\n{match[2]}", readme)
     write_text(root / "README.md", readme)

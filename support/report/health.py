@@ -9,43 +9,25 @@ import torch
 # and what to try outside it
 HEALTHY = {
     "kl": (0, 0.5, "the policy runs from its reference; lower --lr or raise --beta"),
-    "entropy": (
-        0.01,
-        3,
-        "low: groups stop differing, raise --entropy; high: a collapse on the way, lower --lr",
-    ),
-    "no_signal": (
-        0,
-        0.7,
-        "most groups have equal rewards and teach nothing; raise --temperature or --group-size",
-    ),
-    "sampler_gap": (
-        0,
-        0.05,
-        "what samples is not the policy that is trained; look at --dtype, or --engine plain",
-    ),
-    "valid": (
-        0.9,
-        1,
-        "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished",
-    ),
+    "entropy": (0.01, 3, "low: groups stop differing, raise --entropy; high: lower --lr"),
+    "no_signal": (0, 0.7, "equal rewards teach nothing; raise --temperature or --group-size"),
+    "sampler_gap": (0, 0.05, "what samples is not what is trained; try --engine plain, --dtype"),
+    "valid": (0.9, 1, "boxes are lost; lower --lr, raise --max-tokens if steps end unfinished"),
 }
-
 LAST_UPDATES = 10
-
 FEWEST_UPDATES = 5  # before these a mean says little
 
 
 def warn(run):
     """Says which metrics' means over the last updates of a Run have left their range; each once."""
-    recent = run.rows[-LAST_UPDATES:]
+    recent = [row for row in run.rows if "kl" in row][-LAST_UPDATES:]
     if len(recent) < FEWEST_UPDATES:
         return
     for key, (low, high, advice) in HEALTHY.items():
         mean = sum(row[key] for row in recent) / len(recent)
         if key not in run.warned and not low <= mean <= high:
             run.warned.add(key)
-            run.say(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
+            run.bar.write(f"warning: {key} is {mean:.3f} (healthy: {low} to {high}): {advice}")
 
 
 def step_ious(trajectories, owners):
@@ -70,8 +52,7 @@ def rollout_facts(rewards, trajectories, owners, gaps):
     gaps: of `sampler_gaps`. no_signal: the share of groups whose rewards are all equal, which teach
     nothing.
     """
-    valid = [sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories]
-    valid = gather(valid)
+    valid = gather([sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories])
     lengths = gather([len(t.target) for t in trajectories])
     sums, largest = zip(*gather([(sum(gaps), max(gaps))]))
     rewards = torch.tensor(gather(rewards.tolist()))  # [P, N] of all processes

@@ -1,40 +1,15 @@
 """Does the picture matter? What an ablation shows at step t instead of box t - 1 on the image, or
-instead of the view of it.
-
-A picture takes (image, box or None) and is of the same size, as the feedback of a loop is; what is
-random in it depends on the box alone, so that a run can be repeated.
-"""
+instead of the view of it."""
 
 from dataclasses import replace
 
-from common import draw_overlay
 from support.model.views import asked_again
 
 import numpy as np
-from PIL import ImageDraw, ImageFont
-
-
-def no_overlay(image, box):
-    """The image itself."""
-    return image
-
-
-def random_text(image, box):
-    """A copy with red letters all over it, and no box: red to look at, which says nothing."""
-    rng = np.random.default_rng([2, *(box or [])])
-    image = image.copy()
-    pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(max(8, image.height // 8))
-    letters = list("abcdefghijklmnopqrstuvwxyz")
-    for _ in range(12):
-        at = rng.integers(0, [image.width, image.height]).tolist()
-        word = "".join(rng.choice(letters, 5))
-        pen.text(at, word, fill=(255, 0, 0), font=font, anchor="mm")
-    return image
 
 
 def random_box(box):
-    """A box (0..1000) that has nothing to do with this one."""
+    """A box (0..1000) that has nothing to do with this one, and is the same for it every time."""
     rng = np.random.default_rng([1, *(box or [])])
     x, y = rng.integers(0, 700, 2).tolist()
     width, height = rng.integers(100, 300, 2).tolist()
@@ -46,29 +21,19 @@ def elsewhere(feedback):
     return lambda image, box: feedback(image, random_box(box))
 
 
-OVERLAYS = {
-    "no overlay": no_overlay,
-    "random text": random_text,
-    "a box elsewhere": elsewhere(draw_overlay),
-}
-
-
-def shown_instead(args, row):
-    """What a row's own boxes are compared with: name -> feedback. A row of views is shown other
-    views."""
-    if row.drawn and args.feedback == "overlay":
-        return OVERLAYS
-    instead = {"a view elsewhere": elsewhere(row.loop.feedback)}
-    if row.drawn:
-        instead["no box drawn"] = asked_again(args.surroundings).feedback
-    return instead
-
-
 def ablation_rows(args, row):
-    """The same row with the same model, shown something else: what is shown -> Row."""
+    """The same row with the same model, shown something else: what is shown -> Row. A row of views
+    is shown other views."""
+    instead = {"a view elsewhere": elsewhere(row.loop.feedback)}
+    if row.drawn and args.feedback == "overlay":
+        instead = {
+            "no overlay": lambda image, box: image,
+            "a box elsewhere": elsewhere(row.loop.feedback),
+        }
+    elif row.drawn:
+        instead["no box drawn"] = asked_again(args.surroundings).feedback
     rows = {}
-    for word, feedback in shown_instead(args, row).items():
+    for word, feedback in instead.items():
         log = f"{row.log}_{word.replace(' ', '_')}"
-        loop = replace(row.loop, feedback=feedback)
-        rows[word] = replace(row, name=word, log=log, loop=loop)
+        rows[word] = replace(row, name=word, log=log, loop=replace(row.loop, feedback=feedback))
     return rows

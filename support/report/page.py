@@ -1,33 +1,34 @@
-"""A page of trajectories, tables and curves: one file for a browser, without a server, a network or
+"""A page of charts, trajectories and tables: one file for a browser, without a server, a network or
 a library.
 
-Its script and style are page.js and page.css beside this file. What comes from data is JSON that
-the script sets as text.
+Charts, verdicts and tables are drawn here, as HTML whose words are escaped. Trajectories are JSON,
+which the script (page.js) sets as text.
 
 A line is one of a log (rows.log_line): "boxes" and "texts", one of each per step, a box in 0..1000
 or None. It may have "name", what each step is called instead of "step t" (an "answer" has no box to
 miss), "view", the part of the image that each step was shown, which else follows from the row's
-loop, and "scores", a dict of names and numbers that belong to the whole line.
+loop, "words", which stand beside it, and "ends", two numbers that make its gain, else the IoU of
+the first and the last step.
 """
 
 import base64
-import html
 import io
 import json
 import math
 import os
 import re
+from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 from common import WHOLE, box_iou, last_valid
 from support.data.samples import load_image
 from support.model.views import loop_of
-from support.report.health import HEALTHY, LAST_UPDATES
+from support.report.health import HEALTHY
 from support.report.pictures import write_strip
 from support.report.rows import Row, log_line
-from support.report.statistics import by_change, main_row
-from support.report.tables import report, results_of_run, summary, write_results
+from support.report.statistics import RIGHT, SAME, by_change, main_row, signed
+from support.report.tables import cell, report, results_of_run, summary, write_results
 from support.running.files import write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
 
@@ -35,14 +36,9 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
-SAMPLES = 1000  # of the test set, at most
-LAST_VALIDATIONS = 11  # beside the first one
-
-# What happened from step 0 to step T, as in Table 2, and whether it made a wrong box (IoU below
-# 0.5) right or a right one wrong
-OUTCOMES = ("improved", "stagnated", "degraded", "corrected", "broken")
-SAME = 0.01
-RIGHT = 0.5
+SAMPLES = 1000  # of a group, at most
+SIGNS = {"holds": "✓", "DOES NOT HOLD": "✗", "NOT SETTLED": "?"}
+OPEN = ("Table 1", "Table 2", "Answers and boxes")  # what the papers have too
 
 
 # The pages of a run -------------------------------------------------------------------------------
@@ -50,7 +46,7 @@ def write_all(args, samples, lines_of, others, start):
     """All that an evaluation leaves: results.md, results.json, report.html, the largest gain as
     figures/lead.png, and --predictions.
 
-    lines_of: Row -> its lines, in the order of the samples. others: as of `statistics.ablations`.
+    lines_of: Row -> its lines, in the order of the samples. others: as of `analysis.ablations_of`.
     start: a time.time().
     """
     results = results_of_run(args, samples, lines_of, others)
@@ -61,130 +57,108 @@ def write_all(args, samples, lines_of, others, start):
             lines += [{"method": row.name, "ordered": row.ordered, **line} for line in own]
         write_jsonl(args.predictions, lines)
     shown = main_row(lines_of)
-    short = []  # what the tables are of
-    for line in lines_of[shown]:
-        short.append({key: line[key][: args.steps + 1] for key in ("boxes", "texts")})
-    best = by_change(samples, short)[0]
+    best = by_change(samples, lines_of[shown])[0]
     image = load_image(samples[best], args.out / "data")
-    write_strip(args.out / "figures/lead.png", samples[best], image, short[best], shown.loop)
+    lead = samples[best], image, lines_of[shown][best], shown.loop
+    write_strip(args.out / "figures/lead.png", *lead)
     place = write_evaluation(args, results, samples, lines_of)
     places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
     print(f"{places}, {minutes(start)}")
 
 
 def write_evaluation(args, results, samples, lines_of):
-    """report.html of an evaluation: tables, curves, trajectories; returns its path."""
-    title = f"{args.out.name} · {results['model']} · {results['n']} test samples"
-    test = group("test", samples, lines_of, args.steps, shown=results["shown"], limit=SAMPLES)
+    """report.html of an evaluation; returns its path."""
     return write_page(
         args.out / "report.html",
-        title=title,
+        title=headline(args.out.name, results),
+        chart=result_chart(results),
+        findings=results["findings"],
         tables=report(results),
-        curves=[*result_curves(results), *log_curves(args.out / "log")],
-        groups=[test, *validation_groups(args)],
+        curves=log_curves(args.out / "log"),
+        groups=[group("test", samples, lines_of, args.steps, shown=results["shown"])],
         data=args.out / "data",
     )
+
+
+def headline(name, results):
+    """What an evaluation is, and what came out, in one sentence."""
+    shown = results["shown"]
+    words = f"{name}: on {results['n']} test samples, {shown} ({results['model']}) names a box"
+    if shown in results["table2"]:
+        row = results["table2"][shown]
+        words += f" and looks again {results['steps']} times; mean IoU goes from "
+        words += f"{row['first'][0]:.3f} to {row['last'][0]:.3f}, by {signed(row['delta'])}"
+    return words
 
 
 def write_validation(args, name, update, samples, trajectories, tokenizer):
-    """report.html of a training that runs: its curves so far, and its validation trajectories.
-
-    samples, trajectories: this process's share. They are kept as log/validation/<name>_<update>
-    .jsonl, so that one update can be laid beside another.
-    """
-    pairs = zip(samples, trajectories)
+    """report.html of a training that runs: its curves so far, and the trajectories of this
+    validation. samples, trajectories: this process's share."""
     guarded = args.guard == "on"
+    pairs = zip(samples, trajectories)
     lines = gather([log_line(sample, [t], tokenizer, guarded) for sample, t in pairs])
-    write_jsonl(validation_file(args, name, update), lines)
+    samples = gather(samples)
     if RANK:
         return
+    row = Row(f"{name}, update {update}", loop=loop_of(args), drawn=args.feedback != "again")
     write_page(
         args.out / "report.html",
-        title=f"{args.out.name} · {name}, update {update} of {args.updates}",
+        title=f"{args.out.name}: {name} trains, after {update} of {args.updates} updates, on "
+        f"{len(samples)} validation samples",
+        chart=log_charts(args.out / f"log/{name}.jsonl")["val_iou"],
         curves=log_curves(args.out / "log"),
-        groups=validation_groups(args),
+        groups=[group("validation", samples, {row: lines}, args.steps)],
         data=args.out / "data",
     )
 
 
-def validation_file(args, name, update):
-    return args.out / f"log/validation/{name}_{update}.jsonl"
-
-
-def validation_groups(args):
-    """A group for each log with validations; its methods are the updates that they came before."""
-    path = args.out / "data/val.jsonl"
-    if not path.is_file():
-        return []
-    sample_of = {sample["id"]: sample for sample in readable(path)}
-    groups = []
-    for name, rows in training_logs(args.out / "log"):
-        lines_of = {}
-        updates = [row["update"] for row in rows if "val_iou" in row]
-        for update in updates[:1] + updates[1:][-LAST_VALIDATIONS:]:
-            # A file that the log does not name is of an earlier run
-            file = validation_file(args, name, update)
-            if file.is_file():
-                row = Row(f"update {update}", loop=loop_of(args), drawn=args.feedback != "again")
-                lines_of[row] = readable(file)
-        ids = [[line["id"] for line in lines] for lines in lines_of.values()]
-        if ids and all(own == ids[0] for own in ids) and set(ids[0]) <= set(sample_of):
-            samples = [sample_of[id_] for id_ in ids[0]]
-            last = len(next(iter(lines_of.values()))[0]["boxes"]) - 1  # T of that training
-            groups.append(group(f"validation of {name}", samples, lines_of, last))
-    return groups
-
-
-def readable(path):
-    """The rows of a file that the phases check and mend themselves: what is no row is left out."""
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # empty, or half of a line that a killed phase left
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def training_logs(folder):
-    """The logs of the training phases in a folder: (name, rows) pairs, SFT's first."""
-    paths = sorted(Path(folder).glob("*.jsonl"), key=lambda path: (path.stem != "sft", path))
-    for path in paths:
-        if not path.name.startswith("evaluate_") and path.stat().st_size:
-            yield path.stem, readable(path)
-
-
 # The file -----------------------------------------------------------------------------------------
-def write_page(path, *, title, groups, data, tables=(), curves=(), load=load_image):
+def write_page(path, *, title, groups, data, chart="", findings=(), tables=(), curves=()):
     """Writes a page whole, or not at all, and returns its path.
 
-    tables: sections, as of tables.report. curves: (heading, charts) pairs. groups: of `group`.
-    data: the folder that the images' paths start from; load: as load_image.
+    title: a sentence. groups: of `group`; the first one's gains and losses are shown first. chart:
+    of `chart`. findings: of analysis.findings. tables: sections, as of tables.report. curves:
+    (heading, charts) pairs. data: the folder that the images' paths start from.
     """
     if RANK:
         return path
-    numbers = {}  # an image's path -> its number
-    samples = {}  # the same -> a sample that shows it
-    for one in groups:
-        for sample in one["samples"]:
-            image = sample["image"]
-            samples.setdefault(image, sample)
-            sample["picture"] = numbers.setdefault(image, len(numbers))
-    headings = [{"heading": heading, "charts": charts} for heading, charts in curves]
-    content = {"outcomes": OUTCOMES, "tables": tables, "curves": headings, "groups": groups}
+    verdicts = ["<h2>The paper's findings here</h2>"] if findings else []
+    for sentence, words, verdict in findings:
+        said = f"<b>{SIGNS[verdict]} {verdict.lower()}:</b> {escape(sentence)}"
+        verdicts.append(f"<p>{said} <small>{escape(words)}</small></p>")
+    folded = []
+    for heading, charts in curves:
+        body = f'<div class="charts">{"".join(charts)}</div>'
+        folded.append(fold(heading, body, is_open=not tables))
+    for name, text, head, rows in tables:
+        body = f'<p class="quiet">{escape(text)}</p>{table(head, rows)}'
+        folded.append(fold(name, body, is_open=name in OPEN))
+    pictures = addresses(groups, data, Path(path).parent)
     parts = {
-        "title": html.escape(title),
+        "title": escape(title),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
-        "data": to_json(content),
-        "pictures": to_json(addresses(samples, data, Path(path).parent, load)),
+        "chart": chart,
+        "verdicts": "".join(verdicts),
+        "folded": "".join(folded),
+        "data": to_json({"groups": groups, "pictures": pictures}),
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
     }
     skeleton = (HERE / "page.html").read_text(encoding="utf-8")
     # In one pass: what is put in is not searched for further places
     write_text(path, re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], skeleton))
     return path
+
+
+def fold(title, body, is_open):
+    return f"<details{' open' * is_open}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def table(head, rows):
+    lines = []
+    for tag, cells in [("th", head), *(("td", row) for row in rows)]:
+        lines.append("".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells))
+    lines = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide" tabindex="0"><table>{lines}</table></div>'
 
 
 def to_json(value):
@@ -197,86 +171,95 @@ def to_json(value):
 
 
 # Pictures -----------------------------------------------------------------------------------------
-def addresses(samples, data, folder, load):
-    """An address for each image of {path: a sample that shows it}: its content, up to PICTURES
-    bytes of them all, then a path relative to `folder`; None where it cannot be read."""
-    found = []
+def addresses(groups, data, folder):
+    """The path of each image of the groups -> its address: its content, up to PICTURES bytes of
+    them all, then a path relative to `folder`; "" where it cannot be read."""
+    found = {}
     room = PICTURES
+    samples = {sample["image"]: sample for one in groups for sample in one["samples"]}
     for image, sample in samples.items():
         file = Path(data) / image
         try:
-            kind, content = picture_file(file, sample, data, load)
+            address = embedded(file, sample, data)
         except (OSError, ValueError):  # it was there when the samples were checked
-            found.append(None)
-            continue
-        address = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+            address = ""
         if len(address) > room:
             address = quote(Path(os.path.relpath(file, folder)).as_posix())
         room -= len(address)
-        found.append(address)
+        found[image] = address
     return found
 
 
-def picture_file(file, sample, data, load):
-    """-> (kind, bytes) of an image: the file as it is, or a JPEG where a browser could show the
-    file otherwise than the model saw it (turned, other colours, no known format)."""
+def embedded(file, sample, data):
+    """An image in an address: the file as it is, or a JPEG where a browser could show the file
+    otherwise than the model saw it (turned, other colours, no known format)."""
     with Image.open(file) as image:
         turned = image.getexif().get(0x0112, 1) != 1  # EXIF's orientation
         plain = image.format in ("PNG", "JPEG") and image.mode in ("RGB", "L", "P") and not turned
-        kind = str(image.format).lower()
-    if plain:
-        return kind, file.read_bytes()
-    buffer = io.BytesIO()
-    load(sample, data).save(buffer, format="JPEG", quality=90)
-    return "jpeg", buffer.getvalue()
+        kind = image.format
+    content = file.read_bytes()
+    if not plain:
+        kind, buffer = "JPEG", io.BytesIO()
+        load_image(sample, data).save(buffer, format=kind, quality=90)
+        content = buffer.getvalue()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
 
 
 # Trajectories -------------------------------------------------------------------------------------
-def group(name, samples, lines_of, steps, *, shown=None, limit=None):
-    """A set of samples and what methods do with them, as the script takes it.
+def group(name, samples, lines_of, steps, *, shown=None):
+    """A set of samples and what methods do with them, as the script takes it; at most SAMPLES.
 
     lines_of: Row -> lines in the order of the samples. steps: T, the last step that is on the page.
-    shown: the method that a reader sees first (default: the last one). limit: how many samples are
-    on the page. A sample has an id of its own, image, width, height and an expression or a
-    question; maybe source, bbox and answer.
+    shown: the method that a reader sees first (default: the last one). A sample has an id of its
+    own, image, width, height and an expression or a question; maybe source, bbox and answer.
     """
-    if limit and limit < len(samples):
-        name = f"{name}, {limit} of {len(samples)}"
-        samples = samples[:limit]
+    if len(samples) > SAMPLES:
+        name = f"{name}, {SAMPLES} of {len(samples)}"
+        samples = samples[:SAMPLES]
     methods = []
     for row, lines in lines_of.items():
         records = [line_record(row, *pair, steps) for pair in zip(samples, lines)]
         methods.append({"name": row.name, "lines": records})
-    records = [sample_record(sample) for sample in samples]
     return {
         "name": name,
-        "samples": records,
+        "samples": [sample_record(sample) for sample in samples],
         "methods": methods,
         "shown": shown or methods[-1]["name"],
     }
 
 
 def sample_record(sample):
+    """A sample as the script takes it. truth: its bbox in 0..1000."""
     record = {key: sample[key] for key in ("id", "image", "width", "height")}
     record["text"] = sample["expression"] if "expression" in sample else sample["question"]
-    for key in ("source", "answer", "bbox"):
-        if key in sample:
-            record[key] = sample[key]
+    sizes = (sample["width"], sample["height"])
+    facts = [f"id {sample['id']}", sample.get("source"), "{} x {} pixels".format(*sizes)]
+    if "answer" in sample:
+        facts.append(f"true answer: {sample['answer']}")
+    record["facts"] = " · ".join(filter(None, facts))
+    if "bbox" in sample:
+        record["truth"] = [round(1000 * v / size, 1) for v, size in zip(sample["bbox"], sizes * 2)]
     return record
 
 
 def line_record(row, sample, line, steps):
-    """A line of a row as the script takes it. gain: the IoU at the last step minus that at the
-    first, where both are steps of one trajectory."""
+    """A line of a row as the script takes it. first: the IoU at the first step. gain: that at the
+    last step minus it, where both are steps of one trajectory, or of the line's own "ends"."""
     count = min(steps + 1, len(line["boxes"]))
     records = [step_record(row, sample, line, t) for t in range(count)]
-    record = {"steps": records, "outcome": []}
-    if row.ordered and count > 1 and all("iou" in records[t] for t in (0, -1)):
-        first, final = (box_iou(line["boxes"][t], sample) for t in (0, count - 1))
-        record["gain"] = round(final - first, 4)
-        record["outcome"] = outcome(first, final)
-    if "scores" in line:
-        record["scores"] = line["scores"]
+    ious = []
+    if "bbox" in sample and "name" not in line:
+        ious = [box_iou(box, sample) for box in line["boxes"][:count]]
+    joined = (" → " if row.ordered else ", ").join(f"{value:.2f}" for value in ious)
+    words = [line.get("words") or joined and f"IoU {joined}"]
+    record = {"steps": records, "outcome": [], "first": ious[0] if ious else 0}
+    ends = line.get("ends")
+    if row.ordered and len(ious) > 1:
+        ends = ious[0], ious[-1]
+    if ends:
+        record["gain"] = ends[1] - ends[0]
+        record["outcome"] = outcome(*ends)
+    record["words"] = ", ".join([*words, *record["outcome"]])
     return record
 
 
@@ -287,11 +270,11 @@ def step_record(row, sample, line, t):
     name = f"step {t}" if row.ordered else f"sample {t}"
     if "name" in line:
         name = line["name"][t]
-    record = {"text": line["texts"][t], "name": name}
-    if box or name != "answer":
-        record["box"] = box
-        if "bbox" in sample:
-            record["iou"] = round(box_iou(box, sample), 4)
+    if box is None and name != "answer":
+        name += ": no valid box"
+    elif box and "bbox" in sample:
+        name += f": IoU {box_iou(box, sample):.2f}"
+    record = {"text": line["texts"][t], "name": name, "box": box}
     last_box = last_valid(line["boxes"][:t]) if row.ordered else None
     view = row.loop.view(last_box) if row.loop else WHOLE
     if "view" in line:
@@ -304,7 +287,8 @@ def step_record(row, sample, line, t):
 
 
 def outcome(first, final):
-    """From the first to the last IoU, of OUTCOMES."""
+    """What happened from the first to the last IoU, as in Table 2, and whether it made a wrong box
+    (below RIGHT) right or a right one wrong."""
     change = final - first
     words = ["improved" if change > SAME else "degraded" if change < -SAME else "stagnated"]
     if first < RIGHT <= final:
@@ -314,99 +298,117 @@ def outcome(first, final):
     return words
 
 
-# Curves, as page.js draws them --------------------------------------------------------------------
-TITLES = {  # a metric of the logs -> what stands over its chart
-    "reward": "Mean reward, sampled, and greedy on the validation samples",
-    "val_reward": "Mean reward of the validation samples",
+# Charts -------------------------------------------------------------------------------------------
+LEFT, END, TOP, BOTTOM = 40, 350, 8, 170  # of the plot, in a picture of 360 x 200
+TITLES = {  # a metric of the logs -> what stands over its chart, where its name does not say it
     "iou": "Mean IoU of each step, sampled",
-    "val_iou": "Mean IoU of each step, validation",
-    "loss": "Loss",
-    "kl": "KL term per token, nats",
-    "entropy": "Entropy per token, nats",
-    "tokens": "Generated tokens",
-    "valid": "Share of steps with a valid box",
-    "no_signal": "Share of groups whose rewards are all equal",
+    "val_iou": "Mean IoU of each step, greedy, on the validation samples",
+    "val_reward": "Mean reward, greedy, on the validation samples",
     "reward_std": "Deviation of the reward within a group",
-    "policy": "Policy term of the loss",
-    "sampler_gap": "Gap in log pi between what sampled and what is trained, nats",
-    "grad_norm": "Norm of the gradient, before it is clipped",
-    "lr": "Learning rate",
+    "no_signal": "Share of groups whose rewards are all equal",
+    "valid": "Share of steps with a valid box",
+    "sampler_gap": "Gap in log pi between what sampled and what is trained",
+    "tokens": "Generated tokens",
 }
 
 
-def chart(title, x, series, healthy=None):
-    """series: of `curve`. healthy: (low, high), shaded."""
-    return {"title": title, "x": x, "series": series, "healthy": healthy}
-
-
-def curve(name, points, style, faint=False):
-    """points: [x, y] or [x, y, low, high]. style: a number for colour and dashes."""
-    return {"name": name, "points": points, "style": style % 7, "faint": faint}
-
-
-def result_curves(results):
-    """IoU per step, from the numbers of an evaluation: a list of one (heading, charts) or none."""
-    series = []
-    for i, (name, row) in enumerate(results["table2"].items()):
-        series.append(curve(name, [[t, *value] for t, value in enumerate(row["iou"])], i))
-    title = "Mean IoU of each step, with 95 percent intervals"
-    return [("Test samples", [chart(title, "step", series)])] if series else []
+def result_chart(results):
+    """IoU by step, from the numbers of an evaluation; of a row with one box a point."""
+    series = {}
+    for name, ways in results["table1"].items():
+        if name in results["table2"]:
+            ious = results["table2"][name]["iou"]
+            series[name] = [[t, *value] for t, value in enumerate(ious)]
+        elif "its only box" in ways:
+            series[name] = [[0, *ways["its only box"]["mean IoU"]]]
+    title = "Mean IoU by step, with 95 percent intervals; below: at the last step"
+    return chart(title, "step", series) if series else ""
 
 
 def log_curves(folder):
-    """The charts of every training log in a folder: (heading, charts) pairs."""
-    curves = [(f"Training: {name}", log_charts(rows)) for name, rows in training_logs(folder)]
-    return [(heading, charts) for heading, charts in curves if charts]
+    """The charts of every training log in a folder, SFT's first: (heading, charts) pairs."""
+    paths = sorted(Path(folder).glob("*.jsonl"), key=lambda path: (path.stem != "sft", path))
+    charts = {path.stem: log_charts(path) for path in paths if "evaluate_" not in path.name}
+    return [(f"Training: {name}", own.values()) for name, own in charts.items() if own]
 
 
-def log_charts(rows):
-    """A chart for each metric of a log; a number and its value in validation share one."""
-    metrics = {}  # name -> the points [update, value] of each step, or of the one number
-    for row in rows:
-        if "update" not in row:
+def log_charts(path):
+    """A chart for each metric of a log: metric -> HTML. A list has a line for each step."""
+    metrics = {}  # name -> the name of a line -> its points [update, value]
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)  # a killed phase may leave half of one
+            update = row.pop("update")
+        except (ValueError, LookupError, AttributeError, TypeError):
             continue
         for key, value in row.items():
-            values = value if isinstance(value, list) else [value]
-            if key in ("update", "epoch") or not all(map(is_number, values)):
-                continue
-            by_step = metrics.setdefault(key, [[] for _ in values])
-            for points, v in zip(by_step, values):
-                points.append([row["update"], v])
-    numbers = {key for key, by_step in metrics.items() if len(by_step) == 1}
-    order = [*(key for key in TITLES if key in metrics), *sorted(metrics.keys() - TITLES.keys())]
-    charts = []
-    for key in order:
-        if key.removeprefix("val_") != key and {key, key[4:]} <= numbers:
-            continue  # it is in the chart of its metric
-        series = metric_series(key, metrics[key])
-        if {key, f"val_{key}"} <= numbers:
-            series.append(curve(f"val_{key}", metrics[f"val_{key}"][0], 1))
-        healthy = HEALTHY[key][:2] if key in HEALTHY else None
-        charts.append(chart(TITLES.get(key, key), "update", series, healthy))
+            lines = {key: value}
+            if isinstance(value, list):
+                lines = {f"step {t}": v for t, v in enumerate(value)}
+            for name, v in lines.items():
+                if type(v) in (int, float) and math.isfinite(v) and key != "epoch":
+                    metrics.setdefault(key, {}).setdefault(name, []).append([update, v])
+    charts = {}
+    for key, series in metrics.items():
+        charts[key] = chart(TITLES.get(key, key), "update", series, HEALTHY.get(key, ())[:2])
     return charts
 
 
-def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+def chart(title, x, series, healthy=()):
+    """A figure, as HTML. x: the name of the axis. series: the name of a line -> its points [x, y]
+    or [x, y, low, high]; its last value stands in the key. healthy: (low, high), shaded."""
+    points = sum(series.values(), [])
+    first, last = span([point[0] for point in points])
+    low, high = span([value for point in points for value in point[1:]])
+
+    def to_x(value):
+        return round(LEFT + (value - first) / (last - first) * (END - LEFT), 1)
+
+    def to_y(value):
+        return round(BOTTOM - (min(high, max(low, value)) - low) / (high - low) * (BOTTOM - TOP), 1)
+
+    marks = [f'<text class="end" x="{END}" y="{BOTTOM + 27}">{escape(x)}</text>']
+    keys = []
+    if healthy:
+        bottom, top = map(to_y, healthy)
+        marks.append(f'<path class="healthy" d="M{LEFT} {top}H{END}V{bottom}H{LEFT}Z"/>')
+        keys.append("<li>shaded: healthy, {} to {}</li>".format(*healthy))
+    for value in ticks(low, high):
+        marks.append(f'<path class="grid" d="M{LEFT} {to_y(value)}H{END}"/>')
+        marks.append(f'<text class="end" x="{LEFT - 5}" y="{to_y(value) + 3}">{value:.4g}</text>')
+    for value in ticks(first, last, least=1):
+        marks.append(f'<text class="middle" x="{to_x(value)}" y="{BOTTOM + 14}">{value:.4g}</text>')
+    for i, (name, own) in enumerate(series.items()):
+        aside = 2 * i if len(own[0]) > 2 else 0  # intervals would hide each other
+        places = [(to_x(point[0]) + aside, *map(to_y, point[1:])) for point in own]
+        marks += [f'<path class="{kind} s{i % 7}" d="{d}"/>' for kind, d in paths(places)]
+        sign = f'<svg viewBox="0 0 30 10"><path class="line s{i % 7}" d="M0 5H30"/></svg>'
+        value = cell(own[-1][1:]) if len(own[0]) > 2 else f"{own[-1][1]:.4g}"
+        keys.append(f"<li>{sign} {escape(name)} <b>{value}</b></li>")
+    plot = f'<svg viewBox="0 0 360 200" aria-hidden="true">{"".join(marks)}</svg>'
+    caption = f"<figcaption>{escape(title)}</figcaption>"
+    return f'<figure class="chart">{caption}{plot}<ul>{"".join(keys)}</ul></figure>'
 
 
-def metric_series(key, by_step):
-    """The curves of a metric. Many updates are shown by their running mean too, over as many as the
-    warnings look at."""
-    series = []
-    for step, points in enumerate(by_step):
-        name = key if len(by_step) == 1 else f"step {step}"
-        long = len(points) > 2 * LAST_UPDATES
-        series.append(curve(name, points, step, faint=long))
-        if long:
-            name = f"{name}, mean of the last {LAST_UPDATES}"
-            series.append(curve(name, running_mean(points), step))
-    return series
+def paths(places):
+    """The line, the dots and the intervals through places (x, y) or (x, y, low, high) of a plot:
+    (kind, path) pairs."""
+    yield "line", "M" + "L".join(f"{x} {y}" for x, y, *_ in places)
+    if len(places) < 20:
+        yield "dot", "".join(f"M{x} {y}h0" for x, y, *_ in places)
+    yield "bar", "".join(f"M{x} {ends[0]}V{ends[1]}" for x, _, *ends in places if ends)
 
 
-def running_mean(points):
-    means = []
-    for i, (x, _) in enumerate(points):
-        last = [y for _, y in points[max(0, i + 1 - LAST_UPDATES) : i + 1]]
-        means.append([x, round(sum(last) / len(last), 6)])
-    return means
+def span(values):
+    """From the lowest to the highest number, and some room."""
+    low, high = min(values), max(values)
+    room = (high - low) * 0.05 or abs(high) * 0.1 or 0.1
+    return low - room, high + room
+
+
+def ticks(low, high, least=0):
+    """About five round numbers between two, `least` apart."""
+    rough = max((high - low) / 6, least)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(n * power for n in (1, 2, 5, 10) if n * power >= rough)
+    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]

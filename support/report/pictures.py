@@ -12,10 +12,8 @@ from support.running.files import write_bytes
 from PIL import Image, ImageDraw, ImageFont
 
 TRUTH = (0, 170, 0)
-LAST_BOX = (255, 0, 0)  # as `draw_overlay` has it
 NEW_BOX = (0, 210, 230)
-KEYS = {"its last box, as it is fed back": LAST_BOX, "its new box": NEW_BOX, "truth": TRUTH}
-GREY = (70, 70, 70)
+KEYS = {"its last box, as it is fed back": "red", "its new box": NEW_BOX, "truth": TRUTH}
 GAP = 14  # between panels, and at the edges
 SMALL, NORMAL, BOLD = (ImageFont.load_default(size) for size in (12, 14, 16))
 
@@ -67,7 +65,7 @@ def together(words, panels, width):
         left = GAP + i * (width + GAP)
         sheet.paste(picture, (left, top))
         pen.text((left, below + 6), caption, fill="black", font=NORMAL)
-        pen.text((left, below + 26), text, fill=GREY, font=SMALL)
+        pen.text((left, below + 26), text, fill=(70, 70, 70), font=SMALL)
     return sheet
 
 

@@ -73,10 +73,9 @@ def play_row(args, row, test, work, *flags, **more):
         say_if_unfinished(args.out / row.adapter)
         inputs.append(adapter_file(args, row))
     only = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", *flags]
-    same = begin(args, f"evaluate_{row.log}", *inputs, only=only, **more)
     path = args.out / f"log/evaluate_{row.log}.jsonl"
-    restart = args.restart and not same
-    return resumable(path, test, args.batch_size, row.name, work, restart=restart)
+    begin(args, path.stem, *inputs, only=only, log=path, **more)
+    return resumable(path, test, args.batch_size, row.name, work)
 
 
 # The log ------------------------------------------------------------------------------------------
@@ -93,14 +92,11 @@ def log_line(sample, trajectories, tokenizer, guarded=False):
         line["boxes"] += t.boxes
         line["iou"] += [round(box_iou(box, sample), 6) for box in t.boxes]
         line["texts"] += t.texts
-        for step in range(len(t.boxes)):
+        for step, box in enumerate(t.boxes):
             targets = [m for m in range(len(t.target)) if t.step[m] == step]
             line["logprob"].append(round(sum(t.logprob[m] for m in targets), 4))
-            confidence = None
-            if t.boxes[step]:
-                answer = [t.logprob[m] for m in answer_targets(t, targets, tokenizer)]
-                confidence = round(sum(answer) / len(answer), 4)
-            line["confidence"].append(confidence)
+            answer = [t.logprob[m] for m in answer_targets(t, targets, tokenizer)]
+            line["confidence"].append(round(sum(answer) / len(answer), 4) if box else None)
             line["read"].append(t.predictor[targets[-1]] + 1)
     if guarded:
         del line["confidence"]

@@ -9,54 +9,45 @@ data/test.jsonl; writes results.md, results.json and report.html to a folder und
 named as the file, so that the run's own results stay.
 """
 
-import json
 from pathlib import Path
 
 from support.data.samples import read_side
-from support.report.page import SAMPLES, group, result_curves, write_page
+from support.report.analysis import LISTS, results_of
+from support.report.page import group, result_chart, write_page
 from support.report.rows import Row
-from support.report.statistics import main_row
-from support.report.tables import report, results_of, summary, write_results
+from support.report.tables import report, summary, write_results
 from support.running.errors import stop
-from support.running.files import read_lines
+from support.running.files import read_jsonl
 from support.running.flags import Flag, flags
 
 LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 
 
 def read_predictions(path, samples):
-    """A file of predictions -> {Row: its lines, in the order of the samples}.
-
-    Raises ValueError with line and remedy.
-    """
+    """A file of predictions -> {Row: its lines, in the order of the samples}. Exits with line and
+    remedy."""
     number_of = {sample["id"]: i for i, sample in enumerate(samples)}
     lines_of = {}
-    for number, line in enumerate(read_lines(path, "the system that makes it"), 1):
+    for number, line in enumerate(read_jsonl(path, "the system that makes it"), 1):
         try:
-            own = json.loads(line)
-            place, boxes = number_of[own["id"]], own["boxes"]
-            own = {"texts": [""] * len(boxes), "ordered": True, **own}
-            row = Row(own["method"], samples=1 if own["ordered"] else len(boxes))
+            place, boxes = number_of[line["id"]], line["boxes"]
+            own = {"texts": [""] * len(boxes), **line}
+            row = Row(line["method"], samples=1 if line.get("ordered", True) else len(boxes))
             lines = lines_of.setdefault(row, [None] * len(samples))
             usable = is_prediction(own) and lines[place] is None
-        except (ValueError, RecursionError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError):
             usable = False
         if not usable:
-            found = line[:80].decode("utf-8", "backslashreplace")
-            raise ValueError(
+            stop(
                 f"{path}, line {number}: expected {LINE}, once for each id of test.jsonl, boxes in "
-                f"0..1000 or null, and as many texts if any; found {found!r}"
+                f"0..1000 or null, and as many texts if any; found {str(line)[:80]}"
             )
-        lines[place] = own
+        lines[place] = {key: own[key] for key in LISTS if key in own}
     for row, lines in lines_of.items():
-        # Every sample is needed: a method that skips the hard ones would look better
-        counts = {len(line["boxes"]) for line in lines if line}
-        if None in lines or len(counts) != 1:
-            there = len(lines) - lines.count(None)
-            raise ValueError(
-                f"{path}: {row.name!r} has {there} of the {len(lines)} test samples; all are "
-                "needed, each with the same number of boxes"
-            )
+        # A method that skips the hard ones would look better
+        if None in lines or len({len(line["boxes"]) for line in lines}) > 1:
+            need = f"needs each of the {len(lines)} test samples, all with as many boxes"
+            stop(f"{path}: {row.name!r} {need}")
     return lines_of
 
 
@@ -71,32 +62,21 @@ def is_prediction(own):
 
 
 if __name__ == "__main__":
-    args = flags(
-        "evaluate",
-        __doc__,
-        predictions=Flag("the .jsonl file with the boxes", kind="file"),
-    )
+    args = flags("evaluate", __doc__, predictions=Flag("the .jsonl with the boxes", kind="file"))
     if not args.predictions:
         stop("give the file to score: --predictions theirs.jsonl")
-    data = args.out / "data"
     samples = read_side(args, "test")
-    try:
-        lines_of = read_predictions(args.predictions, samples)
-    except ValueError as e:
-        stop(str(e))
-    shown = main_row(lines_of)
+    lines_of = read_predictions(args.predictions, samples)
     results = results_of(samples, lines_of, args.steps)
     folder = args.out / Path(args.predictions).stem
     write_results(results, folder, summary(results), report(results))
-    own = {}
-    for row, lines in lines_of.items():  # of what else a line says nothing is known
-        own[row] = [{key: line[key] for key in ("boxes", "texts")} for line in lines]
+    shown = results["shown"]
     write_page(
         folder / "report.html",
         title=f"{folder.name} · {len(samples)} test samples",
         tables=report(results),
-        curves=result_curves(results),
-        groups=[group("test", samples, own, args.steps, shown=shown.name, limit=SAMPLES)],
-        data=data,
+        chart=result_chart(results),
+        groups=[group("test", samples, lines_of, args.steps, shown=shown)],
+        data=args.out / "data",
     )
     print(f"tables and page of {args.predictions} in {folder}")

@@ -1,21 +1,23 @@
-"""The numbers of the tables, each with its uncertainty, and what they say about the paper's
-findings.
+"""Estimates with their uncertainty, what is estimated of a row's boxes, and verdicts on claims.
 
 S samples; `ious` is [S, T + 1], the IoU of every box of a trajectory with the truth, 0 where a
-box is not valid. A line is one of a log: a dict with boxes, texts and read, a value per step each.
-An estimate is [mean, low, high], a mean over samples with its 95 percent bootstrap interval;
-differences are paired.
+box is not valid. An estimate is [mean, low, high], a mean over samples with its 95 percent
+bootstrap interval; differences are paired.
 """
 
 import functools
 
-from common import box_iou, iou
+from common import box_iou
 
 import numpy as np
 
 METRICS = ("Acc@0.5", "Acc@0.7", "Acc@0.9", "mean IoU")
+RIGHT = 0.5  # a box with this IoU or more
+SAME = 0.01  # a smaller change of the IoU is none
 
-# Rows of Table 1 that the paper has findings about
+# Rows of Table 1 that the paper has findings about, and controls that it lacks
+BASE = "Base (single-shot)"
+SAMPLED = "Base (single-shot), T + 1 samples"
 GUARDED = "Base, asked again, zoomed and guarded"
 UNTRAINED = "Base + IVT (no training)"
 SFT = "SFT + IVT"
@@ -23,9 +25,12 @@ SINGLE = "SFT + GRPO (single-step)"
 GRPO = "SFT + GRPO + IVT"
 WITHOUT_SFT = "GRPO without SFT + IVT"
 
-# How far untrained IVT has to fall in Acc@0.5 to count as the paper's finding, in which it falls by
-# 0.31. The paper names no threshold; this one is ours.
-FALL = 0.1
+
+def main_row(rows):
+    """The row that strata and pictures are of: the paper's last that is there, else the last."""
+    named = {row.name: row for row in rows}
+    wanted = (GRPO, SFT, WITHOUT_SFT, UNTRAINED, *reversed(named))
+    return next(named[name] for name in wanted if name in named)
 
 
 # Estimates ----------------------------------------------------------------------------------------
@@ -73,27 +78,34 @@ def ratio(part, whole):
     return estimate_of(np.stack([part & whole, whole], 1), lambda m: m[..., 0] / m[..., 1])
 
 
-def metrics(ious):
-    """[S] IoU of one box per sample -> [S, 4], whose means are Acc@0.5, Acc@0.7, Acc@0.9 (the share
-    with at least this IoU) and the mean IoU."""
-    return np.stack([ious >= 0.5, ious >= 0.7, ious >= 0.9, ious], 1)
-
-
-def metric_estimates(values):
-    """[S, 4] of `metrics`, or the difference of two -> {metric: estimate}."""
-    return dict(zip(METRICS, estimate(values)))
-
-
+# What is estimated --------------------------------------------------------------------------------
 def all_ious(samples, lines):
     """[S, T + 1]: the IoU of every box of every line with the truth."""
     pairs = zip(samples, lines)
     return np.array([[box_iou(box, sample) for box in line["boxes"]] for sample, line in pairs])
 
 
-# What is estimated --------------------------------------------------------------------------------
-def changes(ious, threshold=0.01):
+def by_change(samples, lines):
+    """The numbers of the samples, by the IoU's change over the steps, the largest gain first."""
+    ious = all_ious(samples, lines)
+    return np.argsort(ious[:, 0] - ious[:, -1], kind="stable").tolist()
+
+
+def metrics(ious):
+    """[S] IoU of one box per sample -> [S, 4], whose means are Acc@0.5, Acc@0.7, Acc@0.9 (the share
+    with at least this IoU) and the mean IoU."""
+    return np.stack([ious >= 0.5, ious >= 0.7, ious >= 0.9, ious], 1)
+
+
+def metric_estimates(ious, compared=0):
+    """[S] as of `metrics` -> {metric: estimate}. compared: the `metrics` of other boxes, which are
+    taken away."""
+    return dict(zip(METRICS, estimate(metrics(ious) - compared)))
+
+
+def changes(ious):
     """From the first to the last step: n, and estimates of both IoUs, their difference, and the
-    shares of samples that improve, stagnate and degrade (by more than the threshold)."""
+    shares of samples that improve, stagnate and degrade (by more than SAME)."""
     first = ious[:, 0]
     last = ious[:, -1]
     change = last - first
@@ -101,155 +113,43 @@ def changes(ious, threshold=0.01):
         "first": first,
         "last": last,
         "delta": change,
-        "improved": change > threshold,
-        "stagnated": abs(change) <= threshold,
-        "degraded": change < -threshold,
+        "improved": change > SAME,
+        "stagnated": abs(change) <= SAME,
+        "degraded": change < -SAME,
     }
     estimates = estimate(np.stack(list(columns.values()), 1))
     return {"n": len(ious), **dict(zip(columns, estimates))}
 
 
-def choices(ious, boxes, ordered=True):
-    """Ways to choose one box of each trajectory: name -> [S], the IoU of the chosen one.
-
-    The paper's Table 1 scores the best of steps, which takes the ground truth to choose. The other
-    ways are open to a user: first step, last step, last valid box, and the medoid, the valid box
-    whose mean IoU to the other valid ones is highest (the latest of equals). Boxes without an order
-    have neither first nor last.
-    """
-    if ious.shape[1] == 1:
-        return {"its only box": ious[:, 0]}
-    medoid = at_steps(ious, map(medoid_step, boxes))
-    if not ordered:
-        return {"best of steps": ious.max(1), "medoid": medoid}
-    return {
-        "best of steps": ious.max(1),
-        "last step": ious[:, -1],
-        "first step": ious[:, 0],
-        "last valid": at_steps(ious, map(last_valid_step, boxes)),
-        "medoid": medoid,
-    }
-
-
-def at_steps(ious, steps):
-    """[S]: the IoU of a step of each trajectory, 0 where it is None."""
-    return np.array([0.0 if step is None else row[step] for row, step in zip(ious, steps)])
-
-
-def valid_steps(boxes):
-    """The steps of a trajectory that have a valid box."""
-    return [t for t, box in enumerate(boxes) if box]
-
-
-def last_valid_step(boxes):
-    """The last step with a valid box, or None."""
-    return max(valid_steps(boxes), default=None)
-
-
-def medoid_step(boxes):
-    """The step whose box agrees best with the others, or None without a valid box."""
-    valid = valid_steps(boxes)
-
-    def agreement(t):
-        return sum(iou(boxes[t], boxes[k]) for k in valid), t
-
-    return max(valid, key=agreement, default=None)
-
-
 def strata(samples, ious):
-    """`changes` of groups of the samples: group -> {stratum: dict}, of strata that have any. By IoU
-    at step 0 (Section 4.3), and by source."""
+    """`changes` of groups of the samples that have any, by IoU at step 0 (Section 4.3) and by
+    source: group -> dict."""
     first = ious[:, 0]
-    sources = np.array([sample["source"] for sample in samples])
     groups = {
-        "step-0 IoU": {
-            "hard, below 0.5": first < 0.5,
-            "medium": (first >= 0.5) & (first < 0.75),
-            "easy, from 0.75": first >= 0.75,
-        },
-        "source": {source: sources == source for source in sorted(set(sources.tolist()))},
+        "step-0 IoU: hard, below 0.5": first < 0.5,
+        "step-0 IoU: medium": (first >= 0.5) & (first < 0.75),
+        "step-0 IoU: easy, from 0.75": first >= 0.75,
     }
-    table = {}
-    for group, parts in groups.items():
-        table[group] = {name: changes(ious[mask]) for name, mask in parts.items() if mask.any()}
-    return table
+    sources = np.array([sample["source"] for sample in samples])
+    for source in sorted(set(sources.tolist())):
+        groups[f"source: {source}"] = sources == source
+    return {name: changes(ious[mask]) for name, mask in groups.items() if mask.any()}
 
 
-def repeats(boxes):
-    """An estimate of the share of trajectories whose boxes are all that of step 0 (the stagnation
-    of Section 4.2)."""
-    return estimate([all(box == row[0] for box in row) for row in boxes])
-
-
-def stop_step(boxes, threshold, longest):
-    """The first step t >= 1 whose box agrees with that of step t - 1 (IoU above the threshold),
-    else `longest`."""
-    for t in range(1, longest + 1):
-        if boxes[t] and boxes[t - 1] and iou(boxes[t], boxes[t - 1]) > threshold:
-            return t
-    return longest
-
-
-# All tables ---------------------------------------------------------------------------------------
-def analyse(samples, lines_of, steps):
-    """All tables: the lines of each row (rows.Row) become estimates, as results.json holds them.
-
-    The first row is what the others are compared against. steps: T of the tables; what lies beyond
-    it in a line is left out.
-    """
-    shown = main_row(lines_of).name
-    ious_of = {}  # a name -> the IoUs of the first T + 1 steps
-    control = None
-    results = {"shown": shown, "table1": {}, "differences": {}}
-    results |= {"table2": {}, "strata": {}}
-    for row, lines in lines_of.items():
-        name = row.name
-        ious = ious_of[name] = all_ious(samples, lines)[:, : steps + 1]
-        boxes = [line["boxes"][: steps + 1] for line in lines]
-        scores = {way: metrics(chosen) for way, chosen in choices(ious, boxes, row.ordered).items()}
-        first = metrics(next(iter(ious_of.values()))[:, 0])
-        results["table1"][name] = {way: metric_estimates(v) for way, v in scores.items()}
-        results["differences"][name] = {
-            way: metric_estimates(v - first) for way, v in scores.items()
-        }
-        if ious.shape[1] == 1:
-            continue  # there is no refinement to look at
-        if not row.ordered:
-            control = row
-            continue
-        results["table2"][name] = {
-            "iou": estimate(ious),
-            **changes(ious),
-            "repeats": repeats(boxes),
-            "valid": estimate([[box is not None for box in own] for own in boxes]),
-        }
-        results["strata"][name] = strata(samples, ious)
-        if all("read" in line for line in lines):  # other systems do not say
-            read = np.array([line["read"][: steps + 1] for line in lines], float)  # tokens
-            results["table2"][name]["cost"] = (read[:, -1].sum() / read[:, 0].sum()).item()
-    if control and shown in results["table2"]:
-        # The best of T + 1 samples against the best of T + 1 steps
-        difference = estimate(ious_of[control.name].max(1) - ious_of[shown].max(1))
-        results["sampling"] = {"row": shown, "control": control.name, "difference": difference}
-    results["findings"] = findings(results, ious_of)
-    return results
-
-
-def main_row(rows):
-    """The row that strata and pictures are of: the paper's last that is there,
-    or, of other systems, the last."""
-    named = {row.name: row for row in rows}
-    for name in (GRPO, SFT, WITHOUT_SFT, UNTRAINED):
-        if name in named:
-            return named[name]
-    return list(rows)[-1]
-
-
-def by_change(samples, lines):
-    """The numbers of the samples, ordered by IoU at the last step minus IoU at the first: the
-    largest gain first, the largest loss last."""
-    ious = all_ious(samples, lines)
-    return np.argsort(ious[:, 0] - ious[:, -1], kind="stable").tolist()
+def turns(ious):
+    """What is corrected and what is spoilt from the first to the last step: how many are wrong and
+    right at first; the error-correction rate ECR = P(last right | first wrong) and the
+    error-introduction rate EIR = P(last wrong | first right); the change of Acc@0.5, which is
+    (1 - Acc) ECR - Acc EIR."""
+    first = ious[:, 0] >= RIGHT
+    last = ious[:, -1] >= RIGHT
+    return {
+        "wrong": int((~first).sum()),
+        "ECR": ratio(last, ~first),
+        "right": int(first.sum()),
+        "EIR": ratio(~last, first),
+        "change": estimate(last.astype(float) - first),
+    }
 
 
 # Verdicts -----------------------------------------------------------------------------------------
@@ -276,45 +176,3 @@ def signed(value):
 def judged(sentence, estimates, **side):
     """A finding: (sentence, numbers, verdict). side: above or below, as of `verdict`."""
     return sentence, ", ".join(map(signed, estimates)), verdict(estimates, **side)
-
-
-def findings(results, ious_of):
-    """The paper's findings as hypotheses on these rows: a list of `judged`."""
-    differences = results["differences"]
-    rows = results["table2"]  # of other systems, a row may have one box only
-    found = []
-    ways = ("best of steps", "last step")
-    if UNTRAINED in rows:
-        for way in ways:
-            fall = [differences[UNTRAINED][way]["Acc@0.5"]]
-            words = "Untrained, IVT falls 10 points or more below single-shot in Acc@0.5"
-            found.append(judged(f"{words} ({way})", fall, below=-FALL))
-    if SFT in rows:
-        for way in ways:
-            gains = list(differences[SFT][way].values())
-            words = f"SFT + IVT passes single-shot on every metric ({way})"
-            found.append(judged(words, gains, above=0))
-        found.append(judged("SFT declines from step 0 to step T", [rows[SFT]["delta"]], below=0))
-    if SFT in rows and GRPO in rows:
-        sft, grpo = (ious_of[name][:, -1] - ious_of[name][:, 0] for name in (SFT, GRPO))
-        words = "GRPO's change from step 0 to step T is better than SFT's"
-        found.append(judged(words, [estimate(grpo - sft)], above=0))
-    return found
-
-
-# The table of ablations ---------------------------------------------------------------------------
-def ablations(samples, steps, lines_of, others):
-    """What a row does when it is shown other pictures than its own: name -> estimates.
-
-    others: (row, what is shown) -> lines. "against": the last step's IoU minus that of the row
-    itself, paired.
-    """
-    table = {}
-    for (row, word), lines in others.items():
-        ious, own = (all_ious(samples, of)[:, : steps + 1] for of in (lines, lines_of[row]))
-        table[f"{row.name}, {word}"] = {
-            **changes(ious),
-            "Acc@0.5": estimate(ious[:, -1] >= 0.5),
-            "against": estimate(ious[:, -1] - own[:, -1]),
-        }
-    return table

@@ -18,11 +18,9 @@ def working_on(samples):
 
 
 def explain_out_of_memory(advice, smaller):
-    """From here on running out of memory ends the program with a message and exit status 1.
-
-    The message names the samples of `working_on` and `advice`, the flags to lower; before there are
-    any, the model alone is too large: give a `smaller` one. Any other exception ends the program as
-    before.
+    """From here on running out of memory ends the program with a message and exit status 1. It
+    names the samples of `working_on` and `advice`, the flags to lower; before there are any, the
+    model alone is too large: give a `smaller` one. Any other exception ends the program as before.
     """
     otherwise = sys.excepthook
 

@@ -20,10 +20,8 @@ from support.running.processes import (
 
 @contextmanager
 def writing(path):
-    """Around every write: a full disk or a forbidden folder ends with a message.
-
-    The last whole file stays.
-    """
+    """Around every write: a full disk or a forbidden folder ends with a message, and the last
+    whole file stays."""
     try:
         yield
     except Exception as e:
@@ -64,9 +62,7 @@ def write_jsonl(path, rows):
 
 def read_lines(path, command):
     """The lines (bytes) of a file that `command` makes; stops with it when the file is not there.
-
-    Lines end at "\\n" alone: a text in them may hold any other line end.
-    """
+    Lines end at "\\n" alone: a text in them may hold any other line end."""
     path = Path(path)
     try:
         return path.read_bytes().removesuffix(b"\n").split(b"\n")
@@ -76,10 +72,10 @@ def read_lines(path, command):
         stop(f"{path} cannot be read ({e.strerror}); move it away, then run: {command}")
 
 
-def read_jsonl(path, command):
-    """The rows of a .jsonl file that an earlier phase makes with `command`."""
+def read_jsonl(path, command, count=None):
+    """The rows (or the first `count`) of a .jsonl file that a phase before makes with `command`."""
     rows = []
-    for number, line in enumerate(read_lines(path, command), 1):
+    for number, line in enumerate(read_lines(path, command)[:count], 1):
         try:
             rows.append(json.loads(line))
         except ValueError as e:
@@ -89,32 +85,27 @@ def read_jsonl(path, command):
 
 
 class Log:
-    """A .jsonl log, a line per event, on the disk at once.
-
-    keep: how many rows stay of an earlier run that goes on.
-    """
+    """A .jsonl log, a row per event, on the disk at once. keep: how many rows stay of an earlier
+    run that goes on."""
 
     def __init__(self, path, keep=0):
         self.path = Path(path)
-        kept = []
-        if keep:
-            kept = read_lines(self.path, "the phase again, with --restart")[:keep]
-        if len(kept) < keep:
+        self.rows = read_jsonl(path, "the phase again, with --restart", keep) if keep else []
+        if len(self.rows) < keep:
             stop(f"{self.path} has lost lines since the checkpoint; begin again with --restart")
-        write_bytes(self.path, lambda file: file.write(b"".join(row + b"\n" for row in kept)))
-        self.rows = len(kept)
+        write_jsonl(self.path, self.rows)
 
     def write(self, **row):
         """Floats are rounded to six digits after the point."""
-        self.rows += 1
-        if RANK:
-            return
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+        line = json.dumps(rounded, ensure_ascii=False)
+        self.rows.append(json.loads(line))  # as a run that goes on would read it
+        if not RANK:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
-def resumable(path, samples, batch_size, name, work, restart=False):
+def resumable(path, samples, batch_size, name, work):
     """The rows of the log `path`, one for each sample in order; those not yet there are made.
 
     work: takes a list of (number, sample), this process's share of a batch, and returns their
@@ -123,7 +114,7 @@ def resumable(path, samples, batch_size, name, work, restart=False):
     """
     from tqdm import tqdm
 
-    done = 0 if restart else count_done(path, samples)
+    done = count_done(path, samples)
     if done < len(samples):
         done -= done % batch_size
     log = Log(path, keep=done)
@@ -139,7 +130,7 @@ def resumable(path, samples, batch_size, name, work, restart=False):
             bar.update(len(batch))
             leave_if_interrupted()
     barrier()
-    return read_jsonl(path, "") if samples else []
+    return log.rows
 
 
 def count_done(path, samples):
@@ -155,13 +146,12 @@ def count_done(path, samples):
     return done
 
 
-def begin(args, name, *inputs, ignore=(), only=None, **more):
+def begin(args, name, *inputs, ignore=(), only=None, log=None, **more):
     """Writes down what `name` is made with, or checks that what has begun is made with the same.
 
     inputs: files it reads, compared by their hash; ignore: flags that do not change it; only: the
     flags that do (default: all); more: values that are no flags. Exits with the differing values:
-    a run is never continued under another configuration. Returns whether it was begun before, with
-    the same.
+    a run is never continued under another configuration. log: goes where --restart changes these.
     """
     config = {**vars(args), **more}
     for key in ("out", "restart", "save_every", "vllm", *ignore):
@@ -187,8 +177,11 @@ def begin(args, name, *inputs, ignore=(), only=None, **more):
             f"{name} in {args.out} was made otherwise:\n" + "\n".join(differing) + "\n"
             "give the same values, another --out, or --restart to make it anew"
         )
+    if log and args.restart and before != config:
+        if not RANK:  # before its configuration: killed in between, no run goes on with the old
+            log.unlink(missing_ok=True)
+        barrier()
     write_text(path, json.dumps(config, indent=1) + "\n")
-    return bool(before) and not differing
 
 
 def agrees(args, name, *flags):

@@ -20,15 +20,20 @@ EMBEDDED = "toy/base"
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one script, no hyperparameter.
-
-    kind: None (a text), "switch", or a path, which `check_path` checks before any work.
-    """
+    """A flag of one script, no hyperparameter. kind: None (a text), "switch", or as of
+    `check_path`, which is done before any work."""
 
     help: str
     default: object = None
     choices: tuple | None = None
     kind: str | None = None
+
+
+COMMON = {
+    "preset": Flag("column of PRESETS (default: toy)", "toy", ("toy", "paper")),
+    "out": Flag("folder of the run (default: in runs/)"),
+    "restart": Flag("begin this phase again, dropping its checkpoint", kind="switch"),
+}
 
 
 def flags(phase, doc, **extra):
@@ -44,9 +49,12 @@ def flags(phase, doc, **extra):
     parser = make_parser(doc, settings, extra)
     args = parser.parse_args()
     for name, setting in settings.items():
-        if getattr(args, name) is None:
+        value = getattr(args, name)
+        if value is None:
             setattr(args, name, getattr(setting, args.preset))
-        check_range(parser, name, setting, getattr(args, name))
+        elif type(value) is not str and not setting.low <= value <= setting.high:  # or NaN
+            expected = f"expected {setting.low} to {setting.high}"
+            parser.error(f"{flag_of(name)} is {value}; {expected}")
     start_processes()
     room = (phase or "").rpartition(".")[0]  # "visrl" of "visrl.sft"
     args.out = args.out or f"runs/{room and room + '_'}{args.preset}"
@@ -93,16 +101,13 @@ def flag_of(name):
 
 
 def make_parser(doc, settings, extra):
-    parser = argparse.ArgumentParser(
-        prog=program(), description=doc.split("\n\n")[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "--preset", choices=("toy", "paper"), default="toy", help="column of PRESETS (default: toy)"
-    )
-    parser.add_argument("--out", help="folder of the run (default: in runs/)")
-    parser.add_argument(
-        "--restart", action="store_true", help="begin this phase again, dropping its checkpoint"
-    )
+    about = doc.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog=program(), description=about, allow_abbrev=False)
+    for name, flag in {**COMMON, **extra}.items():
+        options = {"default": flag.default, "choices": flag.choices}
+        if flag.kind == "switch":
+            options = {"action": "store_true"}
+        parser.add_argument(flag_of(name), help=flag.help.replace("%", "%%"), **options)
     for name, setting in settings.items():
         values = str(setting.paper) or "none"
         if setting.paper != setting.toy:
@@ -113,31 +118,16 @@ def make_parser(doc, settings, extra):
             choices=setting.choices,
             help=f"{setting.help} ({values})".replace("%", "%%"),
         )
-    for name, flag in extra.items():
-        options = {"default": flag.default, "choices": flag.choices}
-        if flag.kind == "switch":
-            options = {"action": "store_true"}
-        parser.add_argument(flag_of(name), help=flag.help.replace("%", "%%"), **options)
     return parser
-
-
-def check_range(parser, name, setting, value):
-    if isinstance(setting.paper, str):
-        return
-    if not setting.low <= value <= setting.high:  # NaN is in no range
-        given = f"{flag_of(name)} is {value}"
-        parser.error(f"{given}; expected {setting.low} to {setting.high}")
 
 
 def print_configuration(args):
     print(f"{program()} --preset {args.preset} --out {args.out}")
-    values = dict(vars(args))
-    if os.path.isdir(args.model):
-        values["model"] = os.path.relpath(args.model)
-    for name in ("preset", "out", "restart"):
-        del values[name]
-    not_given = ("None", "False", "", "()")
-    words = [f"{name}={v}" for name, v in values.items() if str(v) not in not_given]
+    model = os.path.relpath(args.model) if os.path.isdir(args.model) else args.model
+    words = []
+    for name, value in {**vars(args), "model": model}.items():
+        if name not in COMMON and str(value) not in ("None", "False", ""):
+            words.append(f"{name}={value}")
     print("  " + "  ".join(words), flush=True)
 
 

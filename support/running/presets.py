@@ -19,14 +19,11 @@ class Setting:
     high: float = 10**9
 
 
-GUARD = Setting(
-    "off", "off", "a box that is far from the one before it is not taken; ours", ("off", "on")
-)
+GUARD = Setting("off", "off", "refuse a box far from the one before; ours", ("off", "on"))
 ENGINE = {  # of all phases that play the loop
-    "engine": Setting(
-        "plain", "plain", "what plays the loop (speed/README.md); ours", ("plain", "vllm")
-    ),
+    "engine": Setting("plain", "plain", "what decodes (speed/README.md); ours", ("plain", "vllm")),
     "vllm": Setting("", "", "further arguments of vllm.LLM, JSON; ours"),
+    "max_tokens": Setting(160, 80, "per step"),
 }
 VISRL = {  # of all phases of the second paper
     "steps": None,  # a box and its crop, no T
@@ -34,11 +31,13 @@ VISRL = {  # of all phases of the second paper
     "surroundings": None,
     "max_pixels": Setting(512**2, 96**2, "larger images and crops are reduced to this", low=1024),
     "crop": Setting(
-        "box",
-        "square",
-        "the box alone; square: its surroundings too, which the toy's base has learnt to read",
-        ("box", "square"),
+        "box", "square", "square: with surroundings, as the toy's base learnt", ("box", "square")
     ),
+}
+VISRL_ENGINE = {**VISRL, **ENGINE, "max_tokens": Setting(128, 30, "per step; ours")}
+TRAINING = {  # of SFT and DPO
+    "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
+    "save_every": Setting(10, 10, "updates between checkpoints; ours"),
 }
 
 PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of the phase
@@ -47,9 +46,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "quantize": Setting("nf4", "none", "4-bit; double quantisation is ours", ("nf4", "none")),
         "dtype": Setting("bfloat16", "float32", "of the weights; ours", ("bfloat16", "float32")),
         "checkpointing": Setting("on", "off", "recompute activations; ours", ("on", "off")),
-        "max_pixels": Setting(
-            2**20, 96**2, "larger images are reduced to this area; the paper: native", low=1024
-        ),
+        "max_pixels": Setting(2**20, 96**2, "larger images are reduced to this; ours", low=1024),
         "steps": Setting(2, 2, "T, refinement steps after step 0", high=20),
         "feedback": Setting(
             "overlay",
@@ -58,9 +55,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
             "these without the box, and the question of step 0 again (again)",
             ("overlay", "zoom", "again"),
         ),
-        "surroundings": Setting(
-            2.0, 1.5, "zoom: sides of the view, in longer sides of the box; ours", high=100
-        ),
+        "surroundings": Setting(2.0, 1.5, "zoom: sides of the view, in the box's; ours", high=100),
         "seed": Setting(0, 0, "of everything random; ours", low=0, high=2**31 - 1),
     },
     "make_data": {
@@ -70,32 +65,24 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
         "iou_max": Setting(0.85, 0.85, "better predictions are discarded", low=0, high=1),
         "start": Setting(
-            "student",
-            "student",
-            "step 0: the student's boxes, or the truth perturbed (what the paper first tried)",
-            ("student", "perturbed"),
+            "student", "student", "step 0: the student's, or perturbed", ("student", "perturbed")
         ),
-        "teacher": Setting(
-            "vlm", "template", "who writes the traces: a VLM, or geometry", ("vlm", "template")
-        ),
-        "max_tokens": Setting(160, 80, "per step"),
+        "teacher": Setting("vlm", "template", "what writes the traces", ("vlm", "template")),
         "batch_size": Setting(8, 128, "samples decoded at once; ours"),
     },
     "sft": {
+        **TRAINING,
         "lr": Setting(2e-5, 2e-3, "peak learning rate", low=1e-9, high=1),
         "epochs": Setting(10, 4, "passes over the trajectories"),
         "batch_size": Setting(4, 16, "trajectories per forward pass"),
         "grad_accum": Setting(4, 1, "forward passes per update"),
-        "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
         "lora_rank": Setting(64, 32, "on all projections of the language model"),
         "lora_alpha": Setting(128, 64, "LoRA's scale is alpha / rank"),
-        "save_every": Setting(10, 10, "updates between checkpoints; ours"),
     },
     "grpo": {
         **ENGINE,
         "steps": Setting(2, 2, "T; 0 trains Table 1's single-step control", low=0, high=20),
         "lr": Setting(2e-6, 3e-4, "learning rate; that it is constant is ours", low=1e-9, high=1),
-        "max_tokens": Setting(160, 80, "per step"),
         "group_size": Setting(6, 6, "N, trajectories per prompt", low=2, high=1000),
         "temperature_first": Setting(1.0, 1.0, "at step 0", low=0, high=10),
         "temperature": Setting(0.7, 0.7, "at the refinement steps", low=0, high=10),
@@ -113,7 +100,6 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     },
     "evaluate": {
         **ENGINE,
-        "max_tokens": Setting(160, 80, "per step"),
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
         "guard": GUARD,
     },
@@ -126,18 +112,16 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     },
     "visrl.sft": {
         **VISRL,
+        **TRAINING,
         "lr": Setting(1e-4, 2e-3, "peak learning rate", low=1e-9, high=1),
         "epochs": Setting(3, 2, "passes over the samples"),
         "batch_size": Setting(2, 16, "samples per forward pass"),
         "grad_accum": Setting(8, 1, "forward passes per update"),
-        "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
         "lora_rank": Setting(8, 32, "on all projections of the language model"),
         "lora_alpha": Setting(16, 64, "LoRA's scale is alpha / rank"),
-        "save_every": Setting(10, 10, "updates between checkpoints; ours"),
     },
     "visrl.make_pairs": {
-        **VISRL,
-        **ENGINE,
+        **VISRL_ENGINE,
         "iteration": Setting(1, 1, "the first starts from the SFT model", high=99),
         "attempts": Setting(3, 3, "of two paths each, for each question", high=99),
         "temperature": Setting(2.0, 1.0, "of boxes and answers", low=0.01, high=10),
@@ -150,11 +134,11 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
             "prompts for JSON scores; likelihood is ours, for a base too small to follow them",
             ("prompted", "likelihood"),
         ),
-        "max_tokens": Setting(128, 30, "per step; ours"),
         "batch_size": Setting(4, 16, "questions at once; ours"),
     },
     "visrl.dpo": {
         **VISRL,
+        **TRAINING,
         "iteration": Setting(1, 1, "whose pairs are learnt from", high=99),
         "lr": Setting(5e-6, 5e-4, "peak learning rate", low=1e-9, high=1),
         "beta": Setting(0.1, 0.1, "nearness to the reference", low=0, high=100),
@@ -162,13 +146,9 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "epochs": Setting(5, 2, "passes over the pairs"),
         "batch_size": Setting(3, 8, "pairs per forward pass"),
         "grad_accum": Setting(8, 1, "forward passes per update"),
-        "warmup": Setting(0.1, 0.1, "share of rising rate; a cosine follows", low=0, high=1),
-        "save_every": Setting(10, 10, "updates between checkpoints; ours"),
     },
     "visrl.evaluate": {
-        **VISRL,
-        **ENGINE,
-        "max_tokens": Setting(128, 30, "per step; ours"),
+        **VISRL_ENGINE,
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
     },
 }

@@ -13,8 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from support.running.errors import stop
-
 import torch
 import torch.distributed as dist
 
@@ -67,11 +65,8 @@ def gather(items):
 
 
 def sum_gradients(parameters):
-    """Adds up the gradients of all processes.
-
-    Each process has divided its loss by the tokens of the whole update, so the sum is the gradient
-    of the whole update, as one process would have computed it.
-    """
+    """Adds up the gradients of all processes, each of which has divided its loss by the tokens of
+    the whole update: the sum is what one process would have computed."""
     if WORLD == 1:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -79,15 +74,6 @@ def sum_gradients(parameters):
     dist.all_reduce(flat)
     for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = gradient.view_as(p)
-
-
-def divides(count, flag):
-    """Stops unless each process gets the same number: N processes then train as one does."""
-    if count % WORLD:
-        stop(
-            f"{flag} is {count}, not a multiple of the {WORLD} processes; give a multiple, or "
-            "start fewer"
-        )
 
 
 def program():
@@ -102,17 +88,15 @@ def catch_interrupts():
     """From here on Ctrl-C ends a loop after the update or batch at hand, with all saved, and a
     second one at once."""
     signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)  # a cluster's last word before it kills
 
 
 def ask_to_stop(number, frame):
     if stop_asked:
         sys.exit(130)
     stop_asked.append(number)
-    print(
-        "\nstopping after the update or batch at hand; Ctrl-C again ends at once",
-        file=sys.stderr,
-        flush=True,
-    )
+    words = "stopping after the update or batch at hand; Ctrl-C again ends at once"
+    print(f"\n{words}", file=sys.stderr, flush=True)
 
 
 def interrupted():

@@ -1,14 +1,15 @@
-"""What a sceptic asks of a second look, on trajectories made by hand; and the words of traces."""
+"""What is corrected and spoilt, ways to choose a step, what traces know: on trajectories made by
+hand."""
 
 import random
 
 from common import Trajectory, step_text
 from support.data.teacher import template_trace
+from support.report.analysis import AGREEMENT, results_of, steps_of
 from support.report.claims import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of
 from support.report.rows import Row, log_line
-from support.report.second_look import AGREEMENT, analyse, kept_step, turns
-from support.report.statistics import estimate_of, ratio
-from support.report.tables import markdown, report, results_of
+from support.report.statistics import estimate_of, ratio, turns
+from support.report.tables import markdown, report
 from tests.small import GOOD, vlm
 from tests.test_report import FAR, HALF, RIGHT, as_rows
 
@@ -36,8 +37,11 @@ def row_of(boxes, told=(), confidence=None):
     return row
 
 
-def look_at(rows, name="x", steps=2):
-    return analyse([GOOD] * len(rows), {Row(name): rows}, steps)[name]
+def look_at(rows, steps=2):
+    """-> the ways to choose a box of Table 1, and the record of Table 2."""
+    samples = [{**GOOD, "source": "x"}] * len(rows)
+    results = results_of(samples, {Row("x"): rows}, steps)
+    return results["table1"]["x"], results["table2"]["x"]
 
 
 # Estimates ----------------------------------------------------------------------------------------
@@ -59,21 +63,16 @@ def test_what_is_corrected_and_what_is_spoilt():
     """76 wrong, of which 10 end right; 429 right, of which 13 end wrong."""
     pairs = [(0.4, 0.5)] * 10 + [(0.0, 0.49)] * 66 + [(0.5, 0.1)] * 13 + [(0.9, 0.6)] * 416
     row = turns(np.array(pairs))
-    counts = [row[key] for key in ("wrong, right", "wrong, wrong", "right, wrong", "right, right")]
-    assert counts == [10, 66, 13, 416]
+    assert row["wrong"] == 76 and row["right"] == 429
     assert row["ECR"][0] == pytest.approx(10 / 76, abs=1e-4)
     assert row["EIR"][0] == pytest.approx(13 / 429, abs=1e-4)
     assert row["EIR"][1] < 13 / 429 < row["EIR"][2]
-    assert row["ratio"] == pytest.approx(4.34, abs=0.01)
-    assert row["needed"] == pytest.approx(429 / 76)
     assert row["change"][0] == pytest.approx(-3 / 505, abs=1e-4)
 
 
 def test_a_quotient_may_not_exist():
     row = turns(np.array([(0.6, 0.9), (0.7, 0.7)]))  # nothing is wrong
-    assert row["ECR"] is None and row["ratio"] is None and row["needed"] is None
-    row = turns(np.array([(0.6, 0.9), (0.1, 0.7)]))  # nothing is spoilt
-    assert row["EIR"][0] == 0 and row["ratio"] is None and row["needed"] == 1
+    assert row["ECR"] is None and row["EIR"][0] == 0
 
 
 # Rules --------------------------------------------------------------------------------------------
@@ -83,8 +82,8 @@ def test_each_rule_chooses_its_step():
         row_of([HALF, RIGHT, FAR], (SHIFT, KEEP), [-0.5, -0.9, -0.1]),
         row_of([TALL, None, HALF], (KEEP, KEEP), [-0.1, None, -0.3]),
     ]
-    table = look_at(rows)["rules"]
-    found = {rule: row["mean IoU"][0] for rule, row in table.items()}
+    ways, row = look_at(rows)
+    found = {way: values["mean IoU"][0] for way, values in ways.items()}
     assert found == pytest.approx(
         {
             "first step": (0.5 + 0.8) / 2,
@@ -97,24 +96,27 @@ def test_each_rule_chooses_its_step():
             "best of steps": (1 + 0.8) / 2,
         }
     )
-    gain = table["own trace"]["gain"]
-    assert gain["mean IoU"][0] == pytest.approx(0.25) and gain["Acc@0.9"][0] == 0.5
-    assert table["first step"]["gain"]["mean IoU"] == [0, 0, 0]
+    assert row["gains"]["own trace"][0] == pytest.approx(0.25)
+    assert row["gains"]["first step"] == [0, 0, 0]
 
 
 def test_agreement_stops_at_the_second_of_two_like_boxes():
-    near = [0, 0, 250, 490]
+    a, near = [0, 0, 100, 100], [0, 0, 100, 98]
     assert AGREEMENT < 0.98
-    table = look_at([row_of([near, RIGHT, FAR])])["rules"]
-    assert table["agreement"]["mean IoU"][0] == 1
-    assert "own trace" not in table and "confidence" not in table  # neither is there
+    for step, boxes in ((3, [a, FAR, near, near, near]), (1, [a, near, FAR]), (2, [a, None, a])):
+        assert steps_of(row_of(boxes), traced=False)["agreement"] == step
+    ways, _ = look_at([row_of([a, near, FAR])])
+    assert "own trace" not in ways and "confidence" not in ways  # neither is there
 
 
 def test_the_box_that_a_trace_keeps():
-    assert kept_step(row_of([HALF, RIGHT, FAR], (SHIFT, SHIFT))) == 2
-    assert kept_step(row_of([HALF, RIGHT, None], (SHIFT, WRONG))) == 1
-    assert kept_step(row_of([None, RIGHT, FAR], (KEEP, SHIFT))) == 2  # nothing to keep at step 1
-    assert kept_step(row_of([None, None], (KEEP,))) is None
+    for step, boxes, told in (
+        (2, [HALF, RIGHT, FAR], (SHIFT, SHIFT)),
+        (1, [HALF, RIGHT, None], (SHIFT, WRONG)),
+        (2, [None, RIGHT, FAR], (KEEP, SHIFT)),  # nothing to keep at step 1
+        (None, [None, None], (KEEP,)),
+    ):
+        assert steps_of(row_of(boxes, told), traced=True)["own trace"] == step
 
 
 def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
@@ -190,26 +192,25 @@ def test_traces_that_tell_the_truth_and_traces_that_do_not():
     left = [0, 0, 50, 500]
     shown = [FAR, left, HALF, RIGHT]
     honest = [row_of([box, RIGHT], (c,)) for box, c in zip(shown, (WRONG, SHIFT, SHIFT, KEEP))]
-    [truth] = look_at(honest, steps=1)["traces"]
-    assert truth["balanced"] == [1, 1, 1] and truth["different"] == 3
-    assert truth["chance"] == pytest.approx(1 / 3)
-    assert [row["n"] for row in truth["boxes"].values()] == [1, 1, 2]
+    [truth] = look_at(honest, steps=1)[1]["traces"]
+    assert truth["balanced"] == [1, 1, 1]
+    assert [row["n"] for row in truth["boxes"].values()] == [1, 1, 2, 4]
     assert truth["boxes"]["right"][KEEP][0] == 0.5
     blind = [row_of([box, RIGHT], (KEEP,)) for box in shown]
-    [truth] = look_at(blind, steps=1)["traces"]
-    assert truth["balanced"][0] == pytest.approx(1 / 3, abs=1e-5) and truth["different"] == 1
+    [truth] = look_at(blind, steps=1)[1]["traces"]
+    assert truth["balanced"][0] == pytest.approx(1 / 3, abs=1e-5)
     assert truth["boxes"]["wrong object"][KEEP][0] == 1
     assert truth["boxes"]["wrong object"][WRONG][0] == 0
 
 
 def test_a_trace_is_of_the_last_valid_box():
     rows = [row_of([RIGHT, None, RIGHT], (KEEP, KEEP)), row_of([None, None, RIGHT], (KEEP, KEEP))]
-    first, second = look_at(rows)["traces"]
+    first, second = look_at(rows)[1]["traces"]
     for truth in (first, second):
-        assert [row["n"] for row in truth["boxes"].values()] == [0, 0, 1]
+        assert [row["n"] for row in truth["boxes"].values()] == [0, 0, 1, 1]
         assert truth["boxes"]["wrong object"][KEEP] is None
     rows = [row_of([None, None], (KEEP,))]
-    [truth] = look_at(rows, steps=1)["traces"]
+    [truth] = look_at(rows, steps=1)[1]["traces"]
     assert truth["balanced"] is None
 
 
@@ -221,9 +222,9 @@ def test_the_report_has_it_all():
     rows_of = {"base": [row_of([RIGHT])] * 3, "old": old, "new": rows}
     samples = [{**GOOD, "id": str(i)} for i in range(3)]
     results = results_of(samples, as_rows(rows_of), 1)
-    assert list(results["second_look"]) == ["old", "new"]
+    assert list(results["table2"]) == ["old", "new"]
     text = markdown(report(results))
-    assert "| new | 2 | 0 | 1 | 0 | 1.000 [1.000, 1.000] |" in text  # corrected: 1 of 1
+    assert "| new | 1 | 1.000 [1.000, 1.000] | 2 | 0.000 [0.000, 0.000] |" in text  # corrected: 1
     assert "| new | 1 | right | 2 |" in text and "| old | 1 | right |" not in text
     assert "| new | confidence |" in text and "| old | confidence |" not in text
-    assert "| new | 1 | 1 | 0.333" in text  # one trace, at chance
+    assert "| new | 1 | any | 3 |" in text
