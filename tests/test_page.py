@@ -190,6 +190,15 @@ def test_questions_with_crops_and_critics():
     assert page.line_record(BASE, GOOD, line, 1)["outcome"] == []
 
 
+def test_of_many_samples_those_are_shown_that_change_most(monkeypatch):
+    monkeypatch.setattr(page, "SAMPLES", 2)
+    samples = [{**GOOD, "id": name} for name in "abc"]
+    lines = [{"boxes": [a, b], "texts": ["", ""]} for a, b in ((RIGHT, None), (RIGHT, RIGHT))]
+    group = page.group("test", samples, {BASE: [*lines, lines[0]]}, 1)
+    assert [sample["id"] for sample in group["samples"]] == ["a", "c"]
+    assert "2 of 3" in group["name"] and len(group["methods"][0]["lines"]) == 2
+
+
 def test_curves_of_a_log(tmp_path):
     rows = [{"update": 0, "val_reward": 0.5, "val_iou": [0.4, 0.5]}]
     for i in range(1, 31):

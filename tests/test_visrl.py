@@ -542,3 +542,10 @@ def test_pairs_are_read_with_their_samples(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     write_jsonl(tmp_path / "pairs_no_controller_2.jsonl", rows[1:])
     assert report.read_pairs(tmp_path) == {"pairs": [{**SAMPLES[0], **rows[0]}]}
+
+
+def test_a_pair_without_a_box_score_is_shown():
+    """As --ablation no_box_critic makes them."""
+    args = SimpleNamespace(crop="box")
+    path = {"box": RIGHT, "answer": "a dot", "box_score": None, "response_score": 0.25}
+    assert report.pair_line(args, SAMPLES[0], path)["words"] == "answer critic 0.25"

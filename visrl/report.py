@@ -7,7 +7,7 @@ interval; differences between rows are paired. A row is one of evaluate.py, a li
 from common import WHOLE, box_iou, format_box, normalize_box
 from support.data.samples import with_samples
 from support.report import tables
-from support.report.page import chart, group, log_curves, write_page
+from support.report.page import STYLES, chart, group, log_curves, write_page
 from support.report.rows import Row
 from support.report.statistics import estimate, judged, resamples
 from support.report.tables import cells
@@ -179,7 +179,8 @@ def stages_chart(results):
     answers = results["answers"]
     stages = [name for name in answers if name in (BASE, SFT, RL1, RL2) or "iteration" in name]
     series = {"all": [[t, *answers[name]] for t, name in enumerate(stages)]}
-    for source in results["sources"][BASE]:
+    sources = list(results["sources"][BASE])
+    for source in sources if len(sources) < STYLES else []:
         series[source] = [[t, *results["sources"][name][source]] for t, name in enumerate(stages)]
     names = "; ".join(f"{t}: {name}" for t, name in enumerate(stages))
     return chart(f"Share of right answers, with 95 percent intervals. {names}", "stage", series)
@@ -202,5 +203,6 @@ def page_line(args, sample, line):
 def pair_line(args, sample, path):
     """One side of a pair as the page takes it, with its scores."""
     line = page_line(args, sample, {**path, "first_text": format_box(path["box"])})
-    box, answer = path["box_score"], path["response_score"]
-    return {**line, "words": f"box critic {box:.3g}, answer critic {answer:.3g}"}
+    scores = {"box critic": path["box_score"], "answer critic": path["response_score"]}
+    given = [f"{name} {score:.3g}" for name, score in scores.items() if score is not None]
+    return {**line, "words": ", ".join(given)}

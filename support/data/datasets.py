@@ -74,14 +74,14 @@ def as_published(where, how):
 
 
 # The readers --------------------------------------------------------------------------------------
-def read_parquet(folder, columns):
+def read_parquet(folder, columns, files="*.parquet"):
     """Yields the rows of a folder's parquet files as dicts of these columns; no other column is
     read, and few rows are in memory at once."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         stop(f"reading {folder} needs pyarrow: pip install pyarrow")
-    for path in sorted(folder.rglob("*.parquet")):
+    for path in sorted(folder.rglob(files)):
         for batch in ParquetFile(path).iter_batches(batch_size=64, columns=columns):
             yield from batch.to_pylist()
 
@@ -145,7 +145,7 @@ def refl4(folder):
     """Ref-L4, whose boxes are xywh; its images lie anywhere in the folder."""
     columns = ["id", "caption", "bbox", "image_id", "width", "height", "file_name"]
     images = {path.name: path.resolve() for path in folder.rglob("*.jpg")}
-    for row in read_parquet(folder, columns):
+    for row in read_parquet(folder, columns, "ref-l4-*.parquet"):
         origin, _, number = row["image_id"].rpartition("_")
         x, y, width, height = row["bbox"]
         yield {

@@ -46,7 +46,6 @@ def load_vlm(args, name=None):
     PyTorch's SDPA: the flash-attn package's kernel takes padding at the left alone, and a rollout
     pads inside the cache. Exits when the checkpoint is damaged or of another kind.
     """
-    quiet()
     free_memory()
     name = name or args.model
     check_kind(name)

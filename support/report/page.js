@@ -117,7 +117,8 @@ function show(place) {
   at = place;
   const list = byId("list");
   list.querySelector("[aria-current]")?.removeAttribute("aria-current");
-  byId("count").textContent = `${rows.length && at + 1} of ${rows.length} samples.`;
+  byId("count").textContent =
+    `${rows.length && at + 1} of ${rows.length} samples (${fields.group.value}).`;
   byId("detail").replaceChildren();
   if (!rows.length) return;
   const { sample, i } = rows[at];
@@ -133,8 +134,8 @@ function show(place) {
   );
   const view = [...new FormData(byId("controls")), ["id", sample.id]];
   // Replaced: going back leads to the page before, not through every sample that was looked at
-  const address = new URLSearchParams(view.filter(([, value]) => value));
-  if (started) history.replaceState(null, "", `#${address}`);
+  const query = new URLSearchParams(view.filter(([, value]) => value));
+  if (started) history.replaceState(null, "", `#${query}`);
 }
 
 function address() {

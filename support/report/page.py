@@ -29,7 +29,7 @@ from support.report.pictures import write_strip
 from support.report.rows import Row, log_line
 from support.report.statistics import RIGHT, SAME, by_change, main_row, signed
 from support.report.tables import cell, report, results_of_run, summary, write_results
-from support.running.files import write_jsonl, write_text
+from support.running.files import read_jsonl, write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
 
 from PIL import Image
@@ -100,14 +100,20 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
     samples = gather(samples)
     if RANK:
         return
-    row = Row(f"{name}, update {update}", loop=loop_of(args), drawn=args.feedback != "again")
+    file = args.out / f"log/validation/{name}.jsonl"  # beside the last one, to see what changed
+    if update == 0:
+        write_jsonl(file, lines)
+    lines_of = {}
+    for number, own in {0: read_jsonl(file, "python grpo.py"), update: lines}.items():
+        loop, drawn = loop_of(args), args.feedback != "again"
+        lines_of[Row(f"{name}, update {number}", loop=loop, drawn=drawn)] = own
     write_page(
         args.out / "report.html",
         title=f"{args.out.name}: {name} trains, after {update} of {args.updates} updates, on "
         f"{len(samples)} validation samples",
         chart=log_charts(args.out / f"log/{name}.jsonl")["val_iou"],
         curves=log_curves(args.out / "log"),
-        groups=[group("validation", samples, {row: lines}, args.steps)],
+        groups=[group("validation", samples, lines_of, args.steps)],
         data=args.out / "data",
     )
 
@@ -207,25 +213,24 @@ def embedded(file, sample, data):
 
 # Trajectories -------------------------------------------------------------------------------------
 def group(name, samples, lines_of, steps, *, shown=None):
-    """A set of samples and what methods do with them, as the script takes it; at most SAMPLES.
+    """A set of samples and what methods do with them, as the script takes it; at most SAMPLES, of
+    those that the shown method changes most.
 
     lines_of: Row -> lines in the order of the samples. steps: T, the last step that is on the page.
     shown: the method that a reader sees first (default: the last one). A sample has an id of its
     own, image, width, height and an expression or a question; maybe source, bbox and answer.
     """
-    if len(samples) > SAMPLES:
-        name = f"{name}, {SAMPLES} of {len(samples)}"
-        samples = samples[:SAMPLES]
-    methods = []
+    records = {}
     for row, lines in lines_of.items():
-        records = [line_record(row, *pair, steps) for pair in zip(samples, lines)]
-        methods.append({"name": row.name, "lines": records})
-    return {
-        "name": name,
-        "samples": [sample_record(sample) for sample in samples],
-        "methods": methods,
-        "shown": shown or methods[-1]["name"],
-    }
+        records[row.name] = [line_record(row, *pair, steps) for pair in zip(samples, lines)]
+    shown = shown or list(records)[-1]
+    change = [abs(record.get("gain", 0)) for record in records[shown]]
+    kept = sorted(sorted(range(len(samples)), key=lambda i: -change[i])[:SAMPLES])
+    if len(kept) < len(samples):
+        name = f"{name}, the {SAMPLES} of {len(samples)} that change most"
+    methods = [{"name": name, "lines": [own[i] for i in kept]} for name, own in records.items()]
+    samples = [sample_record(samples[i]) for i in kept]
+    return {"name": name, "samples": samples, "methods": methods, "shown": shown}
 
 
 def sample_record(sample):
@@ -299,6 +304,7 @@ def outcome(first, final):
 
 
 # Charts -------------------------------------------------------------------------------------------
+STYLES = 8  # of lines, in page.css
 LEFT, END, TOP, BOTTOM = 40, 350, 8, 170  # of the plot, in a picture of 360 x 200
 TITLES = {  # a metric of the logs -> what stands over its chart, where its name does not say it
     "iou": "Mean IoU of each step, sampled",
@@ -381,8 +387,8 @@ def chart(title, x, series, healthy=()):
     for i, (name, own) in enumerate(series.items()):
         aside = 2 * i if len(own[0]) > 2 else 0  # intervals would hide each other
         places = [(to_x(point[0]) + aside, *map(to_y, point[1:])) for point in own]
-        marks += [f'<path class="{kind} s{i % 7}" d="{d}"/>' for kind, d in paths(places)]
-        sign = f'<svg viewBox="0 0 30 10"><path class="line s{i % 7}" d="M0 5H30"/></svg>'
+        marks += [f'<path class="{kind} s{i % STYLES}" d="{d}"/>' for kind, d in paths(places)]
+        sign = f'<svg viewBox="0 0 30 10"><path class="line s{i % STYLES}" d="M0 5H30"/></svg>'
         value = cell(own[-1][1:]) if len(own[0]) > 2 else f"{own[-1][1]:.4g}"
         keys.append(f"<li>{sign} {escape(name)} <b>{value}</b></li>")
     plot = f'<svg viewBox="0 0 360 200" aria-hidden="true">{"".join(marks)}</svg>'

@@ -12,7 +12,7 @@ named as the file, so that the run's own results stay.
 from pathlib import Path
 
 from support.data.samples import read_side
-from support.report.analysis import LISTS, results_of
+from support.report.analysis import results_of
 from support.report.page import group, result_chart, write_page
 from support.report.rows import Row
 from support.report.tables import report, summary, write_results
@@ -42,7 +42,7 @@ def read_predictions(path, samples):
                 f"{path}, line {number}: expected {LINE}, once for each id of test.jsonl, boxes in "
                 f"0..1000 or null, and as many texts if any; found {str(line)[:80]}"
             )
-        lines[place] = {key: own[key] for key in LISTS if key in own}
+        lines[place] = {"boxes": own["boxes"], "texts": own["texts"]}
     for row, lines in lines_of.items():
         # A method that skips the hard ones would look better
         if None in lines or len({len(line["boxes"]) for line in lines}) > 1:

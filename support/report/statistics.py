@@ -34,7 +34,7 @@ def main_row(rows):
 
 
 # Estimates ----------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=8)  # the whole test set and its strata
+@functools.lru_cache(maxsize=32)  # the whole test set, its strata and sources
 def resamples(n, count=10_000):
     """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights
     [count, n] that sum to 1.

@@ -134,8 +134,8 @@ def print_configuration(args):
 def check_path(flag, value, kind):
     """Stops, with one line that names flag, value, reason and remedy, unless the path can be used.
 
-    kind: "file", "folder" or "file or folder", to be read; "new file" or "new folder", to be
-    written, which may be there. It is opened or made: permissions alone do not tell of a full disk.
+    kind: "file" or "folder", to be read; "new file" or "new folder", to be written, which may be
+    there. It is opened or made: permissions alone do not tell of a full disk.
     """
     path = Path(value)
     try:
@@ -147,7 +147,7 @@ def check_path(flag, value, kind):
             tempfile.TemporaryFile(dir=path.parent).close()
             if path.exists():
                 path.open("ab").close()
-        elif kind == "folder" or kind != "file" and path.is_dir():
+        elif kind == "folder":
             os.listdir(path)
         else:
             path.open("rb").close()

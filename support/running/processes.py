@@ -86,13 +86,15 @@ def program():
 
 def catch_interrupts():
     """From here on Ctrl-C ends a loop after the update or batch at hand, with all saved, and a
-    second one at once."""
+    second one at once. So does SIGTERM, a cluster's last word before it kills; of several processes
+    it ends each at once, since torchrun sends it when one of them has failed."""
     signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)  # a cluster's last word before it kills
+    if WORLD == 1:
+        signal.signal(signal.SIGTERM, ask_to_stop)
 
 
 def ask_to_stop(number, frame):
-    if stop_asked:
+    if stop_asked and number == signal.SIGINT:
         sys.exit(130)
     stop_asked.append(number)
     words = "stopping after the update or batch at hand; Ctrl-C again ends at once"
