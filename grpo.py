@@ -144,4 +144,4 @@ for update in run.updates(args.updates, vlm, optimizer):
     health.warn(run)
 
 validate(args.updates)
-run.finish(then="python evaluate.py")
+run.finish(then="python grpo.py --steps 0" if run.name == "grpo" else "python evaluate.py")

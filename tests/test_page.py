@@ -82,7 +82,7 @@ def test_the_file_has_everything(tmp_path):
     single, samples, refined = test["methods"]
     assert [line["words"] for line in refined["lines"][:4]] == [
         "IoU 0.50 → 0.50 → 1.00, improved",  # HALF has an IoU of 0.5, which counts as right
-        "IoU 1.00 → 0.00 → 0.00, degraded, broken",
+        "IoU 1.00 → 0.00 → 0.00, degraded, spoilt",
         "IoU 0.50 → 0.00 → 0.50, stagnated",
         "IoU 0.00 → 0.00 → 1.00, improved, corrected",
     ]

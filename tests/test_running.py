@@ -114,7 +114,8 @@ def test_another_phase_is_named_with_the_runs_own_flags():
     args = argparse.Namespace(preset="paper", out=Path("my runs/1"), model=model)
     assert command(args, "python grpo.py --steps 0").endswith("0 --preset paper --out 'my runs/1'")
     args.out = Path("runs/visrl_paper")
-    assert command(args, "python -m visrl.sft") == "python -m visrl.sft --preset paper"
+    args.seed, args.steps = 10, 0  # no steps: the single-step control's own
+    assert command(args, "python -m visrl.sft") == "python -m visrl.sft --preset paper --seed 10"
 
 
 # Files of a run -----------------------------------------------------------------------------------

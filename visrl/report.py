@@ -103,7 +103,8 @@ def findings(right, good):
         rows = right[what]
         if all(name in rows for pair in pairs for name in pair):
             changes = [estimate(rows[name] - rows[other]) for name, other in pairs]
-            found.append(judged(sentence, changes, above=0))
+            names = [f"{name} - {other}" for name, other in pairs] if len(pairs) > 1 else [""]
+            found.append(judged(sentence, changes, names, above=0))
     for name, words in PARTS.items():
         if name in good and "pairs" in good:
             more = unpaired(good["pairs"], good[name])

@@ -107,9 +107,9 @@ def findings(results, ious_of):
             found.append(judged(f"{words} ({way})", fall, below=-FALL))
     if SFT in rows:
         for way in ways:
-            gains = list(differences[SFT][way].values())
+            gains = differences[SFT][way]
             words = f"SFT + IVT passes single-shot on every metric ({way})"
-            found.append(judged(words, gains, above=0))
+            found.append(judged(words, gains.values(), gains, above=0))
         found.append(judged("SFT declines from step 0 to step T", [rows[SFT]["delta"]], below=0))
     if SFT in rows and GRPO in rows:
         sft, grpo = (ious_of[name][:, -1] - ious_of[name][:, 0] for name in (SFT, GRPO))

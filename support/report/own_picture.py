@@ -47,7 +47,7 @@ def show(sample, trajectory):
         where = "no valid box"
         if box:
             pixels = denormalize_box(box, sample["width"], sample["height"])
-            where = [round(v, 1) for v in pixels]
+            where = f"{[round(v, 1) for v in pixels]} pixels"
         print(f"step {t}: {where}\n  {text.strip()}")
 
 

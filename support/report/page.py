@@ -299,7 +299,7 @@ def outcome(first, final):
     if first < RIGHT <= final:
         words.append("corrected")
     if final < RIGHT <= first:
-        words.append("broken")
+        words.append("spoilt")
     return words
 
 

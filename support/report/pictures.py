@@ -43,12 +43,14 @@ def write_strip(path, sample, image, line, loop):
             caption += f": IoU {box_iou(box, sample):.2f}"
         trace = textwrap.wrap(trace_of(text), width // 7)[:5]
         panels.append((panel(shown, outlined, width, 300), caption, "\n".join(trace)))
-    sheet = together(sample["expression"], panels, width)
+    keys = {word: color for word, color in KEYS.items() if truth or color != TRUTH}
+    sheet = together(sample["expression"], panels, width, keys)
     write_bytes(path, lambda file: sheet.save(file, format="PNG"))
 
 
-def together(words, panels, width):
-    """(picture, caption, text) triples side by side, under the words and what each color means."""
+def together(words, panels, width, keys):
+    """(picture, caption, text) triples side by side, under the words and what each color means
+    (keys)."""
     sheet_width = max(700, len(panels) * (width + GAP) + GAP)
     words = textwrap.wrap(words, sheet_width // 9)[:4]
     top = 50 + 20 * len(words)
@@ -56,7 +58,7 @@ def together(words, panels, width):
     sheet = Image.new("RGB", (sheet_width, below + 120), "white")
     pen = ImageDraw.Draw(sheet)
     x = GAP
-    for word, color in KEYS.items():
+    for word, color in keys.items():
         pen.rectangle((x, 12, x + 16, 24), outline=color, width=3)
         pen.text((x + 22, 9), word, fill="black", font=NORMAL)
         x += 52 + pen.textlength(word, font=NORMAL)

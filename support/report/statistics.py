@@ -173,6 +173,8 @@ def signed(value):
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def judged(sentence, estimates, **side):
-    """A finding: (sentence, numbers, verdict). side: above or below, as of `verdict`."""
-    return sentence, ", ".join(map(signed, estimates)), verdict(estimates, **side)
+def judged(sentence, estimates, names=("",), **side):
+    """A finding: (sentence, numbers, verdict). names: of the estimates, where there are several;
+    side: above or below, as of `verdict`."""
+    words = [f"{name} {signed(value)}".strip() for name, value in zip(names, estimates)]
+    return sentence, ", ".join(words), verdict(estimates, **side)

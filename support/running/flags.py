@@ -83,14 +83,19 @@ def model_path(model):
 
 
 def command(args, script):
-    """`script` ("python grpo.py --steps 0") as a command on the same run, with its --preset, its
-    --model and its --out where they are not the defaults.
+    """`script` ("python grpo.py --steps 0") as a command on the same run: with its --preset, its
+    --model, its --out and what all phases take, such as --seed, where they are not the defaults.
     """
     room = "visrl_" if "-m visrl." in script else ""
     if args.preset != "toy":
         script += f" --preset {args.preset}"
     if args.model != model_path(getattr(settings_of(None)["model"], args.preset)):
         script += f" --model {shlex.quote(args.model)}"
+    for name, setting in settings_of(None).items():
+        value = getattr(args, name, None)
+        is_own = name == "steps" and value == 0  # of one phase alone: the single-step control
+        if name != "model" and not is_own and value not in (None, getattr(setting, args.preset)):
+            script += f" {flag_of(name)} {value}"
     if args.out != Path(f"runs/{room}{args.preset}"):
         script += f" --out {shlex.quote(str(args.out))}"
     return script
