@@ -34,6 +34,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 
 # Boxes --------------------------------------------------------------------------------------------
@@ -219,6 +220,44 @@ def test_what_the_noise_chooses():
     for noise, token in ((0.0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.999, 2)):
         assert common.choose(logits, 1.0, torch.tensor([noise])).item() == token
     assert common.choose(logits, 0, torch.tensor([0.0])).item() == 2
+
+
+@pytest.mark.parametrize("top_p, top_k", [(0.7, 10), (0.7, 0), (1.0, 10), (0.01, 99)])
+def test_what_is_cut_is_what_generate_cuts(top_p, top_k):
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    left = logits / 2
+    for warper, size in ((TopKLogitsWarper, min(top_k, 40)), (TopPLogitsWarper, top_p)):
+        left = warper(size)(None, left) if size else left
+    noise = torch.arange(5000) / 5000
+    tokens = common.choose(logits.expand(5000, -1), 2.0, noise, top_p, top_k)
+    shares = tokens.bincount(minlength=40) / 5000
+    assert torch.allclose(shares, left.softmax(-1)[0], atol=1e-3)
+
+
+def test_log_probabilities_know_no_cut(vlm):
+    """log pi is of the whole distribution at temperature 1, as the losses take it."""
+    options = dict(max_tokens=12, temperatures=(2.0, 2.0), seeds=[0])
+    one, cut = ([picture(32, 32)], ["x"], 1), dict(top_p=0.7, top_k=1)
+    [row] = rollout(vlm, *one, **cut, **options)
+    assert row.target == rollout(vlm, *one, max_tokens=12)[0].target  # the likeliest is left
+    assert row.target != rollout(vlm, *one, **options)[0].target
+    assert (trajectory_logprobs(vlm, [row]).logprob - sampled([row])).abs().max() < 1e-4
+    assert max(row.logprob) < -1e-3
+
+
+def test_whatever_ends_the_turn_ends_the_step(vlm, monkeypatch):
+    """Qwen3-VL's generation_config.json lists two tokens."""
+    one = [picture(32, 32)], ["x"], 1
+    before = rollout(vlm, *one, max_tokens=9)[0].target[:9]
+    end = before[3]
+    for listed in ([end, 0], end):
+        monkeypatch.setattr(vlm.base.generation_config, "eos_token_id", listed)
+        [row] = rollout(vlm, *one, max_tokens=9)
+        assert (
+            row.step.count(0) == 1 + before.index(end) and row.target[row.step.count(0) - 1] == end
+        )
+        assert vlm.encode(row.texts[0]) and end not in row.ids[row.predictor[0] + 1 :]
+        assert row.texts[0] == vlm.tokenizer.decode(before[: before.index(end)])
 
 
 def test_greedy_rollout_equals_generate(vlm):

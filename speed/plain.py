@@ -37,7 +37,7 @@ def append_written(vlm, row, tokens, t):
     text = ""
     for token in tokens:
         row.target.append(token)
-        if token == vlm.token("<|im_end|>"):
+        if token in vlm.turn_ends:
             break
         row.ids.append(token)
         text += vlm.tokenizer.decode([token])
@@ -50,7 +50,7 @@ def append_written(vlm, row, tokens, t):
 def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
     """As `rollout`, greedy, but all images and all tokens so far go through the model at every
     step. Returns Trajectories with their ids, targets and boxes; `images` are PIL."""
-    end_of_turn = vlm.token("<|im_end|>")
+    turn_ends = sorted(vlm.turn_ends)
     for layer in vlm.base.model.language_model.layers:
         layer.gradient_checkpointing = False  # a checkpointed layer writes no cache
     owners = [pair for pair in zip(images, texts) for _ in range(group_size)]
@@ -73,8 +73,8 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
             **inputs,
             max_new_tokens=max_tokens,
             do_sample=False,
-            eos_token_id=end_of_turn,
-            pad_token_id=end_of_turn,
+            eos_token_id=turn_ends,
+            pad_token_id=turn_ends[0],
             stopping_criteria=[step_ends],
             suppress_tokens=[vlm.base.config.image_token_id],
         )
