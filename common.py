@@ -31,8 +31,7 @@ from transformers import DynamicCache
 
 # The paper prints no prompts. The single-shot one is what Qwen3-VL's authors use for this task; the
 # others say what Section 3.1 says they do: think and answer; examine the red box and correct it.
-# The description stands there again, at the end, for the toy, which answers what was asked last;
-# the real model, which would not need it, reads the same.
+# The description ends them in both presets, since the toy's small base answers what comes last.
 SINGLE_PROMPT = (
     'Locate every object that matches the description "{text}" in the image. '
     "Report bbox coordinates in JSON format."

@@ -60,8 +60,7 @@ ROWS = [
     GUARDED,
     Row(statistics.UNTRAINED, "base_ivt", **refined),
     Row(statistics.SFT, "sft", **refined, adapter="sft", command="sft.py"),
-    # It thinks and answers once, and is trained so: one reading of the paper's row. The other, the
-    # loop's policy stopped at step 0, is the first step of the row below
+    # Trained to think and answer once. Or the paper means the next row's policy, at its first step
     Row(statistics.SINGLE, "grpo_single", loop, adapter="grpo_single", command="grpo.py --steps 0"),
     Row(statistics.GRPO, "grpo", **refined, adapter="grpo", command="grpo.py"),
     Row(statistics.WITHOUT_SFT, "base_grpo", **refined, adapter="base_grpo"),

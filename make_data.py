@@ -40,7 +40,6 @@ from common import (
 from support.data import sources, teacher
 from support.data.datasets import counted
 from support.data.samples import load_image
-from support.data.teacher import perturb, template_trace, trace_fault
 from support.model.decoding import rollouts
 from support.model.loading import load_vlm
 from support.model.views import loop_of
@@ -83,7 +82,7 @@ def boxes_to_the_truth(sample, prediction, args, loop):
     if prediction["iou"] > args.iou_max:
         return f"IoU above {args.iou_max}"
     if args.start == "perturbed":
-        first = perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
+        first = teacher.perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
     boxes = interpolate(first, truth, args.steps)
     if not in_view(boxes, loop):
         return "next box outside the view"
@@ -145,7 +144,7 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
             again = [seeds[i] + attempt for i in todo]
             texts = ask_once(vlm, *part, t, again, temperature=temperature, **options)
             names = [row["expression"] for row in part[1]]
-            faults = [trace_fault(vlm, *pair, max_tokens) for pair in zip(texts, names)]
+            faults = [teacher.trace_fault(vlm, *pair, max_tokens) for pair in zip(texts, names)]
             sources.show_refused(texts, faults)
             for i, text, fault in zip(todo, texts, faults):
                 made[i]["rejected" if fault else "traces"].append(fault or text)
@@ -158,7 +157,7 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
 def geometric_trace(row, t, loop):
     """The other teacher: the trace of step t, from where the boxes lie in its picture."""
     boxes = [in_picture(box, row, t, loop) for box in row["boxes"]]
-    return template_trace(boxes, in_picture(row["truth"], row, t, loop), t)
+    return teacher.template_trace(boxes, in_picture(row["truth"], row, t, loop), t)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import make_data
 from common import IVT, Trajectory, draw_overlay, format_box, iou, parse_box
-from support.data.teacher import template_trace, trace_fault
+from support.data.teacher import perturb, template_trace, trace_fault
 from tests.small import picture
 
 import pytest
@@ -49,10 +49,10 @@ def test_the_filter_drops_what_leaves_nothing_to_correct():
 def test_perturbed_boxes_keep_to_the_filter():
     rng = random.Random(0)
     box = [400, 300, 600, 900]
-    ious = [iou(make_data.perturb(rng, box, 0.85), box) for _ in range(50)]
+    ious = [iou(perturb(rng, box, 0.85), box) for _ in range(50)]
     assert 0.1 < min(ious) and max(ious) <= 0.85 and max(ious) - min(ious) > 0.3
     with pytest.raises(SystemExit, match="raise --iou-max"):
-        make_data.perturb(rng, [0, 0, 1, 1], 0.11)
+        perturb(rng, [0, 0, 1, 1], 0.11)
 
 
 def test_template_traces_say_what_the_geometry_is():
