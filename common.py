@@ -31,7 +31,7 @@ from transformers import DynamicCache
 
 # The paper prints no prompts. The single-shot one is what Qwen3-VL's authors use for this task; the
 # others say what Section 3.1 says they do: think and answer; examine the red box and correct it.
-# The description stands there again, at the end: a small model answers what was asked last.
+# The description ends them in both presets, since the toy's small base answers what comes last.
 SINGLE_PROMPT = (
     'Locate every object that matches the description "{text}" in the image. '
     "Report bbox coordinates in JSON format."
@@ -44,6 +44,10 @@ CORRECTION = (
     "The red box is your last prediction. Think inside <think> </think>, then report the corrected "
     "bbox coordinates in JSON format. Examine the box: is it on the wrong object, shifted, too "
     "large or too small? How well does the red box lie around {text}?"
+)
+NO_BOX = (  # as long as no step has given a valid box, and nothing is drawn
+    "Your last prediction is no box, so the image shows none. Think inside <think> </think>, then "
+    "report the bbox coordinates in JSON format. Where is {text}?"
 )
 
 
@@ -154,6 +158,7 @@ class Loop:
     feedback: Callable  # (image, box or None) -> the picture that is shown before step t >= 1
     continuation: str  # the instruction that is injected after that picture, may hold {text} too
     ends: Callable  # (text so far, t) -> whether step t is complete
+    without_box: str = ""  # the instruction while no box is valid, where it is another one
     turn: str = "\n{picture}\n{continuation}\n"  # how both are injected: the same turn goes on
     # (the last valid box, or None) -> the part of the image that the picture shows, a box in
     # 0..1000. The boxes of a step are relative to it
@@ -167,6 +172,7 @@ IVT = Loop(
     prompt=IVT_PROMPT,
     feedback=draw_overlay,
     continuation=CORRECTION,
+    without_box=NO_BOX,
     ends=lambda text, t: box_complete(text),
 )
 SINGLE_SHOT = replace(IVT, prompt=SINGLE_PROMPT)  # with T = 0: no loop at all
@@ -225,6 +231,12 @@ class VLM:
         wrapped = hasattr(self.model, "get_base_model")
         return self.model.get_base_model() if wrapped else self.model
 
+    @property
+    def turn_ends(self):  # <|im_end|>, and what else the checkpoint lists: Qwen3-VL's has two
+        listed = self.base.generation_config.eos_token_id
+        listed = listed if isinstance(listed, list) else [listed]
+        return {self.token("<|im_end|>"), *listed} - {None}
+
     def token(self, name):
         return self.tokenizer.convert_tokens_to_ids(name)
 
@@ -254,7 +266,7 @@ class Trajectory:
     predictor: list = field(default_factory=list)  # M places in `ids` whose logits give a target
     target: list = field(default_factory=list)  # M token ids
     step: list = field(default_factory=list)  # M numbers 0..T: the step that a target belongs to
-    logprob: list = field(default_factory=list)  # M floats, as sampled; taken at temperature 1
+    logprob: list = field(default_factory=list)  # M floats: log pi, at temperature 1 and uncut
     texts: list = field(default_factory=list)  # T + 1 strings
     boxes: list = field(default_factory=list)  # T + 1 boxes; None where a step gave no valid one
 
@@ -291,10 +303,11 @@ def prompt_ids(vlm, image, text, loop):
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
-def continuation_ids(vlm, image, text, loop):
+def continuation_ids(vlm, image, text, loop, last_box):
     """What is injected before step t >= 1: the feedback picture and the instruction."""
     before, after = loop.turn.split("{picture}")
-    after = after.format(continuation=loop.continuation.format(text=text))
+    words = loop.continuation if last_box else loop.without_box or loop.continuation
+    after = after.format(continuation=words.format(text=text))
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
@@ -333,7 +346,7 @@ def build_trajectory(vlm, images, text, written, loop):
     out = Trajectory(ids=prompt_ids(vlm, images[0], text, loop), images=list(images))
     for t, words in enumerate(written):
         if t > 0:
-            out.ids += continuation_ids(vlm, images[t], text, loop)
+            out.ids += continuation_ids(vlm, images[t], text, loop, last_valid(out.boxes))
         tokens = vlm.encode(words)
         first = len(out.ids) - 1  # a token is predicted at the position before its own
         out.predictor += range(first, first + len(tokens))
@@ -433,15 +446,21 @@ class Context:
         self.cached = [count for count in self.cached for _ in range(n)]
 
 
-def choose(logits, temperature, noise):
+def choose(logits, temperature, noise, top_p=1.0, top_k=0):
     """logits [B, V], uniform noise [B] in 0..1 -> tokens [B]; temperature 0 takes the likeliest.
 
     The first token whose cumulative probability exceeds the row's noise (inverse CDF), so that what
-    a row samples does not depend on its batch.
+    a row samples does not depend on its batch. top_k (0: all), then top_p, leave the likeliest.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits / temperature).softmax(-1).cumsum(-1)  # [B, V]
+    p = (logits / temperature).softmax(-1)  # [B, V]
+    if top_k or top_p < 1:
+        ranked, order = p.topk(min(top_k or p.shape[-1], p.shape[-1]))  # [B, top_k]
+        before = ranked.cumsum(-1) - ranked
+        ranked *= before < top_p * ranked.sum(-1, keepdim=True)
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
+    cumulative = p.cumsum(-1)
     index = (cumulative <= noise[:, None] * cumulative[:, -1:]).sum(-1)
     return index.clamp(max=logits.shape[-1] - 1)
 
@@ -452,19 +471,19 @@ def token_text(tokenizer, token):
     return tokenizer.decode([token])
 
 
-def write_step(vlm, context, rows, hidden, t, *, temperature, noise, ends):
+def write_step(vlm, context, rows, hidden, t, *, temperature, noise, ends, **cut):
     """Samples step t of every row, a token a pass. hidden [B, D]: the state at each row's end.
 
-    noise [B, max_tokens]. A step ends where `ends` says so, at the end-of-turn token, or after
-    max_tokens. Appends to each row's ids, targets and texts.
+    noise [B, max_tokens]. A step ends where `ends` says so, at an end of the turn, or after
+    max_tokens. cut: as of `choose`. Appends to each row's ids, targets and texts.
     """
     max_tokens = noise.shape[1]
-    end_of_turn = vlm.token("<|im_end|>")
+    turn_ends = vlm.turn_ends
     text = [""] * len(rows)
     live = list(range(len(rows)))
     for n in range(max_tokens):
         logits = text_logits(vlm, hidden[live])  # [live, V]
-        tokens = choose(logits, temperature, noise[live, n])  # [live]
+        tokens = choose(logits, temperature, noise[live, n], **cut)  # [live]
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]  # [live]
         going = []
         for i, token, logprob in zip(live, tokens.tolist(), logprobs.tolist()):
@@ -475,7 +494,7 @@ def write_step(vlm, context, rows, hidden, t, *, temperature, noise, ends):
             row.step.append(t)
             # An end of the turn is a target, so that GRPO can punish ending early, and never
             # context: the turn goes on with the next picture.
-            if token == end_of_turn:
+            if token in turn_ends:
                 continue
             row.ids.append(token)
             text[i] += token_text(vlm.tokenizer, token)
@@ -487,8 +506,8 @@ def write_step(vlm, context, rows, hidden, t, *, temperature, noise, ends):
         hidden = context.catch_up(rows)  # [B, D]
     for row in rows:
         # Decoded as a whole: `text` shows a character that is split over two tokens as two halves
-        tokens = [token for token, step in zip(row.target, row.step) if step == t]
-        row.texts.append(vlm.tokenizer.decode([token for token in tokens if token != end_of_turn]))
+        tokens = [n for n, step in zip(row.target, row.step) if step == t and n not in turn_ends]
+        row.texts.append(vlm.tokenizer.decode(tokens))
 
 
 def begin(vlm, image, text, loop, first_text=None):
@@ -513,15 +532,18 @@ def rollout(
     loop=IVT,
     group_size=1,
     temperatures=(0.0, 0.0),
+    top_p=1.0,
+    top_k=0,
     seeds=None,
     first_texts=None,
 ):
     """Runs N = group_size trajectories for each of P (image, text) pairs; returns P * N of them.
 
     images: PIL, RGB. texts: what fills the loop's prompt. steps: T; 0 is single-shot. max_tokens:
-    per step. temperatures: at step 0 and after; 0 is greedy. seeds: P integers, needed to sample
-    (else ValueError); what a prompt samples depends on its seed, T, N and max_tokens, not on its
-    batch (up to rounding). first_texts: P texts of step 0 that the trajectories go on from.
+    per step. temperatures: at step 0 and after; 0 is greedy. top_p, top_k: of `choose`; log pi is
+    that of the whole distribution all the same. seeds: P integers, needed to sample (else
+    ValueError); what a prompt samples depends on its seed, T, N and max_tokens, not on its batch
+    (up to rounding). first_texts: P texts of step 0 that the trajectories go on from.
 
     Each image is encoded once, each token goes through the model once, and a group's prompt is fed
     once. Where a step gave no valid box, the last valid one is shown.
@@ -552,12 +574,12 @@ def rollout(
             # Render and inject: the picture and the instruction join the same assistant turn
             pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
             shown = encode_images(vlm, pictures)
-            for row, image, text in zip(rows, shown, texts):
-                row.ids += continuation_ids(vlm, image, text, loop)
+            for row, image, text, last_box in zip(rows, shown, texts, last_boxes):
+                row.ids += continuation_ids(vlm, image, text, loop, last_box)
                 row.images.append(image)
             hidden = context.catch_up(rows, [[image] for image in shown])  # [P * N, D]
         options = dict(temperature=temperatures[min(t, 1)], noise=noise[t], ends=loop.ends)
-        write_step(vlm, context, rows, hidden, t, **options)
+        write_step(vlm, context, rows, hidden, t, top_p=top_p, top_k=top_k, **options)
         for row, last_box in zip(rows, last_boxes):
             row.boxes.append(read_box(row.texts[-1], last_box, loop))
     return rows

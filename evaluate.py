@@ -60,7 +60,7 @@ ROWS = [
     GUARDED,
     Row(statistics.UNTRAINED, "base_ivt", **refined),
     Row(statistics.SFT, "sft", **refined, adapter="sft", command="sft.py"),
-    # It thinks, as the policy was taught to, and answers once: IVT's prompt, no refinement
+    # Trained to think and answer once. Or the paper means the next row's policy, at its first step
     Row(statistics.SINGLE, "grpo_single", loop, adapter="grpo_single", command="grpo.py --steps 0"),
     Row(statistics.GRPO, "grpo", **refined, adapter="grpo", command="grpo.py"),
     Row(statistics.WITHOUT_SFT, "base_grpo", **refined, adapter="base_grpo"),

@@ -9,11 +9,13 @@ Each update: 8 prompts, N = 6 trajectories each, sampled at temperature 1.0 (ste
 the reward against its group; one gradient step. The reference of the KL term is a second, frozen
 copy of the adapter that training started from, never the bare base model.
 
-No departure from the paper's recipe. Where the paper is silent: log-probabilities are taken at
-temperature 1; AdamW at a constant rate, gradients clipped to norm 1; validation is greedy; the loss
-is a mean over all tokens of the update, so that a longer trajectory weighs more. "Gradient
-accumulation over 8 steps" is read as 8 prompts per update; the adapter that does best on some of
-the validation samples is the result. The toy preset has its own rate and number of updates.
+Where the paper is silent: log-probabilities are taken at temperature 1; nothing cuts what is
+sampled, as the checkpoint's own top_p and top_k would; AdamW at a constant rate, gradients clipped
+to norm 1; the loss is a mean over all tokens of the update, so that a longer trajectory weighs
+more; "gradient accumulation over 8 steps" is 8 prompts per update. The result is the adapter with
+the best greedy reward on the first --val-prompts validation samples (64 of the paper's 510), the
+one that it started from included. The single-step control is a training of its own; the paper's
+figures fit the loop's policy, stopped at step 0, as well. The toy has its own rate and updates.
 
 Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ for --init
 base): a PEFT adapter, the best by validation reward; log/<name>.jsonl, <name>.checkpoint and, at

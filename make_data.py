@@ -37,10 +37,9 @@ from common import (
     rollout,
     written_boxes,
 )
-from support.data import sources
+from support.data import sources, teacher
 from support.data.datasets import counted
 from support.data.samples import load_image
-from support.data.teacher import perturb, template_trace, trace_fault
 from support.model.decoding import rollouts
 from support.model.loading import load_vlm
 from support.model.views import loop_of
@@ -54,7 +53,9 @@ def interpolate(first, last, steps):
     """T + 1 boxes (0..1000) on the straight line from `first` to `last` (Section 3.2)."""
     boxes = []
     for t in range(steps + 1):
-        boxes.append([round(a + (b - a) * t / steps) for a, b in zip(first, last)])
+        x1, y1, x2, y2 = (round(a + (b - a) * t / steps) for a, b in zip(first, last))
+        # Sides that lie one apart may be rounded onto each other, and no box is without an area
+        boxes.append([x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)])
     return boxes
 
 
@@ -81,7 +82,7 @@ def boxes_to_the_truth(sample, prediction, args, loop):
     if prediction["iou"] > args.iou_max:
         return f"IoU above {args.iou_max}"
     if args.start == "perturbed":
-        first = perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
+        first = teacher.perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
     boxes = interpolate(first, truth, args.steps)
     if not in_view(boxes, loop):
         return "next box outside the view"
@@ -90,28 +91,6 @@ def boxes_to_the_truth(sample, prediction, args, loop):
 
 
 # The teacher, a VLM that is told the next box and may not say so ----------------------------------
-# The paper does not print the teacher's prompts either. At step 0 it reasons forward, whether the
-# box is right or wrong: the student cannot know that when it writes its first box (Section 3.2).
-TEACHER_FIRST = (
-    'You located "{expression}" in this image and chose the region {box} (coordinates relative to '
-    "1000). In two sentences, in the first person, reason forward from the description to this "
-    "region: what you look for, where you see it and why it fits. Do not write any number or "
-    "coordinate, and no box."
-)
-TEACHER_STEP = (
-    'The red box in this image is your last prediction for "{expression}". A better region is '
-    "{box} (coordinates relative to 1000); never mention that you were told. In two or three "
-    "sentences, in the first person, examine the red box: say what is wrong with it (shifted, too "
-    "large, too small, on the wrong object) and which spatial correction is needed. Do not write "
-    "any number or coordinate, and no box."
-)
-TEACHER_HOLD = (  # where the next box is the same one: near the truth, with --iou-max 1
-    'The red box in this image is your last prediction for "{expression}", and it is right. In two '
-    "sentences, in the first person, examine the red box: say why it fits and that you keep it. Do "
-    "not write any number or coordinate, and no box."
-)
-
-
 def box_before(row, t):
     """The box that step t of a row will see: none at step 0."""
     return row["boxes"][t - 1] if t > 0 else None
@@ -125,9 +104,9 @@ def in_picture(box, row, t, loop):
 def teacher_prompt(row, t, loop):
     """What the teacher is asked about step t, and told: the box that the step will write."""
     box = row["boxes"][t]
-    words = TEACHER_STEP if t > 0 else TEACHER_FIRST
+    words = teacher.ABOUT_STEP if t > 0 else teacher.ABOUT_FIRST
     if t > 0 and box == box_before(row, t):
-        words = TEACHER_HOLD
+        words = teacher.ABOUT_HOLD
     told = format_box(in_picture(box, row, t, loop))
     return words.format(expression=row["expression"], box=told)
 
@@ -164,7 +143,9 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
             part = [images[i] for i in todo], [rows[i] for i in todo]
             again = [seeds[i] + attempt for i in todo]
             texts = ask_once(vlm, *part, t, again, temperature=temperature, **options)
-            faults = [trace_fault(text, row["expression"]) for text, row in zip(texts, part[1])]
+            names = [row["expression"] for row in part[1]]
+            faults = [teacher.trace_fault(vlm, *pair, max_tokens) for pair in zip(texts, names)]
+            sources.show_refused(texts, faults)
             for i, text, fault in zip(todo, texts, faults):
                 made[i]["rejected" if fault else "traces"].append(fault or text)
             todo = [i for i, fault in zip(todo, faults) if fault]
@@ -176,7 +157,7 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
 def geometric_trace(row, t, loop):
     """The other teacher: the trace of step t, from where the boxes lie in its picture."""
     boxes = [in_picture(box, row, t, loop) for box in row["boxes"]]
-    return template_trace(boxes, in_picture(row["truth"], row, t, loop), t)
+    return teacher.template_trace(boxes, in_picture(row["truth"], row, t, loop), t)
 
 
 if __name__ == "__main__":

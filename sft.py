@@ -7,9 +7,9 @@ instruction, step 2. Cross-entropy on the reasoning and the boxes alone; the pro
 tokens and the injected instructions are context. LoRA on the attention and MLP projections of the
 language model; everything else is frozen.
 
-No departure from the paper's recipe. Where the paper is silent: "all attention and MLP projection
-layers" (Section 4.1) are read as those of the language model; AdamW without weight decay, gradients
-clipped to norm 1. The toy preset has its own rate, epochs and batch (support/running/presets.py).
+Where the paper is silent: "all attention and MLP projection layers" (Section 4.1), and what 4 bits
+hold, are read as the language model's, not the vision tower's; AdamW without weight decay,
+gradients clipped to norm 1. The toy has its own rate, epochs and batch.
 
 Reads data/train.jsonl, data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint
 under --out.

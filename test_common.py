@@ -34,6 +34,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 
 # Boxes --------------------------------------------------------------------------------------------
@@ -221,6 +222,42 @@ def test_what_the_noise_chooses():
     assert common.choose(logits, 0, torch.tensor([0.0])).item() == 2
 
 
+@pytest.mark.parametrize("top_p, top_k", [(0.7, 10), (0.7, 0), (1.0, 10), (0.01, 99)])
+def test_what_is_cut_is_what_generate_cuts(top_p, top_k):
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    left = logits / 2
+    for warper, size in ((TopKLogitsWarper, min(top_k, 40)), (TopPLogitsWarper, top_p)):
+        left = warper(size)(None, left) if size else left
+    noise = torch.arange(5000) / 5000
+    tokens = common.choose(logits.expand(5000, -1), 2.0, noise, top_p, top_k)
+    shares = tokens.bincount(minlength=40) / 5000
+    assert torch.allclose(shares, left.softmax(-1)[0], atol=1e-3)
+
+
+def test_log_probabilities_know_no_cut(vlm):
+    """log pi is of the whole distribution at temperature 1, as the losses take it."""
+    options = dict(max_tokens=12, temperatures=(2.0, 2.0), seeds=[0])
+    one, cut = ([picture(32, 32)], ["x"], 1), dict(top_p=0.7, top_k=1)
+    [row] = rollout(vlm, *one, **cut, **options)
+    assert row.target == rollout(vlm, *one, max_tokens=12)[0].target  # the likeliest is left
+    assert row.target != rollout(vlm, *one, **options)[0].target
+    assert (trajectory_logprobs(vlm, [row]).logprob - sampled([row])).abs().max() < 1e-4
+    assert max(row.logprob) < -1e-3
+
+
+def test_whatever_ends_the_turn_ends_the_step(vlm, monkeypatch):
+    """Qwen3-VL's generation_config.json lists two tokens."""
+    options = dict(max_tokens=9, temperatures=(2.0, 2.0), seeds=[0])
+    tokens = rollout(vlm, [picture(32, 32)], ["x"], 0, **options)[0].target
+    end = tokens[3]
+    assert len(tokens) > 4 and end not in tokens[:3]
+    for listed in ([end, vlm.token("<|im_end|>")], end):
+        monkeypatch.setattr(vlm.base.generation_config, "eos_token_id", listed)
+        [row] = rollout(vlm, [picture(32, 32)], ["x"], 0, **options)
+        assert row.target == tokens[:4] and row.texts == [vlm.tokenizer.decode(tokens[:3])]
+        assert row.ids[-1] == tokens[2]  # the end is a target, and never enters the context
+
+
 def test_greedy_rollout_equals_generate(vlm):
     image = picture(96, 80)
     images = [image, picture(32, 32)]
@@ -238,7 +275,8 @@ def test_greedy_rollout_equals_generate(vlm):
 
 
 def test_the_last_valid_box_is_shown(vlm, monkeypatch):
-    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1."""
+    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1. Before step 1 there is
+    none to be seen, and none is spoken of."""
     answers = iter([None, [1, 2, 30, 40], None, None])
     boxes = []
 
@@ -247,8 +285,12 @@ def test_the_last_valid_box_is_shown(vlm, monkeypatch):
         return image
 
     monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
-    rollout(vlm, [picture(32, 32)], ["x"], 3, max_tokens=2, loop=replace(IVT, feedback=feedback))
+    loop = replace(IVT, feedback=feedback)
+    [row] = rollout(vlm, [picture(32, 32)], ["x"], 3, max_tokens=2, loop=loop)
     assert boxes == [None, [1, 2, 30, 40], [1, 2, 30, 40]]
+    injected = vlm.tokenizer.decode(row.ids).split("<|vision_start|>")[2:]
+    assert [text.count("The red box") for text in injected] == [0, 1, 1]
+    assert common.NO_BOX.format(text="x") in injected[0]
 
 
 def test_sft_sees_what_the_rollout_sees(vlm, monkeypatch):

@@ -37,7 +37,7 @@ def append_written(vlm, row, tokens, t):
     text = ""
     for token in tokens:
         row.target.append(token)
-        if token == vlm.token("<|im_end|>"):
+        if token in vlm.turn_ends:
             break
         row.ids.append(token)
         text += vlm.tokenizer.decode([token])
@@ -50,7 +50,7 @@ def append_written(vlm, row, tokens, t):
 def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
     """As `rollout`, greedy, but all images and all tokens so far go through the model at every
     step. Returns Trajectories with their ids, targets and boxes; `images` are PIL."""
-    end_of_turn = vlm.token("<|im_end|>")
+    turn_ends = sorted(vlm.turn_ends)
     for layer in vlm.base.model.language_model.layers:
         layer.gradient_checkpointing = False  # a checkpointed layer writes no cache
     owners = [pair for pair in zip(images, texts) for _ in range(group_size)]
@@ -59,9 +59,10 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
     for t in range(steps + 1):
         if t > 0:
             for row, pictures, (image, text) in zip(rows, shown, owners):
-                picture = IVT.feedback(image, last_valid(row.boxes))
+                last_box = last_valid(row.boxes)
+                picture = IVT.feedback(image, last_box)
                 pictures.append(picture)
-                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), text, IVT)
+                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), text, IVT, last_box)
         inputs = model_inputs(vlm, [row.ids for row in rows], shown)
         start = inputs["input_ids"].shape[1]
 
@@ -73,8 +74,8 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
             **inputs,
             max_new_tokens=max_tokens,
             do_sample=False,
-            eos_token_id=end_of_turn,
-            pad_token_id=end_of_turn,
+            eos_token_id=turn_ends,
+            pad_token_id=turn_ends[0],
             stopping_criteria=[step_ends],
             suppress_tokens=[vlm.base.config.image_token_id],
         )

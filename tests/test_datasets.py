@@ -81,7 +81,7 @@ def refcocog_rows():
 def refadv_rows():
     rows = []
     for name, origin, content in (
-        ("000000000139.jpg", "coco_val2017", encoded("P", "PNG")),
+        ("000000000139.jpg", "COCO_val2017", encoded("P", "PNG")),
         ("0007786c9352aac1.jpg", "openimages", encoded("CMYK")),
     ):
         rows.append(

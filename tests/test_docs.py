@@ -36,7 +36,8 @@ evaluate: max_tokens 160
 visrl.make_data: sft_samples 30647, train_samples 180000, crop box
 visrl.sft: lr 0.0001, epochs 3, batch_size 2, grad_accum 8, lora_rank 8, lora_alpha 16
 visrl.sft: warmup 0.1, max_pixels 262144
-visrl.make_pairs: attempts 3, temperature 2.0, iou_max 0.05, win 0.8, lose 0.2, critic prompted
+visrl.make_pairs: attempts 3, temperature 2.0, top_p 0.7, top_k 50, iou_max 0.05, win 0.8
+visrl.make_pairs: lose 0.2, critic prompted
 visrl.dpo: lr 5e-06, beta 0.1, epochs 5, batch_size 3, grad_accum 8, warmup 0.1
 """
 

@@ -20,6 +20,7 @@ from common import (
 from support.model.views import asked_again, guarded, implausible, loop_of, view_of, zoom
 from support.report.overlays import elsewhere
 from tests.small import picture, vlm
+from tests.test_make_data import WORDS
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_the_vlm_teacher_is_told_the_box_of_the_view():
 
     rows = [{"id": "1", "expression": "the cat", "boxes": [BOX, [440, 410, 640, 510]]}]
     image = picture(64, 48)
-    make_data.vlm_traces(None, [image], rows, [1], max_tokens=4, loop=zoom(2.0), roll=answer)
+    make_data.vlm_traces(WORDS, [image], rows, [1], max_tokens=30, loop=zoom(2.0), roll=answer)
     [(_, first), ([shown], second)] = calls
     assert format_box(BOX) in first[0]
     assert format_box([350, 400, 850, 650]) in second[0]

@@ -1,20 +1,36 @@
 """Tests of phase 0: trajectories of boxes and the two teachers."""
 
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import make_data
-from common import IVT, Trajectory, draw_overlay, iou
-from support.data.teacher import template_trace, trace_fault
+from common import IVT, Trajectory, draw_overlay, format_box, iou, parse_box
+from support.data.teacher import perturb, template_trace, trace_fault
 from tests.small import picture
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+WORDS = SimpleNamespace(encode=str.split)  # a VLM, as far as a trace is measured
 
 
 def test_interpolation():
     first = [0, 0, 100, 100]
     last = [100, 50, 300, 101]
     assert make_data.interpolate(first, last, 2) == [first, [50, 25, 200, 100], last]
+
+
+corners = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
+boxes = st.tuples(corners, corners).map(lambda sides: [*zip(*sides)][0] + [*zip(*sides)][1])
+
+
+@given(boxes, boxes, st.integers(1, 5))
+@example((100, 0, 101, 10), (103, 0, 104, 10), 2)
+def test_no_box_between_is_without_an_area(first, last, steps):
+    for box in make_data.interpolate(first, last, steps):
+        assert parse_box(format_box(box)) == box
 
 
 def test_the_filter_drops_what_leaves_nothing_to_correct():
@@ -33,10 +49,10 @@ def test_the_filter_drops_what_leaves_nothing_to_correct():
 def test_perturbed_boxes_keep_to_the_filter():
     rng = random.Random(0)
     box = [400, 300, 600, 900]
-    ious = [iou(make_data.perturb(rng, box, 0.85), box) for _ in range(50)]
+    ious = [iou(perturb(rng, box, 0.85), box) for _ in range(50)]
     assert 0.1 < min(ious) and max(ious) <= 0.85 and max(ious) - min(ious) > 0.3
     with pytest.raises(SystemExit, match="raise --iou-max"):
-        make_data.perturb(rng, [0, 0, 1, 1], 0.11)
+        perturb(rng, [0, 0, 1, 1], 0.11)
 
 
 def test_template_traces_say_what_the_geometry_is():
@@ -67,7 +83,7 @@ def test_template_traces_say_what_the_geometry_is():
 
 
 def test_teacher_traces_may_not_leak():
-    fault = trace_fault
+    fault = partial(trace_fault, WORDS, max_tokens=30)
     assert fault("The box is too low. I move it up.", "the cat") is None
     assert fault("Number 23 is left.", "player 23") is None
     assert fault("Move it to 312.", "the cat") == "coordinates"
@@ -75,9 +91,12 @@ def test_teacher_traces_may_not_leak():
     assert fault("The ground truth is higher.", "the cat") == "leak"
     assert fault("It is too low. So I", "the cat") == "unfinished"
     assert fault("A. B. C. D. E.", "the cat") == "sentences"
+    # The box, five words here, has to fit behind the trace
+    assert fault("so " * 25 + "end.", "the cat") == "too long"
+    assert fault("so " * 24 + "end.", "the cat") is None
 
 
-def test_the_vlm_teacher_asks_again_and_sees_the_overlay():
+def test_the_vlm_teacher_asks_again_and_sees_the_overlay(capsys):
     good = "I see it at the left. It is the only one."
     rows = [
         {"id": "1", "expression": "the cat", "boxes": [[0, 0, 500, 500], [500, 500, 900, 900]]},
@@ -95,9 +114,10 @@ def test_the_vlm_teacher_asks_again_and_sees_the_overlay():
         return [Trajectory(texts=[texts[name].pop(0)]) for name in names]
 
     images = [picture(32, 32), picture(32, 32, 1)]
-    made = make_data.vlm_traces(None, images, rows, [10, 20], max_tokens=4, roll=answer)
+    made = make_data.vlm_traces(WORDS, images, rows, [10, 20], max_tokens=30, roll=answer)
     assert [row["traces"] for row in made] == [[good, good], [good, good]]
     assert [row["rejected"] for row in made] == [["coordinates"], ["unfinished", "empty"]]
+    assert "refused, coordinates: 'Go to 312.'\n" in capsys.readouterr().out
     # Only what was rejected is asked for again, with another seed
     assert [len(call[0]) for call in calls] == [2, 1, 2, 1, 1]
     assert calls[1][2] == [11]
@@ -108,5 +128,5 @@ def test_the_vlm_teacher_asks_again_and_sees_the_overlay():
     # A box that holds still is not to be found fault with
     assert "it is right" in calls[2][1][1]
     texts["a dog"] = ["1"] * 3 + [good]
-    [row] = make_data.vlm_traces(None, images[1:], rows[1:], [20], max_tokens=4, roll=answer)
+    [row] = make_data.vlm_traces(WORDS, images[1:], rows[1:], [20], max_tokens=30, roll=answer)
     assert row["traces"] is None

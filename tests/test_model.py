@@ -204,6 +204,26 @@ def test_a_foreign_or_damaged_adapter_is_refused_in_one_line(vlm, tmp_path):
     assert "another base model" in one_line(adapters.add_adapter, one, whole, "policy")
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_merged_base_is_another_base(vlm, tmp_path, quantize):
+    """Or LoRA would count twice."""
+    base, merged = save_parts(vlm, tmp_path / "base"), save_parts(vlm, tmp_path / "merged")
+    one = loading.load_vlm(model_args(base, quantize=quantize))
+    adapters.new_adapter(one, 4, 8)
+    adapters.save_adapter(one, tmp_path / "sft")
+    whole = loading.load_vlm(model_args(base))
+    adapters.add_adapter(whole, tmp_path / "sft", "policy")  # trained in 4 bits, used in full
+    for name, p in whole.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.01)
+    whole.model.merge_and_unload().save_pretrained(merged, max_shard_size="200KB")
+    (merged / "model.safetensors").unlink()
+    again = loading.load_vlm(model_args(merged, quantize=quantize))
+    assert "another base" in one_line(adapters.add_adapter, again, tmp_path / "sft", "policy")
+    change("base.json", projection=None)(tmp_path / "sft")  # as it was written before
+    adapters.add_adapter(again, tmp_path / "sft", "policy")
+
+
 def add_two_adapters(one):
     """Of which the last is active, and neither leaves the model as it is."""
     for name in ("reference", "policy"):

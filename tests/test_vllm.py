@@ -80,6 +80,7 @@ class PlainWriter:
             image = next(places) if token == self.vlm.base.config.image_token_id else None
             ids += [token] * (image.rows * image.columns if image else 1)
         self.prompts.append(ids)
+        assert (params.top_p, params.top_k) == (0.7, 50)
         self.requests[name] = ids, self.write(list(ids), images, params)
 
     def write(self, ids, images, params):
@@ -152,8 +153,9 @@ def same(ours, plain, tolerance):
 )
 def test_the_loop_is_that_of_the_plain_rollout(vlm, stand_in, loop, given, monkeypatch):
     engine = on_vllm.Engine(SimpleNamespace(llm_engine=PlainWriter(vlm)), "")
-    options = dict(max_tokens=14, loop=loop, group_size=2, first_texts=given)
+    options = dict(max_tokens=14, loop=loop, group_size=2, first_texts=given, top_p=0.7, top_k=50)
     played = []
+    monkeypatch.setattr(vlm.base.generation_config, "eos_token_id", list(range(0, 1000, 40)))
     answers = [0, 0, 500, 900], None, [100, 200, 300, 400]
     monkeypatch.setattr(common, "parse_box", lambda text: answers[len(text) % 3])
     for play in (partial(rollout, vlm), partial(play_on, engine, vlm)):

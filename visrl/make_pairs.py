@@ -7,6 +7,7 @@
 For each question, in five steps, none of which sees a true box:
 
 1. Boxes: the actor, the model trained so far, samples 3 attempts of two boxes, at temperature 2.
+   Of each token's distribution the 50 likeliest, then 0.7 of the mass are left (the authors' code).
 2. Diversity controller (Eq. 3): where the two boxes of an attempt overlap (IoU above tau), the
    second becomes a random box outside the first, of about its area.
 3. Answers: the actor sees each box's crop and samples an answer. Box and answer are a path.
@@ -39,7 +40,7 @@ from support.model.decoding import rollouts
 from support.running import errors, files, processes
 from support.running.flags import Flag, flags
 from visrl.critics import score_paths
-from visrl.loop import END, LOOPS, actor, made_by, named
+from visrl.loop import LOOPS, actor, made_by, named
 
 # The diversity controller (Eq. 3) -----------------------------------------------------------------
 TOLERANCE = 0.4  # share of the area; the authors' code
@@ -131,6 +132,7 @@ if __name__ == "__main__":
     policy = actor(args.iteration)
     inputs = [data / "train.jsonl", adapters.weights_of(args, policy, made_by(policy), "crop")]
     options = dict(max_tokens=args.max_tokens, loop=loop, temperatures=(args.temperature,) * 2)
+    options |= dict(top_p=args.top_p, top_k=args.top_k)
     size = 2 * args.attempts  # boxes of a question
 
     @functools.cache
@@ -176,7 +178,7 @@ if __name__ == "__main__":
         rows = roll(load_model(), images, questions, 1, **given, **options)
         for image, sample, box, row in zip(images, samples, boxes, rows):
             # Cut short, or with a special token in it, it is no text to be learnt
-            if row.target[-1] == load_model().token(END) and "<|" not in row.texts[1]:
+            if row.target[-1] in load_model().turn_ends and "<|" not in row.texts[1]:
                 items.append((image, sample, {"box": box, "answer": row.texts[1]}))
         return items
 
@@ -210,7 +212,7 @@ if __name__ == "__main__":
         return list(rows.values())
 
     only = "model quantize dtype engine max_pixels max_tokens seed iteration attempts temperature"
-    only = [*only.split(), "iou_max", "crop", "critic"]
+    only = [*only.split(), "top_p", "top_k", "iou_max", "crop", "critic"]
     path = place("paths", "no_controller", "sft_critic")
     files.begin(args, path.stem, *inputs, only=only, log=path)
     made = files.resumable(path, train, args.batch_size, path.stem, make_paths)

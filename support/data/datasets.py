@@ -91,7 +91,7 @@ def image_key(origin, name):
     COCO_train2014_000000000009.jpg are all "coco 9"."""
     stem = Path(name).stem
     number = re.search(r"\d+$", stem)
-    if "coco" in origin and number:
+    if "coco" in origin.lower() and number:
         return f"coco {int(number[0])}"
     return f"{origin} {stem}"
 

@@ -11,6 +11,7 @@ from support.running.flags import Flag, command
 from support.running.processes import RANK, barrier, minutes
 
 import torch
+from tqdm import tqdm
 
 SIDES = ("train", "val", "test")
 
@@ -116,8 +117,23 @@ def write_trajectories(args, rows, start):
     print(f"{len(rows)} trajectories in {path}, {minutes(start)}; next: {then}")
 
 
+refused = []  # what `show_refused` has printed
+
+
+def show_refused(traces, faults):
+    """Prints the first refused traces as they come: a teacher that misreads its prompt shows after
+    minutes, not at the end."""
+    for trace, fault in zip(traces, faults):
+        if fault and len(refused) < 5 and not RANK:
+            refused.append(trace)
+            tqdm.write(f"teacher: refused, {fault}: {trace!r}")
+
+
 def show_teacher(taught):
     """Prints which traces were refused. taught: rows of data/traces.jsonl."""
     rejections = Counter(fault for row in taught for fault in row["rejected"])
     unusable = sum(row["traces"] is None for row in taught)
     print(f"teacher: rejected traces: {datasets.counted(rejections)}; {unusable} rows dropped")
+    if unusable > len(taught) / 10:
+        print("warning: over a tenth, and the paper drops none; read the refusals above, then")
+        print("  another --teacher-model, or for traces that are too long a larger --max-tokens")

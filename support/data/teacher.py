@@ -1,5 +1,5 @@
-"""Reasoning traces: what is wrong with one that a VLM wrote, and traces from geometry alone. How
-boxes lie, in words, and boxes moved at random. All boxes are in 0..1000.
+"""Reasoning traces: what a VLM is asked for them and what is wrong with one, and traces from
+geometry alone. How boxes lie, in words, and boxes moved at random. All boxes are in 0..1000.
 
 The paper's teacher is a VLM (make_data.py, `vlm_traces`). For the toy preset, whose model is too
 small to write them, `template_trace` computes them from the boxes.
@@ -7,17 +7,41 @@ small to write them, `template_trace` computes them from the boxes.
 
 import re
 
-from common import iou
+from common import iou, step_text
 from support.running.errors import stop
 
+# The paper does not print the teacher's prompts either. At step 0 it reasons forward, whether the
+# box is right or wrong: the student cannot know that when it writes its first box (Section 3.2).
+ABOUT_FIRST = (
+    'You located "{expression}" in this image and chose the region {box} (coordinates relative to '
+    "1000). In two sentences, in the first person, reason forward from the description to this "
+    "region: what you look for, where you see it and why it fits. Do not write any number or "
+    "coordinate, and no box."
+)
+ABOUT_STEP = (
+    'The red box in this image is your last prediction for "{expression}". A better region is '
+    "{box} (coordinates relative to 1000); never mention that you were told. In two or three "
+    "sentences, in the first person, examine the red box: say what is wrong with it (shifted, too "
+    "large, too small, on the wrong object) and which spatial correction is needed. Do not write "
+    "any number or coordinate, and no box."
+)
+ABOUT_HOLD = (  # where the next box is the same one: near the truth, with --iou-max 1
+    'The red box in this image is your last prediction for "{expression}", and it is right. In two '
+    "sentences, in the first person, examine the red box: say why it fits and that you keep it. Do "
+    "not write any number or coordinate, and no box."
+)
 
-def trace_fault(trace, expression):
+
+def trace_fault(vlm, trace, expression, max_tokens):
     """Why a teacher's trace cannot be used, in a word, or None.
 
-    It must not hold what the student could not know: coordinates, or that the truth was told.
+    It must not hold what the student could not know: coordinates, or that the truth was told. The
+    student has max_tokens for its trace, the tags and a box, here the longest.
     """
     if not trace:
         return "empty"
+    if len(vlm.encode(step_text(trace, [1000] * 4))) > max_tokens:
+        return "too long"
     if not trace.endswith((".", "!", "?")):
         return "unfinished"
     if set(re.findall(r"\d+", trace)) - set(re.findall(r"\d+", expression)) or "[" in trace:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from support.model.loading import loading
@@ -17,24 +18,47 @@ from support.running.processes import RANK
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from transformers.utils.hub import cached_file
 
 ADAPTER_FILES = ("base.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 def fingerprint(vlm):
-    """What tells one base model from another: its shape and a hash of its norms, which 4-bit
-    loading leaves as they are."""
-    digest = hashlib.sha256()
-    for name, p in vlm.base.model.language_model.named_parameters():
-        if name.endswith("norm.weight"):
-            digest.update(p.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
+    """What tells one base model from another: its shape and hashes of its norms, which 4-bit
+    loading leaves as they are, and of a projection, which is another one with LoRA merged."""
+    named = vlm.base.model.language_model.named_parameters()
     text = vlm.base.config.text_config
     return {
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
         "vocab_size": text.vocab_size,
-        "norms": digest.hexdigest()[:12],
+        "norms": hash_of(p for name, p in named if name.endswith("norm.weight")),
+        "projection": hash_of([projection(vlm)]),
     }
+
+
+def hash_of(tensors):
+    """Twelve digits, the same for bfloat16 and float32 of one checkpoint."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def projection(vlm):
+    """A projection that LoRA is trained on, without LoRA: of 4-bit weights from the checkpoint."""
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    layer = vlm.base.get_submodule(name)
+    weight = getattr(layer, "base_layer", layer).weight
+    if weight.is_floating_point():
+        return weight
+    find = partial(cached_file, vlm.base.name_or_path, _raise_exceptions_for_missing_entries=False)
+    file = find("model.safetensors")
+    if not file:  # in several parts
+        index = json.loads(Path(find("model.safetensors.index.json")).read_text())
+        file = find(index["weight_map"][f"{name}.weight"])
+    with safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(f"{name}.weight")
 
 
 def lora_config(rank, alpha):
@@ -89,8 +113,8 @@ def add_adapter(vlm, folder, name):
             with safe_open(folder / "adapter_model.safetensors", "pt") as file:
                 there = {key for key in file.keys() if "lora_" in key}
             then = now = fingerprint(vlm)
-            if (folder / "base.json").exists():
-                then = json.loads((folder / "base.json").read_text())
+            if (folder / "base.json").exists():  # an older one has no projection
+                then = {**now, **json.loads((folder / "base.json").read_text())}
             if then != now:
                 stop(f"{folder} was trained on another base model: {then}; --model is {now}")
             place = folder.resolve()  # which is never taken for a hub id

@@ -225,6 +225,8 @@ def vllm_rollout(
     loop=IVT,
     group_size=1,
     temperatures=(0.0, 0.0),
+    top_p=1.0,
+    top_k=0,
     seeds=None,
     first_texts=None,
 ):
@@ -246,7 +248,7 @@ def vllm_rollout(
             trajectory = begin(vlm, tokens, text, loop, first_text)
             rows.append(Row(trajectory, image, text, own, [picture]))
     options = dict(temperatures=temperatures, max_tokens=max_tokens, encode=encode)
-    options |= dict(lora=hand_over(engine, vlm))
+    options |= dict(top_p=top_p, top_k=top_k, lora=hand_over(engine, vlm))
     llm_engine = engine.llm.llm_engine
     live = {ask(engine, vlm, row, loop, **options): row for row in rows}
     while llm_engine.has_unfinished_requests():
@@ -266,26 +268,28 @@ def vllm_rollout(
     return [row.trajectory for row in rows]
 
 
-def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora):
+def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora, **cut):
     """Has vLLM write the next step of a row, behind the picture and the instruction of that step.
-    Returns the name of the request."""
+    cut: top_p and top_k. Returns the name of the request."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     made = row.trajectory
     t = len(made.boxes)
     if t > 0:
-        picture, tokens = fitted(vlm, loop.feedback(row.image, last_valid(made.boxes)), encode)
-        made.ids += continuation_ids(vlm, tokens, row.text, loop)
+        last_box = last_valid(made.boxes)
+        picture, tokens = fitted(vlm, loop.feedback(row.image, last_box), encode)
+        made.ids += continuation_ids(vlm, tokens, row.text, loop, last_box)
         made.images.append(tokens)
         row.shown.append(picture)
     row.before = list(made.ids)
     placeholder = vlm.base.config.image_token_id
     params = SamplingParams(
         temperature=temperatures[min(t, 1)],
+        **cut,
         seed=row.seeds[t],
         max_tokens=max_tokens,
-        stop_token_ids=[vlm.token("<|im_end|>")],
+        stop_token_ids=sorted(vlm.turn_ends),
         ignore_eos=True,  # nothing else ends a step
         logit_bias={placeholder: -100.0},  # as `text_logits` has it: never sampled
         logprobs=1,
@@ -316,7 +320,7 @@ def take(vlm, row, output, loop):
         others = math.log1p(-math.exp(logprobs[placeholder].logprob))
         made.logprob.append(logprobs[token].logprob - others)
         made.step.append(t)
-        if token == vlm.token("<|im_end|>"):  # a target, never context
+        if token in vlm.turn_ends:  # a target, never context
             break
         made.ids.append(token)
         so_far = made.ids[len(row.before) :]

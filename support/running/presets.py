@@ -125,6 +125,8 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "iteration": Setting(1, 1, "the first starts from the SFT model", high=99),
         "attempts": Setting(3, 3, "of two paths each, for each question", high=99),
         "temperature": Setting(2.0, 1.0, "of boxes and answers", low=0.01, high=10),
+        "top_p": Setting(0.7, 1.0, "share of the mass that is sampled from", low=0.01, high=1),
+        "top_k": Setting(50, 0, "tokens that are sampled from, before top_p; 0: all", low=0),
         "iou_max": Setting(0.05, 0.05, "tau of Eq. 3: boxes that overlap more", low=0, high=1),
         "win": Setting(0.8, 0.8, "a winning path has both scores from here on", low=0, high=1),
         "lose": Setting(0.2, 0.2, "a losing path has both scores up to here", low=0, high=1),
