@@ -277,9 +277,8 @@ def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora, **cut
     made = row.trajectory
     t = len(made.boxes)
     if t > 0:
-        last_box = last_valid(made.boxes)
-        picture, tokens = fitted(vlm, loop.feedback(row.image, last_box), encode)
-        made.ids += continuation_ids(vlm, tokens, row.text, loop, last_box)
+        picture, tokens = fitted(vlm, loop.feedback(row.image, last_valid(made.boxes)), encode)
+        made.ids += continuation_ids(vlm, tokens, row.text, loop)
         made.images.append(tokens)
         row.shown.append(picture)
     row.before = list(made.ids)
