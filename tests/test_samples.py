@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 from support.data import samples
 from support.running import files
@@ -48,6 +49,26 @@ def test_bad_samples_are_all_reported_at_once(tmp_path):
     missing = one_line(samples.read_samples, tmp_path / "none.jsonl", "python make_data.py")
     assert "first run: python make_data.py" in missing
     assert "cannot be read" in one_line(samples.read_samples, tmp_path, "python make_data.py")
+
+
+def test_images_are_opened_once(tmp_path, monkeypatch):
+    opened = []
+    load = samples.load_image
+    monkeypatch.setattr(samples, "load_image", lambda *of: opened.append(of) or load(*of))
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data/a.png"
+    picture(20, 10).save(path)
+    files.write_jsonl(tmp_path / "data/train.jsonl", [GOOD, {**GOOD, "id": "2"}])
+    args = SimpleNamespace(out=tmp_path, preset="toy", model="m")
+    for expected in (1, 1):  # one image of two samples; the second start opens none
+        assert len(samples.read_side(args, "train")) == 2
+        assert len(opened) == expected
+    path.write_bytes(path.read_bytes()[:-30])  # another size, another time
+    with pytest.raises(SystemExit, match="a.png cannot be used"):
+        samples.read_side(args, "train")
+    path.unlink()
+    with pytest.raises(SystemExit, match="No such file"):
+        samples.read_side(args, "train")
 
 
 def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):

@@ -374,10 +374,10 @@ CONVERSATION = [
 ]
 
 
-def conversation(image, box, dataset="flickr30k", turns=CONVERSATION):
+def conversation(image, box, dataset="flickr30k", turns=CONVERSATION, split="train"):
     return {
         "dataset": dataset,
-        "split": "train",
+        "split": split,
         "question_id": 1,
         "image": [image, f"{image}###{box}"],
         "conversations": turns,
@@ -386,56 +386,80 @@ def conversation(image, box, dataset="flickr30k", turns=CONVERSATION):
 
 @pytest.fixture
 def viscot(tmp_path):
-    """Visual CoT as it is published, a few rows."""
-    for name in ("flickr30k/a", "textvqa/b", "v7w/c", "flickr30k/d", "docvqa/e"):
-        path = tmp_path / f"cot/{name}.jpg"
+    """Visual CoT as it is published, a few rows; the benchmark's are of the names in its files."""
+
+    def photo(name):
+        path = tmp_path / "cot" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(500, 357).save(path)
+        return f"cot/{name}"
+
+    box = [141, 87, 397, 298]
     silent = [*CONVERSATION[:3], {"from": "gpt", "value": " "}]
     rows = [
-        conversation("cot/flickr30k/a.jpg", [141, 87, 397, 298]),
-        conversation("cot/textvqa/b.jpg", [-5, 0, 600, 100], "textcap"),  # clipped
-        conversation("cot/flickr30k/a.jpg", [600, 87, 700, 298]),
-        conversation("cot/flickr30k/none.jpg", [141, 87, 397, 298]),
-        conversation("cot/flickr30k/a.jpg", [141, 87, 397, 298], turns=silent),
-        conversation("cot/flickr30k/d.jpg", [1, 2, 3, 4]),  # its image is tested
+        conversation(photo("flickr30k/1.jpg"), box),
+        conversation(photo("textvqa/b.jpg"), [-5, 0, 600, 100], "textcap"),  # clipped
+        conversation(photo("v7w/v7w_3.jpg"), box, "v7w"),
+        conversation("cot/flickr30k/1.jpg", [600, 87, 700, 298]),
+        conversation("cot/flickr30k/none.jpg", box),
+        conversation("cot/flickr30k/1.jpg", box, turns=silent),
+        conversation(photo("textvqa/0353aa.jpg"), box, "textvqa"),  # openimages' test photo
+        conversation(photo("v7w/v7w_7.jpg"), box, "v7w"),  # gqa's
+        conversation("cot/docvqa/none.png", box, "docvqa"),  # of no side of Table 7
     ]
     (tmp_path / "viscot_363k.json").write_text(json.dumps(rows))
-    (tmp_path / "metadata").mkdir()
-    meta = dict(question="Where?", answer="There", width=500, height=357, bboxs=[[0, 0, 9, 9]])
-    for name, image, split in (
-        ("visual7w", "c.jpg", "test"),
-        ("flickr30k", "d.jpg", "val"),
-        ("docvqa", "e.jpg", "train"),
-    ):
-        row = {**meta, "image": image, "dataset": name, "split": split, "possible_answers": ["x"]}
-        several = {**row, "bboxs": [[0, 0, 9, 9], [1, 1, 5, 5]]}
-        write_jsonl(tmp_path / f"metadata/{name}.jsonl", [row, several])
+    names = {"gqa": "gqa/7.jpg", "openimages": "openimages/0353aa.jpg", "cub": "cub/001.A/a.jpg"}
+    (tmp_path / "viscot_benchmark/benchmark").mkdir(parents=True)
+    for name in [*sources.TABLE_2, "visual7w", "emotic"]:
+        place = names.get(name, f"{name.replace('textcap', 'textvqa')}/{name}_1.jpg")
+        rows = [conversation(photo(place), box, name, split="val")] * 3
+        path = tmp_path / f"viscot_benchmark/benchmark/{name}.json"
+        path.write_text(json.dumps(rows))
     return tmp_path
 
 
 def test_visual_cot_is_read_as_published(viscot, capsys):
     train, test = sources.viscot_samples(viscot)
-    first, second = train
+    first, second, third = train
     assert first["bbox"] == [141.0, 87.0, 397.0, 298.0]  # pixels, and not the padded square's
     assert (first["question"], first["answer"]) == ("What is the dog on?", "A sofa.")
     assert (first["source"], first["width"], first["height"]) == ("flickr30k", 500, 357)
     assert second["bbox"] == [0.0, 0.0, 500.0, 100.0] and second["source"] == "textcap"
-    assert [sample["source"] for sample in test] == ["flickr30k", "visual7w"]
+    assert third["source"] == "visual7w"  # "v7w" in its rows
+    assert [sample["source"] for sample in test[::3]] == sorted(sources.TABLE_2)
+    # Neither a photo of the tests under another data set's name, nor a data set without a share
+    assert not {s["key"] for s in train} & {s["key"] for s in test}
     printed = capsys.readouterr().out
     for reason in (
         "training: 6 read, 3 kept",
         "1 without a box inside the image",
         "1 without a readable image",
         "1 without words",
-        "test: 4 read, 2 kept; dropped: 2 without one box",
+        "test: 33 read, 33 kept; dropped: none",
     ):
         assert reason in printed, printed
     write_jsonl(viscot / "s.jsonl", train + test)
     assert read_samples(viscot / "s.jsonl", "", fields=VISRL_FIELDS) == train + test
 
 
-def test_visual_cot_that_is_not_as_published_is_refused(viscot):
+def test_visual_cots_shares_are_the_papers(viscot):
+    sizes = dict(sft_samples=1, train_samples=2, test_samples=11)
+    sides = sources.make_sides(SimpleNamespace(viscot=str(viscot), seed=0, **sizes), None)
+    assert sorted(sample["source"] for sample in sides["test"]) == sorted(sources.TABLE_2)
+    sizes = dict(sft_samples=30647, train_samples=180000, test_samples=8281)
+    sides = sources.make_sides(SimpleNamespace(viscot=str(viscot), seed=0, **sizes), None)
+    assert len(sides["test"]) == 33 and len(sides["sft"]) == 3
+
+
+def test_what_lacks_of_visual_cot_is_named_before_an_image_is_opened(viscot, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    (viscot / "viscot_benchmark/benchmark/dude.json").rename(viscot / "dude.json")
+    with pytest.raises(SystemExit, match="has no viscot_benchmark/benchmark/dude.json. It takes"):
+        sources.viscot_samples(viscot)
+    (viscot / "dude.json").rename(viscot / "viscot_benchmark/benchmark/dude.json")
+    (viscot / "cot/sroie").rename(viscot / "sroie")
+    with pytest.raises(SystemExit, match="has no cot/sroie. It takes .*deepcs233/Visual-CoT"):
+        sources.viscot_samples(viscot)
     (viscot / "viscot_363k.json").write_text('[{"dataset": "gqa", "image": "one"}]')
     with pytest.raises(SystemExit, match="not as published .*deepcs233/Visual-CoT"):
         sources.viscot_samples(viscot)

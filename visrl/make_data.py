@@ -8,10 +8,9 @@ Three sides, split by image. sft: samples with a box, for the supervised start (
 train: questions, for pairs; a "bbox" that the source has stays in the file, so that the pairs can
 be judged by it afterwards, and nothing that trains reads it. test: held out.
 
-Departures from the paper. The toy preset has three kinds of questions about marks that only a crop
-shows (visrl/sources.py). The paper's tests are Visual CoT's benchmark of eleven sets with a judge
-model; here as many rows of each set as --test-samples allows, of those whose metadata are of no
-training split, and a string match. Questions of Visual CoT are taken in the shares of Table 7.
+The paper's data is Visual CoT: samples in the shares of Table 7, and the benchmark's eleven sets of
+Table 2 as test samples, whose photos are in no other side. Departure: the toy preset has three
+kinds of questions about marks that only a crop shows (visrl/sources.py).
 
 Writes data/{sft,train,test}.jsonl and data/images/ under --out.
 """
@@ -29,7 +28,7 @@ args = flags(
     __doc__,
     data=Flag("your own samples: a .jsonl to split into sft, train and test", kind="file"),
     skip_bad=Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
-    viscot=Flag("folder of Visual CoT, images unpacked to cot/ in it", kind="folder"),
+    viscot=Flag("folder of Visual CoT (visrl/README.md)", kind="folder"),
 )
 start = time.time()
 data = args.out / "data"

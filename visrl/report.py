@@ -9,7 +9,7 @@ from support.data.samples import with_samples
 from support.report import tables
 from support.report.page import STYLES, chart, group, log_curves, write_page
 from support.report.rows import Row
-from support.report.statistics import estimate, judged, resamples
+from support.report.statistics import estimate, judged, resampled
 from support.report.tables import cells
 from support.running.files import read_jsonl
 from visrl.loop import crop_bbox
@@ -64,7 +64,7 @@ def right_pairs(pairs):
 
 def unpaired(a, b):
     """An estimate of mean(a) - mean(b) of two samples that have nothing to do with each other."""
-    means = [resamples(len(values)) @ values.astype(np.float32) for values in (a, b)]
+    means = [resampled(values.astype(np.float32)) for values in (a, b)]
     # One of them backwards: with as many values both would get the same draws
     low, high = np.percentile(means[0] - means[1][::-1], (2.5, 97.5))
     return [round(float(v), 6) for v in (np.mean(a) - np.mean(b), low, high)]

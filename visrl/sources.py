@@ -10,14 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 from support.data.datasets import as_published, by_image, usable
-from support.data.samples import VISRL_FIELDS, own_samples, read_side
+from support.data.samples import VISRL_FIELDS, in_threads, own_samples, read_side
 from support.running.errors import stop
 from support.running.files import write_jsonl
 from support.running.processes import RANK, barrier
 from toy import world
 
 from PIL import Image
-from tqdm import tqdm
 
 BOXED = {**VISRL_FIELDS, "bbox": list}
 SIDES = {"sft": BOXED, "train": VISRL_FIELDS, "test": VISRL_FIELDS}  # side -> what it needs
@@ -41,7 +40,10 @@ def toy_samples(folder, count, seed):
     return world.make_samples(folder, count, f"visrl {seed}", TOY_SOURCES, words)
 
 
-# Visual CoT as it is published (hub id deepcs233/Visual-CoT) --------------------------------------
+# Visual CoT as it is published (visrl/README.md has the commands) ---------------------------------
+TABLE_2 = (  # the benchmark's data sets in the paper's Table 2; it holds two more
+    "docvqa textcap textvqa dude sroie infographicsvqa flickr30k gqa openimages vsr cub"
+).split()
 TABLE_7 = {  # data set -> samples for SFT, questions for RL
     "flickr30k": (4000, 32500),
     "gqa": (4000, 30000),
@@ -53,76 +55,77 @@ TABLE_7 = {  # data set -> samples for SFT, questions for RL
     "cub": (1987, 2000),
     "visual7w": (4000, 20000),
 }
-FOLDERS = {"visual7w": "v7w", "textcap": "textvqa"}  # of images, where of another name
+NAMES = {"v7w": "visual7w"}  # of data sets, where the rows have another
 REQUEST = "Please provide the bounding box"  # what follows the question in a conversation
 GET = (
-    "It takes the files of hub id deepcs233/Visual-CoT (annotations Apache-2.0, images under their "
-    "own licences, 143 GB), with the images unpacked to cot/<data set>/"
+    "It takes viscot_363k.json and the images, unpacked to cot/, of hub id deepcs233/Visual-CoT "
+    "(Apache-2.0, images under their own licences, 143 GB), and viscot_benchmark/ of the GitHub "
+    "repository of that name; visrl/README.md has the commands"
 )
 
 
 def viscot_samples(folder):
     """(training samples, test samples) of Visual CoT; what cannot be used is dropped and counted.
 
-    Training samples are those of viscot_363k.json, test samples the rows of metadata/*.jsonl that
-    are of no training split. Exits when a file is missing or not as published.
+    Training samples are the rows of viscot_363k.json, of the data sets of Table 7; test samples
+    those of the benchmark, of Table 2; their photos are in no training sample. Exits when a file is
+    missing or not as published, or a folder of images is missing, before any image is opened.
     """
     folder = Path(folder).resolve()
-    conversations = folder / "viscot_363k.json"
-    metadata = sorted((folder / "metadata").glob("*.jsonl"))
-    if not conversations.exists() or not metadata:
-        stop(f"--viscot {folder} has no viscot_363k.json or no metadata/*.jsonl. {GET}")
+    files = [folder / f"viscot_benchmark/benchmark/{name}.json" for name in TABLE_2]
+    files.insert(0, folder / "viscot_363k.json")
+    stop_if_missing(folder, files)
+    words = ("question", "answer")
     with as_published(f"--viscot {folder}", GET):
-        words = ("question", "answer")
-        train = usable("Visual CoT, training", conversation_rows(folder, conversations), words)
-        test = usable("Visual CoT, test", metadata_rows(folder, metadata), words)
-    tested = {sample["key"] for sample in test}
-    return [sample for sample in train if sample["key"] not in tested], test
+        train, *tests = (list(conversation_rows(folder, file)) for file in files)
+        train = [row for row in train if row["source"] in TABLE_7]
+        test = sum(tests, [])
+        stop_if_missing(folder, {Path(row["image"]).parent for row in train + test})
+        test = usable("Visual CoT, test", in_threads(with_size, test, "images"), words)
+        tested = {sample["key"] for sample in test}
+        train = [row for row in train if row["key"] not in tested]
+        train = usable("Visual CoT, training", in_threads(with_size, train, "images"), words)
+        return train, test
+
+
+def stop_if_missing(folder, paths):
+    """Exits with those of the paths in the folder that are not there."""
+    missing = sorted(str(path.relative_to(folder)) for path in paths if not path.exists())
+    if missing:
+        names = ", ".join([*missing[:12], *["..."] * (len(missing) > 12)])
+        stop(f"--viscot {folder} has no {names}. {GET}")
 
 
 def conversation_rows(folder, path):
-    """The rows of viscot_363k.json. Of its two boxes that behind ### is read, integer pixels of the
-    image; the one in the conversation is relative to the image padded to a square."""
-    rows = json.loads(path.read_text(encoding="utf-8"))
-    for number, row in enumerate(tqdm(rows, desc=path.name, unit="row", delay=2)):
+    """The rows of a file of conversations, without the sizes of their images.
+
+    Of the two boxes that behind ### is read, integer pixels of the image; the one in the
+    conversation is relative to the image padded to a square. The key is the photo's name alone:
+    textcap's photos are textvqa's, and both share Open Images' names with openimages, as visual7w
+    and gqa share Visual Genome's.
+    """
+    for number, row in enumerate(json.loads(path.read_bytes())):
         name, _, box = row["image"][1].partition("###")
         question = row["conversations"][0]["value"].removeprefix("<image>").split(REQUEST)[0]
         yield {
-            "id": f"{row['dataset']}_{number}",
-            "source": row["dataset"],
-            **photo(folder / name),
+            "id": f"{row['dataset']}_{row['split']}_{number}",
+            "source": NAMES.get(row["dataset"], row["dataset"]),
+            "image": str(folder / name),
+            "key": Path(name).stem.removeprefix("v7w_"),
             "question": question,
             "answer": row["conversations"][3]["value"],
             "bbox": json.loads(box),
         }
 
 
-def metadata_rows(folder, paths):
-    """The test rows of metadata/*.jsonl."""
-    for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
-            row = json.loads(line) if line.strip() else {"split": "train"}
-            if row["split"] == "train":
-                continue
-            name = row["dataset"]
-            yield {
-                "id": f"{name}_{row['split']}_{number}",
-                "source": name,
-                **photo(folder / "cot" / FOLDERS.get(name, name) / row["image"]),
-                "question": row["question"],
-                "answer": row["answer"],
-                "bbox": row["bboxs"][0] if len(row["bboxs"]) == 1 else None,
-            }
-
-
-def photo(path):
-    """What a sample says of its image. The photo's place is its key: textcap's are textvqa's."""
+def with_size(row):
+    """A row with the size of its image, None where it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(row["image"]) as image:
             width, height = image.size
     except OSError:
         width = height = None
-    return {"image": str(path), "key": str(path), "width": width, "height": height}
+    return {**row, "width": width, "height": height}
 
 
 # Sides --------------------------------------------------------------------------------------------
@@ -132,14 +135,10 @@ def equal_shares(samples, size):
     return {source: -(-size // len(sources)) for source in sources}
 
 
-def shares_of_table_7(sizes):
-    """side -> source -> how many are wanted, in the proportions of Table 7."""
-    wanted = {}
-    for column, side in enumerate(("sft", "train")):
-        total = sum(row[column] for row in TABLE_7.values())
-        size = sizes[side]
-        wanted[side] = {name: -(-row[column] * size // total) for name, row in TABLE_7.items()}
-    return wanted
+def in_proportion(counts, size):
+    """source -> how many of `size` samples are wanted of it, in the proportions of its count."""
+    total = sum(counts.values())
+    return {source: -(-count * size // total) for source, count in counts.items()}
 
 
 def split(samples, wanted, seed):
@@ -188,8 +187,12 @@ def make_sides(args, data):
     sizes = {side: getattr(args, f"{side}_samples") for side in SIDES}
     if args.viscot:
         samples, test = viscot_samples(args.viscot)
-        sides = split(samples, shares_of_table_7(sizes), args.seed)
-        return sides | split(test, {"test": equal_shares(test, sizes["test"])}, args.seed)
+        wanted = {}
+        for column, side in enumerate(("sft", "train")):
+            counts = {source: row[column] for source, row in TABLE_7.items()}
+            wanted[side] = in_proportion(counts, sizes[side])
+        of_test = in_proportion(Counter(sample["source"] for sample in test), sizes["test"])
+        return split(samples, wanted, args.seed) | split(test, {"test": of_test}, args.seed)
     if args.data:
         samples = own_samples(args, VISRL_FIELDS)
     else:

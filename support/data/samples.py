@@ -1,8 +1,11 @@
 """Samples of a .jsonl file and their images, all checked before any work starts."""
 
+import functools
+import hashlib
 import json
+import os
 import re
-import warnings
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from support.running.errors import out_of_memory, stop
@@ -18,25 +21,30 @@ OPTIONAL = {"key": str, "bbox": list}
 IVT_FIELDS = {**FIELDS, "expression": str, "bbox": list}
 VISRL_FIELDS = {**FIELDS, "question": str, "answer": str}
 PROBLEMS_SHOWN = 20
+THREADS = 8
 NO_WORDS = re.compile("<\\||[\ud800-\udfff]")  # half a surrogate pair is no character
 
 
-def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False):
+def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None):
     """The samples of a .jsonl file that `command` makes, every line and every image checked.
 
     fields: name -> type of what has to be there. An image is a path relative to the file, a bbox is
     float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. All problems end the
     program together, each with line, field, value and remedy. With `skip_bad` the good samples are
-    returned, and the others listed in <file>.skipped.
+    returned, and the others listed in <file>.skipped. stamp: a file that says what images were
+    checked; they are opened again when one has another path, size or time.
     """
     path = Path(path)
     lines = read_lines(path, command)
     samples = []
     problems = []
     line_of_id = {}
-    bar = tqdm(lines, desc=f"checking {path.name}", unit="sample", leave=False, delay=2)
-    for number, line in enumerate(bar, 1):
-        sample, found = parse_sample(line, path.parent, fields)
+    parsed = [parse_sample(line, fields) for line in lines]
+    seen = stamp and stamp_of(parsed, path.parent)
+    known = seen and stamp.exists() and stamp.read_text() == seen
+    if not known:
+        parsed = in_threads(image_check(path.parent), parsed, path.name)
+    for number, (sample, found) in enumerate(parsed, 1):
         if not found:
             name = sample["id"]
             first = line_of_id.setdefault(name, number)
@@ -55,7 +63,53 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False):
         print(f"{path}: {count}; listed in {skipped}")
     if not samples:
         stop(f"{path} holds no samples; make it again: {command}")
+    if seen and not known:
+        write_text(stamp, seen)
     return samples
+
+
+def in_threads(function, items, title):
+    """Yields the results of a function of each item, in their order. Pillow decodes beside other
+    threads."""
+    bar = dict(total=len(items), desc=f"checking {title}", unit="sample", leave=False, delay=2)
+    with ThreadPool(THREADS) as pool:
+        yield from tqdm(pool.imap(function, items, chunksize=16), **bar)
+
+
+def stamp_of(parsed, folder):
+    """A hash of what the images of samples, as of `parse_sample`, were checked against; None where
+    one is missing."""
+    status = functools.cache(os.stat)  # many samples may be about one image
+    digest = hashlib.sha256()
+    try:
+        for sample, _ in parsed:
+            file = status(os.path.join(folder, sample["image"]))
+            size = sample["width"], sample["height"]
+            digest.update(str((sample["image"], size, file.st_size, file.st_mtime_ns)).encode())
+    except (OSError, ValueError, TypeError):  # not there, no path, no sample
+        return None
+    return digest.hexdigest()
+
+
+def image_check(folder):
+    """-> a function from what `parse_sample` returns to the same, with what is wrong with the
+    image."""
+
+    @functools.cache  # many samples may be about one image
+    def fault_of(image, width, height):
+        try:
+            load_image({"image": image, "width": width, "height": height}, folder)
+        except ValueError as e:
+            return [str(e)]
+        return []
+
+    def check(row):
+        sample, problems = row
+        if sample:
+            problems = problems + fault_of(sample["image"], sample["width"], sample["height"])
+        return sample, problems
+
+    return check
 
 
 def own_samples(args, fields=IVT_FIELDS):
@@ -69,7 +123,8 @@ def own_samples(args, fields=IVT_FIELDS):
 def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
     """The samples of one side of a run, such as "train" or "test". made_by: the script for a
     message."""
-    return read_samples(args.out / f"data/{side}.jsonl", command(args, made_by), fields)
+    path = args.out / f"data/{side}.jsonl"
+    return read_samples(path, command(args, made_by), fields, stamp=path.with_suffix(".checked"))
 
 
 def with_samples(path, samples, made_by=""):
@@ -93,8 +148,9 @@ def read_trajectories(args, data):
     return rows
 
 
-def parse_sample(line, folder, fields):
-    """One line (bytes) -> (sample, what is wrong with it: sentences with value and remedy)."""
+def parse_sample(line, fields):
+    """One line (bytes) -> (sample or None, what is wrong with it: sentences with value and remedy;
+    of its image nothing)."""
     try:
         sample = json.loads(line)  # UTF-8, as JSON is
     except (ValueError, RecursionError) as e:
@@ -122,10 +178,6 @@ def parse_sample(line, folder, fields):
         )
     if max(width, height) > 150 * min(width, height):
         problems.append(f"image is {width} x {height}; Qwen3-VL takes 200 to 1 at most; crop it")
-    try:
-        load_image(sample, folder)
-    except ValueError as e:
-        problems.append(str(e))
     return sample, problems
 
 
@@ -148,10 +200,8 @@ def load_image(sample, folder, upright=False):
     """
     path = Path(folder) / sample["image"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return decode(image, (sample["width"], sample["height"]), upright)
+        with Image.open(path) as image:
+            return decode(image, (sample["width"], sample["height"]), upright)
     except Exception as e:  # Pillow's readers raise nearly anything at a damaged file
         if out_of_memory(e):
             raise
@@ -162,6 +212,9 @@ def decode(image, size, upright):
     """An open image file -> 8-bit RGB. See `load_image`; size: (width, height) in pixels."""
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a phone's JPEG with a preview
         raise ValueError("an animation; save the frame that the box was drawn on")
+    pixels = image.width * image.height
+    if pixels > Image.MAX_IMAGE_PIXELS:  # of which Pillow warns; twice as many it refuses
+        raise ValueError(f"it has {pixels} pixels, which exceeds limit of {Image.MAX_IMAGE_PIXELS}")
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
     turned = image.size == size[::-1] and image.size != size

@@ -34,8 +34,20 @@ def main_row(rows):
 
 
 # Estimates ----------------------------------------------------------------------------------------
+AT_ONCE = 2 * 10**7  # weights that are held in memory, of 2,000 samples
+
+
+def resampled(values):
+    """values [S] or [S, K] -> their means over each resample, [10000] or [10000, K]."""
+    n, count = len(values), 10_000
+    if n * count <= AT_ONCE:
+        return resamples(n, count) @ values
+    rng = np.random.default_rng(0)  # as for `resamples`: paired over the rows
+    return np.stack([values[rng.integers(n, size=n)].mean(0) for _ in range(count)])
+
+
 @functools.lru_cache(maxsize=32)  # the whole test set, its strata and sources
-def resamples(n, count=10_000):
+def resamples(n, count):
     """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights
     [count, n] that sum to 1.
 
@@ -43,15 +55,14 @@ def resamples(n, count=10_000):
     paired.
     """
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), count).astype(np.float32)
-    draws /= n  # in place: with a large test set this is gigabytes
-    return draws
+    return draws / n
 
 
 def estimate(values):
     """values [S] or [S, K] -> [3] or [K, 3]: the mean over the samples, and the 2.5th and 97.5th
     percentile of the resampled means."""
     values = np.asarray(values, np.float32)
-    means = resamples(len(values)) @ values  # [count] or [count, K]
+    means = resampled(values)  # [count] or [count, K]
     low, high = np.percentile(means, (2.5, 97.5), axis=0)
     return np.stack([values.mean(0), low, high], -1).astype(float).round(6).tolist()
 
@@ -65,10 +76,10 @@ def estimate_of(columns, formula):
     columns = np.asarray(columns, np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = formula(columns.mean(0, dtype=np.float64))
-        resampled = formula((resamples(len(columns)) @ columns).astype(np.float64))
+        values = formula(resampled(columns).astype(np.float64))
     if not np.isfinite(value):
         return None
-    low, high = np.percentile(resampled[np.isfinite(resampled)], (2.5, 97.5))
+    low, high = np.percentile(values[np.isfinite(values)], (2.5, 97.5))
     return np.array([value, low, high]).round(6).tolist()
 
 

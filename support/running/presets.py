@@ -108,7 +108,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         **VISRL,
         "sft_samples": Setting(30647, 48, "samples with boxes, for SFT (Table 7)"),
         "train_samples": Setting(180000, 600, "questions without boxes, for RL (Table 7)"),
-        "test_samples": Setting(5500, 450, "test samples; ours"),
+        "test_samples": Setting(8281, 450, "test samples; of the paper's benchmark all (Table 2)"),
     },
     "visrl.sft": {
         **VISRL,
