@@ -1,6 +1,6 @@
 """What the tests share: a very small Qwen3-VL, a picture, two texts of a trajectory, a sample."""
 
-from common import VLM, format_box
+from common import VLM, format_box, trajectory_logprobs
 from support.model.loading import quiet
 from toy.model import make_image_processor, make_model, make_tokenizer
 
@@ -21,6 +21,8 @@ GOOD = {
     "expression": "x",
     "bbox": [0, 0, 5, 5],
 }
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # as a camera marks a photo taken upright: a viewer turns it
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,12 @@ def picture(width, height, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 255, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def sampler_gap(vlm, rows):
+    """The largest between the log-probabilities of a rollout and those of one pass over it."""
+    sampled = torch.tensor([logprob for row in rows for logprob in row.logprob])
+    return (trajectory_logprobs(vlm, rows).logprob - sampled).abs().max()
 
 
 def one_line(call, *arguments, **options):

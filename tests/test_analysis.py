@@ -70,11 +70,6 @@ def test_what_is_corrected_and_what_is_spoilt():
     assert row["change"][0] == pytest.approx(-3 / 505, abs=1e-4)
 
 
-def test_a_quotient_may_not_exist():
-    row = turns(np.array([(0.6, 0.9), (0.7, 0.7)]))  # nothing is wrong
-    assert row["ECR"] is None and row["EIR"][0] == 0
-
-
 # Rules --------------------------------------------------------------------------------------------
 def test_each_rule_chooses_its_step():
     """IoUs of the boxes: FAR 0, HALF 0.5, TALL 0.8, RIGHT 1."""
@@ -98,6 +93,8 @@ def test_each_rule_chooses_its_step():
     )
     assert row["gains"]["own trace"][0] == pytest.approx(0.25)
     assert row["gains"]["first step"] == [0, 0, 0]
+    found = steps_of(row_of([TALL, RIGHT, None]), traced=False)
+    assert found["last step"] == 2 and found["last valid"] == found["medoid"] == 1
 
 
 def test_agreement_stops_at_the_second_of_two_like_boxes():
@@ -124,26 +121,19 @@ def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
     trace = "<think>I look [1, 2].</think>"
     answer = "\n[0, 0, 250, 500]"
     cut = len(vlm.encode(trace))
-    values = {}
-    for step, text in enumerate((trace + answer, answer, "<think>I look")):
+    for text, box in ((trace + answer, RIGHT), (answer, RIGHT), ("<think>I look", None)):
         tokens = vlm.encode(text) + [vlm.token("<|im_end|>")]
-        logprob = [-float(m) for m in range(len(tokens))]
-        places = list(range(len(tokens)))
-        box = None if step == 2 else RIGHT
         trajectory = Trajectory(
             target=tokens,
-            predictor=places,
-            logprob=logprob,
+            predictor=list(range(len(tokens))),
+            logprob=[-float(m) for m in range(len(tokens))],
             step=[0] * len(tokens),
             texts=[text],
             boxes=[box],
         )
-        values[step] = log_line(GOOD, [trajectory], vlm.tokenizer)["confidence"][0], logprob
-    found, logprob = values[0]
-    assert found == pytest.approx(sum(logprob[cut:]) / len(logprob[cut:]))
-    found, logprob = values[1]
-    assert found == pytest.approx(sum(logprob) / len(logprob))
-    assert values[2][0] is None
+        counted = trajectory.logprob[cut if text.startswith(trace) else 0 :]
+        [found] = log_line(GOOD, [trajectory], vlm.tokenizer)["confidence"]
+        assert found == (pytest.approx(sum(counted) / len(counted)) if box else None)
     assert "confidence" not in log_line(GOOD, [trajectory], vlm.tokenizer, guarded=True)
 
 
@@ -151,20 +141,15 @@ def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
 @pytest.mark.parametrize(
     "trace, claim",
     [
-        ("The red box is on the wrong object. I see the target at the left.", WRONG),
         ("The box surrounds a different person than the one described.", WRONG),
         ("It misses the described object entirely, so I move it right.", WRONG),
-        ("The red box is nearly right. I tighten it slightly.", KEEP),
-        ("The red box fits well. I keep it.", KEEP),
         ("The box is accurate and covers the whole dog.", KEEP),
         ("The red box is not on the wrong object and not too large, so I keep it.", KEEP),
         ("No correction is needed.", KEEP),
-        ("The red box is too far left and too wide. I move it right and make it narrower.", SHIFT),
         ("The box covers the dog correctly, but cuts off its tail; it should be extended.", SHIFT),
         ("It is not on the wrong object, but shifted to the left.", SHIFT),
         ("The box should be slightly wider.", SHIFT),
         ("I look for the object. I see it at the lower left, the larger one.", None),
-        ("", None),
     ],
 )
 def test_what_a_trace_claims(trace, claim):

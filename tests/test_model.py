@@ -122,22 +122,14 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(vlm, tmp_path):
     weights, sizes = "model.safetensors", "preprocessor_config.json"
     foreign = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), unk_token="<unk>")
 
-    def other_shards(folder):
-        (folder / weights).rename(folder / "model-1.safetensors")
-        index = {"metadata": {}, "weight_map": {"a": "model-2.safetensors"}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
     taller, wider = {**text, "num_hidden_layers": 3}, {**text, "intermediate_size": 64}
     cases = [
         (remove("config.json"), "look at its config.json"),
         (write("config.json", "[]"), "look at its config.json"),
         (change("config.json", model_type="qwen2"), "model_type is qwen2"),
-        (change("config.json", text_config=3), "look at its config.json"),
         (change("config.json", text_config=taller), r"11 weights .* no value .*layers\.2\."),
         (change("config.json", text_config=wider), "6 weights .* another shape"),
         (cut(weights, 50_000), r"look at its config.json and \*.safetensors"),
-        (remove(weights), r"look at its config.json and \*.safetensors"),
-        (other_shards, r"look at its config.json and \*.safetensors"),
         (remove(sizes), f"look at its {sizes}"),
         (change(sizes, size={"shortest_edge": "a"}), f"look at its {sizes}"),
         (change(sizes, patch_size=None), r"image processor has .*\(14, 2, 2\), .* \(8, 2, 2\)"),
@@ -175,14 +167,10 @@ def test_a_foreign_or_damaged_adapter_is_refused_in_one_line(vlm, tmp_path):
     weights = load_file(whole / tensors)
     first = sorted(weights)[0]
     fewer = {key: value for key, value in weights.items() if key != first}
-    narrow = {**weights, first: weights[first][:, :-1].contiguous()}
     cases = [
-        (write(config, "{oops"), "cannot be loaded"),
         (change(config, peft_type="IA3"), "cannot be loaded"),
         (change(config, r=8), "size mismatch"),
-        (change(config, target_modules="z"), "cannot be loaded"),
         (change(config, target_modules=r".*\.q_proj"), f"one of {config} and {tensors} speaks of"),
-        (lambda folder: save_file(narrow, folder / tensors), "size mismatch"),
         (lambda folder: save_file(fewer, folder / tensors), f"speaks of {first}"),
         (cut(tensors, 20_000), "cannot be loaded"),
         (remove(config), "cannot be loaded"),

@@ -14,15 +14,12 @@ from support.report.statistics import changes
 from support.report.tables import report, results_of
 from support.running.files import write_jsonl
 from tests.browser import CHROMIUM, browser, tab
-from tests.small import GOOD, TEXTS, picture
+from tests.small import GOOD, TEXTS, TURNED, picture
+from tests.test_report import FAR, HALF, RIGHT
 
 import numpy as np
 import pytest
-from PIL import Image
 
-RIGHT = [0, 0, 250, 500]  # the truth of GOOD
-HALF = [0, 0, 250, 250]
-FAR = [600, 600, 900, 900]
 BASE = Row("base", loop=SINGLE_SHOT)
 SAMPLED = Row("samples", loop=SINGLE_SHOT, samples=3)
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'>\"&\u2028"
@@ -140,11 +137,9 @@ def test_pictures_are_embedded_once_and_up_to_a_size(tmp_path, monkeypatch):
 
 def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
     """A browser would turn a photo that its camera marked as rotated, whatever its annotation."""
-    turned = Image.Exif()
-    turned[0x0112] = 6
     noise = picture(20, 10)
     noise.save(tmp_path / "plain.jpg")
-    noise.save(tmp_path / "turned.jpg", exif=turned)
+    noise.save(tmp_path / "turned.jpg", exif=TURNED)
     noise.convert("CMYK").save(tmp_path / "print.jpg")
     noise.save(tmp_path / "map.bmp")
     samples = {}

