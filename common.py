@@ -534,9 +534,9 @@ def rollout(
 
     images: PIL, RGB. texts: what fills the loop's prompt. steps: T; 0 is single-shot. max_tokens:
     per step. temperatures: at step 0 and after; 0 is greedy. top_p, top_k: of `choose`; log pi is
-    that of the whole distribution all the same. seeds: P integers, needed to sample (else
-    ValueError); what a prompt samples depends on its seed, T, N and max_tokens, not on its batch
-    (up to rounding). first_texts: P texts of step 0 that the trajectories go on from.
+    that of the whole distribution. seeds: P integers, needed to sample (else ValueError); what a
+    prompt samples depends on its seed, T, N and max_tokens, not on its batch. first_texts: P texts
+    of step 0 to go on from.
 
     Each image is encoded once, each token goes through the model once, and a group's prompt is fed
     once. Where a step gave no valid box, the last valid one is shown.

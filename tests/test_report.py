@@ -197,6 +197,8 @@ def test_a_file_of_predictions_is_scored(tmp_path):
         ({**PREDICTIONS[0], "method": "x", "boxes": []}, "expected"),
         ({**PREDICTIONS[0], "method": "x", "texts": ["a", "b"]}, "expected"),
         ({**PREDICTIONS[0], "method": 3}, "expected"),
+        ({**PREDICTIONS[0], "method": "x", "confidence": [None]}, "expected"),
+        ({**PREDICTIONS[0], "method": "x", "read": 0.9}, "expected"),
         (3, "expected"),
     ],
 )

@@ -12,7 +12,7 @@ named as the file, so that the run's own results stay.
 from pathlib import Path
 
 from support.data.samples import read_side
-from support.report.analysis import results_of
+from support.report.analysis import LISTS, results_of
 from support.report.page import group, result_chart, write_page
 from support.report.rows import Row
 from support.report.tables import report, summary, write_results
@@ -42,7 +42,7 @@ def read_predictions(path, samples):
                 f"{path}, line {number}: expected {LINE}, once for each id of test.jsonl, boxes in "
                 f"0..1000 or null, and as many texts if any; found {str(line)[:80]}"
             )
-        lines[place] = {"boxes": own["boxes"], "texts": own["texts"]}
+        lines[place] = {key: own[key] for key in LISTS if key in own}
     for row, lines in lines_of.items():
         # A method that skips the hard ones would look better
         if None in lines or len({len(line["boxes"]) for line in lines}) > 1:
@@ -56,6 +56,10 @@ def is_prediction(own):
     boxes, texts = own["boxes"], own["texts"]
     for x1, y1, x2, y2 in (box for box in boxes if box is not None):
         if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):  # NaN is in no range
+            return False
+    for values in (own[key] for key in LISTS[2:] if key in own):  # numbers, a step each
+        known = [type(value) in (int, float) for value, box in zip(values, boxes) if box]
+        if len(values) != len(boxes) or not all(known):
             return False
     words = [own["method"], *texts]
     return 0 < len(boxes) == len(texts) and all(isinstance(word, str) for word in words)
