@@ -548,7 +548,6 @@ def rollout(
         generator = torch.Generator().manual_seed(seed)
         noise.append(torch.rand(steps + 1, group_size, max_tokens, generator=generator))
     noise = torch.cat(noise, 1).to(vlm.base.device)  # [T + 1, P * N, max_tokens]
-
     rows = []
     prompts = zip(encode_images(vlm, images), texts, first_texts or [None] * len(images))
     for image, text, first_text in prompts:
