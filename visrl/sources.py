@@ -12,7 +12,7 @@ from pathlib import Path
 from support.data.datasets import as_published, by_image, usable
 from support.data.samples import VISRL_FIELDS, own_samples, read_side
 from support.running.errors import stop
-from support.running.files import write_jsonl
+from support.running.files import check_regular, write_jsonl
 from support.running.processes import RANK, barrier
 from toy import world
 
@@ -118,9 +118,10 @@ def metadata_rows(folder, paths):
 def photo(path):
     """What a sample says of its image. The photo's place is its key: textcap's are textvqa's."""
     try:
+        check_regular(path)
         with Image.open(path) as image:
             width, height = image.size
-    except OSError:
+    except Exception:  # Pillow's readers raise nearly anything at a damaged file
         width = height = None
     return {"image": str(path), "key": str(path), "width": width, "height": height}
 
