@@ -89,11 +89,8 @@ def step_text(trace, box):
 # Four numbers in one bracket, or two bracketed pairs, as models write them; the range of a number
 # is checked later, so that an impossible box is refused and not cut into a possible one.
 _NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)\s*"
-_PAIR = _NUMBER + r",\s*" + _NUMBER
-_OPEN, _CLOSE = r"[\[(]\s*", r"[\])]\s*"
-_BOX = re.compile(
-    rf"{_OPEN}(?:{_OPEN})?{_PAIR}(?:{_CLOSE})?,\s*(?:{_OPEN})?{_PAIR}(?:,\s*)?{_CLOSE}"
-)
+_PAIR = rf"(?:[\[(]\s*)?{_NUMBER},\s*{_NUMBER}"
+_BOX = re.compile(rf"[\[(]\s*{_PAIR}(?:[\])]\s*)?,\s*{_PAIR}(?:,\s*)?[\])]")
 _LABEL = re.compile(r'"label"\s*:\s*"(?:[^"\\]|\\.)*"?')
 
 

@@ -125,8 +125,7 @@ def check_kind(name, quantize):
     if config.model_type != "qwen3_vl":
         stop(f"--model {name}: its model_type is {config.model_type}; a qwen3_vl is expected")
     if ready and (quantize, ready.get("bnb_4bit_quant_type")) != ("nf4", "nf4"):
-        full = f"not as --quantize {quantize} says; give the checkpoint that it was made of"
-        stop(f"--model {name}: its weights are quantised already, {full}")
+        stop(f"--model {name}: quantised already, not as --quantize {quantize}; give its original")
 
 
 def check_report(name, report):
