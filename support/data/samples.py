@@ -114,7 +114,7 @@ def parse_sample(line, folder, fields):
 
     for name in [name for name, kind in fields.items() if kind is str]:
         if NO_WORDS.search(sample[name]):
-            problems.append(f"{name} is {sample[name][:60]!r}; write it in {WORDS}")
+            problems.append(f"{name} is {sample[name][:60]!r}; write it in words, {WORDS}")
     width, height = sample["width"], sample["height"]
     if "bbox" in sample and not is_inside(sample["bbox"], width, height):
         problems.append(
