@@ -88,15 +88,17 @@ def step_text(trace, box):
 
 # Four numbers in one bracket, or two bracketed pairs, as models write them; the range of a number
 # is checked later, so that an impossible box is refused and not cut into a possible one.
-_NUMBER = r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*"
-_PAIR = _NUMBER + "," + _NUMBER
-_BOX = re.compile(r"[\[(]\s*[\[(]?" + _PAIR + r"[\])]?\s*,\s*[\[(]?" + _PAIR + r",?\s*[\])]")
+_NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)\s*"
+_PAIR = rf"(?:[\[(]\s*)?{_NUMBER},\s*{_NUMBER}"
+_BOX = re.compile(rf"[\[(]\s*{_PAIR}(?:[\])]\s*)?,\s*{_PAIR}(?:,\s*)?[\])]")
+_LABEL = re.compile(r'"label"\s*:\s*"(?:[^"\\]|\\.)*"?')
 
 
 def answer_of(text):
-    """What follows the last end of reasoning; empty while reasoning is open."""
-    answer = text.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
+    """What follows the last end of reasoning; empty while it is open. A label may name the tags."""
+    tags = _LABEL.sub(lambda label: "-" * len(label[0]), text)
+    reasoning, end, answer = tags.rpartition("</think>")
+    return "" if "<think>" in answer else text[len(reasoning + end) :]
 
 
 def parse_box(text):
@@ -122,9 +124,7 @@ def box_complete(text):
     """Whether the answer holds a whole box, and the JSON object around it is closed too."""
     answer = answer_of(text)
     match = _BOX.search(answer)
-    if not match:
-        return False
-    return "{" not in answer[: match.start()] or "}" in answer[match.end() :]
+    return bool(match) and ("{" not in answer[: match.start()] or "}" in answer[match.end() :])
 
 
 # The loop, and what varies in it ------------------------------------------------------------------
@@ -134,12 +134,10 @@ def draw_overlay(image, box, color=(255, 0, 0), alpha=0.25):
     if box is None:
         return image.copy()
     layer = Image.new("RGBA", image.size, (0, 0, 0, 0))
-    ImageDraw.Draw(layer).rectangle(
-        denormalize_box(box, *image.size),
-        fill=(*color, round(255 * alpha)),
-        outline=(*color, 255),
-        width=max(1, round(min(image.size) / 100)),
-    )
+    sides = zip(denormalize_box(box, *image.size), image.size * 2)
+    corners = [min(v, size - 1) for v, size in sides]  # 1000 is beyond the last pixel
+    width = max(1, round(min(image.size) / 100))
+    ImageDraw.Draw(layer).rectangle(corners, (*color, round(255 * alpha)), (*color, 255), width)
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 

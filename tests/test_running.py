@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -80,6 +81,9 @@ def test_values_out_of_range_are_refused(parse, capsys, words, message):
         ("folder", "new file", "is a directory"),
         ("file", "new folder", "file exists"),
         ("/proc/x", "new folder", "no such file or directory"),
+        ("pipe", "file", "not a regular file"),
+        ("pipe", "file or folder", "not a regular file"),
+        ("pipe", "new file", "not a regular file"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_refused_in_one_line(
@@ -88,6 +92,7 @@ def test_a_path_that_cannot_be_used_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder").mkdir()
+    os.mkfifo("pipe")
     message = f"error: --flag {value}: {reason}; give a path that can be used as a {kind}"
     assert message == one_line(check_path, "--flag", value, kind)
     for good in (("file", "file"), ("folder", "folder")):
@@ -95,6 +100,13 @@ def test_a_path_that_cannot_be_used_is_refused_in_one_line(
     for new in (("new/file", "new file"), ("new/folder", "new folder"), ("file", "new file")):
         check_path("--flag", *new)
     assert not Path("new/file").exists()  # a run that is stopped leaves no empty one
+
+
+@pytest.mark.parametrize("console", ["ascii", "cp1252", "gbk", "utf-8"])
+def test_printing_never_ends_a_run(console):
+    program = r"import support.running.errors; print('\u4e2d \u05e9 \U0001f600 \ud800 \xe9')"
+    environment = {**os.environ, "PYTHONIOENCODING": console}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_flags_check_their_paths_before_any_work(parse):

@@ -20,6 +20,7 @@ from common import WHOLE, box_iou, format_box, normalize_box
 from support.data import samples
 from support.model.decoding import rollouts
 from support.report import rows, tables
+from support.report.pictures import drawing
 from support.running import processes
 from support.running.flags import flags
 from visrl import report
@@ -121,6 +122,8 @@ pairs = report.read_pairs(data)
 results = {"n": len(test), "seed": args.seed, "model": Path(args.model).name}
 results |= report.analyse(test, lines_of, pairs)
 tables.write_results(results, args.out, report.summary(results), report.sections(results))
-place = report.page(args, results, test, lines_of, pairs)
-places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
+page = args.out / "report.html"
+with drawing(page):
+    report.page(args, results, test, lines_of, pairs)
+places = f"tables in {args.out / 'results.md'}, trajectories to look at in {page}"
 print(f"{places}, {processes.minutes(start)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from support.data.datasets import as_published, by_image, usable
 from support.data.samples import VISRL_FIELDS, in_threads, own_samples, read_side
 from support.running.errors import stop
-from support.running.files import write_jsonl
+from support.running.files import check_regular, write_jsonl
 from support.running.processes import RANK, barrier
 from toy import world
 
@@ -121,9 +121,10 @@ def conversation_rows(folder, path):
 def with_size(row):
     """A row with the size of its image, None where it cannot be read."""
     try:
+        check_regular(row["image"])
         with Image.open(row["image"]) as image:
             width, height = image.size
-    except OSError:
+    except Exception:  # Pillow's readers raise nearly anything at a damaged file
         width = height = None
     return {**row, "width": width, "height": height}
 

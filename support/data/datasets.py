@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.data.samples import NO_WORDS
 from support.running.errors import stop
 from support.running.files import write_bytes
 
@@ -187,8 +188,8 @@ def usable(title, rows, texts=("expression",)):
 
 def fault_of(row, words):
     """Why a row is no sample, or None."""
-    if not all(words) or "<|" in "".join(words):
-        return "without words, or with special tokens"
+    if any(map(NO_WORDS.search, words)):
+        return "without words, or with too many or special tokens"
     if not row["bbox"]:
         return "without one box"
     if not row["width"]:

@@ -8,8 +8,8 @@ import re
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from support.running.errors import out_of_memory, stop
-from support.running.files import read_jsonl, read_lines, write_text
+from support.running.errors import out_of_memory, say_once, stop
+from support.running.files import check_regular, read_jsonl, read_lines, write_text
 from support.running.flags import command
 
 import numpy as np
@@ -22,7 +22,9 @@ IVT_FIELDS = {**FIELDS, "expression": str, "bbox": list}
 VISRL_FIELDS = {**FIELDS, "question": str, "answer": str}
 PROBLEMS_SHOWN = 20
 THREADS = 8
-NO_WORDS = re.compile("<\\||[\ud800-\udfff]")  # half a surrogate pair is no character
+WORDS = "1 to 2000 characters, without special tokens (<|...|>, <think>), surrogates and NUL"
+# Half a surrogate pair is no character; the tags are tokens that control the real Qwen3-VL
+NO_WORDS = re.compile(r"(?s)\A\s*\Z|\A.{2001}|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
 
 
 def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None):
@@ -167,17 +169,14 @@ def parse_sample(line, fields):
         return None, problems
 
     for name in [name for name, kind in fields.items() if kind is str]:
-        if not sample[name].strip() or NO_WORDS.search(sample[name]):
-            remedy = "write it in words, without special tokens (<|...|>) and surrogates"
-            problems.append(f"{name} is {sample[name][:60]!r}; {remedy}")
+        if NO_WORDS.search(sample[name]):
+            problems.append(f"{name} is {sample[name][:60]!r}; write it in words, {WORDS}")
     width, height = sample["width"], sample["height"]
     if "bbox" in sample and not is_inside(sample["bbox"], width, height):
         problems.append(
             f"bbox is {str(sample['bbox'])[:80]}; expected four finite numbers [x1, y1, x2, y2] in "
             f"pixels of the {width} x {height} image, with x1 < x2, y1 < y2"
         )
-    if max(width, height) > 150 * min(width, height):
-        problems.append(f"image is {width} x {height}; Qwen3-VL takes 200 to 1 at most; crop it")
     return sample, problems
 
 
@@ -192,14 +191,15 @@ def is_inside(bbox, width, height):
 def load_image(sample, folder, upright=False):
     """The sample's image as 8-bit RGB (PIL), of the size that the sample says.
 
-    Grey, palette and CMYK images are converted, 16-bit ones scaled down, transparency is laid on
-    white. A photo that a camera marked as rotated is turned only if the annotated size says so;
-    with `upright` always, and its size need not be known. Raises ValueError that names file and
-    reason: animations, floating-point images, files larger than Pillow's limit against
-    decompression bombs, truncated or foreign ones.
+    Grey, palette and CMYK images are converted, 16-bit ones scaled, transparency is laid on white.
+    A photo that a camera marked as rotated is turned only if the annotated size says so; with
+    `upright` always, and its size need not be known. Raises ValueError that names file and reason:
+    animations, floating-point images, files larger than Pillow's limit against decompression bombs,
+    truncated or foreign ones, what is no file, pictures longer than Qwen3-VL takes.
     """
     path = Path(folder) / sample["image"]
     try:
+        check_regular(path)
         with Image.open(path) as image:
             return decode(image, (sample["width"], sample["height"]), upright)
     except Exception as e:  # Pillow's readers raise nearly anything at a damaged file
@@ -218,15 +218,26 @@ def decode(image, size, upright):
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
     turned = image.size == size[::-1] and image.size != size
-    if upright or (turned and image.getexif().get(0x0112, 1) >= 5):  # EXIF's orientation
+    if upright or (turned and image.getexif().get(0x0112) in (5, 6, 7, 8)):  # EXIF's orientation
         image = ImageOps.exif_transpose(image)
     if image.size != size and not upright:
         own, said = ("{} x {}".format(*pair) for pair in (image.size, size))
         raise ValueError(f"it is {own}, the sample says {said}")
+    if max(image.size) > 150 * min(image.size):
+        raise ValueError("{} x {}; Qwen3-VL takes 200 to 1 at most; crop it".format(*image.size))
     image.load()  # decodes: a truncated file shows here
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_8_bits(pixels):
+    """Integers [height, width] -> 0..255. What uses 16 bits to the full keeps its upper 8."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if low >= 0 and 2**15 <= high < 2**16:
+        return (pixels // 256).astype(np.uint8)
+    say_once("warning: grey images that do not fill 16 bits are stretched to the range they use")
+    return ((pixels - low) * (255 / max(1, high - low))).astype(np.uint8)

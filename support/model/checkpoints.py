@@ -1,9 +1,8 @@
 """Checkpoints of a run, one file each."""
 
-import functools
 from pathlib import Path
 
-from support.running.errors import stop
+from support.running.errors import say_once, stop
 from support.running.files import write_bytes
 from support.running.processes import RANK
 
@@ -29,9 +28,6 @@ def load_checkpoint(path, restart=False):
     except Exception as e:
         kind = type(e).__name__
         stop(f"{path} is no checkpoint of this code ({kind}); move it away, or --restart")
-
-
-say_once = functools.cache(print)
 
 
 def say_if_unfinished(adapter):

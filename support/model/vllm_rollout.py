@@ -43,6 +43,7 @@ from common import (
     token_text,
 )
 from support.model.adapters import save_adapter
+from support.model.decoding import with_numbers
 from support.model.loading import free_memory
 from support.running.errors import stop
 from support.running.processes import WORLD
@@ -100,7 +101,8 @@ def player(args, trainee=None):
             engine.llm.llm_engine.engine_core.shutdown()
             engine = None
         engine = engine or start(args, vlm)
-        return vllm_rollout(engine, *what, vlm=vlm, encode=vlm is trainee, **options)
+        made = vllm_rollout(engine, *what, vlm=vlm, encode=vlm is trainee, **options)
+        return with_numbers(made, what[1])
 
     return roll
 

@@ -1,9 +1,13 @@
 """How a program ends when it cannot go on."""
 
+import functools
 import sys
 
 import torch
 
+if hasattr(sys.stdout, "reconfigure"):  # a console may lack letters: printing never ends a run
+    sys.stdout.reconfigure(errors="backslashreplace")
+say_once = functools.cache(print)
 at_work = []  # samples, which a message on memory names
 
 

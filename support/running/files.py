@@ -60,16 +60,25 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def check_regular(path):
+    """Raises OSError where something is neither file nor folder: a FIFO would never end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(0, "not a regular file")
+
+
 def read_lines(path, command):
     """The lines (bytes) of a file that `command` makes; stops with it when the file is not there.
     Lines end at "\\n" alone: a text in them may hold any other line end."""
     path = Path(path)
     try:
-        return path.read_bytes().removesuffix(b"\n").split(b"\n")
+        content = path.read_bytes().removesuffix(b"\n")
     except FileNotFoundError:
         stop(f"{path} is missing; first run: {command}")
     except OSError as e:
         stop(f"{path} cannot be read ({e.strerror}); move it away, then run: {command}")
+    if not content:
+        stop(f"{path} is empty; make it again: {command}")
+    return content.split(b"\n")
 
 
 def read_jsonl(path, command, count=None):
@@ -78,7 +87,7 @@ def read_jsonl(path, command, count=None):
     for number, line in enumerate(read_lines(path, command)[:count], 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             line = line[:80].decode("utf-8", "backslashreplace")
             stop(f"{path}, line {number}: not JSON ({e}); repair or remove the line: {line!r}")
     return rows

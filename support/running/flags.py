@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.running.errors import explain_out_of_memory, stop
-from support.running.files import lock
+from support.running.files import check_regular, lock
 from support.running.presets import settings_of
 from support.running.processes import program, start_processes
 
@@ -144,6 +144,7 @@ def check_path(flag, value, kind):
     """
     path = Path(value)
     try:
+        check_regular(path)
         if kind == "new folder":
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
