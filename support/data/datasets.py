@@ -10,10 +10,9 @@ import random
 import re
 import shlex
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
-from support.running.errors import stop
+from support.running.errors import explained, stop
 from support.running.files import write_bytes
 
 # flag -> files: patterns of what has to be there; about: what it is; get: what downloads it
@@ -63,14 +62,9 @@ def missing_files(folders):
     return problems
 
 
-@contextmanager
 def as_published(where, how):
-    """Around the reading of published files: whatever fails ends with what they are and how to get
-    them."""
-    try:
-        yield
-    except Exception as e:  # a damaged file raises nearly anything
-        stop(f"{where} is not as published ({type(e).__name__}: {e}). {how}")
+    """Around the reading of published files: what they are and how to get them."""
+    return explained(f"{where} is not as published", how)
 
 
 # The readers --------------------------------------------------------------------------------------

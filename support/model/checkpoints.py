@@ -1,13 +1,21 @@
 """Checkpoints of a run, one file each."""
 
 import functools
+import zipfile
 from pathlib import Path
 
-from support.running.errors import stop
+from support.model.adapters import adapter_state
+from support.running.errors import explained
 from support.running.files import write_bytes
 from support.running.processes import RANK
 
 import torch
+from peft import set_peft_model_state_dict
+
+
+def usable(path):
+    """Around the use of what a checkpoint holds."""
+    return explained(f"{path} is no checkpoint of this code", "move it away, or --restart")
 
 
 def save_checkpoint(path, **state):
@@ -23,12 +31,30 @@ def load_checkpoint(path, restart=False):
         (path.with_suffix("") / "adapter_model.safetensors").unlink(missing_ok=True)
     if restart or not path.exists():
         return None
-    try:
+    with usable(path):
+        # A flipped byte, which torch.load passes over: its format is zip, with checksums
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise ValueError(f"{damaged} in it is damaged")
         # weights_only: a checkpoint is data, and loading it runs no code.
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        kind = type(e).__name__
-        stop(f"{path} is no checkpoint of this code ({kind}); move it away, or --restart")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if type(state["update"]) is not int or type(state["finished"]) is not bool:
+            raise TypeError(f"update {state['update']}, finished {state['finished']}")
+        return state
+
+
+def restore(path, state, model, optimizer):
+    """Gives the active adapter and the optimizer what they were -> (best, rows of the log)."""
+    with usable(path):
+        name = model.active_adapter
+        set_peft_model_state_dict(model, state["adapter"], name)
+        optimizer.load_state_dict(state["optimizer"])
+        # Both pass over what is missing, the optimizer over shapes too
+        trained = [p for p in model.parameters() if p.requires_grad]
+        same = adapter_state(model, name).keys() == state["adapter"].keys()
+        if not same or any(optimizer.state[p]["exp_avg"].shape != p.shape for p in trained):
+            raise ValueError("weights of another model")
+        reward, update = state["best"]
+        return (reward, update), [dict(row) for row in state["logged"]]
 
 
 say_once = functools.cache(print)
