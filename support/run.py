@@ -11,7 +11,7 @@ import random
 import time
 
 from support.model.adapters import adapter_state, weights_of
-from support.model.checkpoints import load_checkpoint, restore, save_checkpoint
+from support.model.checkpoints import load_checkpoint, save_checkpoint
 from support.running import errors, files, processes
 from support.running.flags import command, flags
 
@@ -86,13 +86,13 @@ class Run:
         Saves after every --save-every updates, and on Ctrl-C, which then ends the program.
         """
         self.vlm, self.optimizer, self.count = vlm, optimizer, count
-        state = load_checkpoint(self.checkpoint)
-        rows = []
+        state = load_checkpoint(self.checkpoint, model=vlm.model, optimizer=optimizer)
         if state:
-            self.update = state["update"]
-            self.best, rows = restore(self.checkpoint, state, vlm.model, optimizer)
+            self.update, self.best = state["update"], state["best"]
             print(f"going on after update {self.update}")
-        self.lines = files.Log(self.args.out / f"log/{self.name}.jsonl", rows)
+        self.lines = files.Log(
+            self.args.out / f"log/{self.name}.jsonl", state["logged"] if state else ()
+        )
         self.rows = self.lines.rows
         processes.catch_interrupts()
         bar = dict(total=count, initial=self.update, desc=self.name, unit="update")

@@ -48,9 +48,8 @@ def main_row(rows):
 def read_pairs(data):
     """name -> the pairs of data/<name>.jsonl, each with all that its sample says."""
     train = read_jsonl(data / "train.jsonl", "python -m visrl.make_data")
-    found = {}
-    for path in sorted(data.glob("pairs*.jsonl")):
-        found[path.stem] = with_samples(path, train, "python -m visrl.make_pairs", is_pair)
+    given = train, "python -m visrl.make_pairs", is_pair
+    found = {path.stem: with_samples(path, *given) for path in sorted(data.glob("pairs*.jsonl"))}
     return {name: pairs for name, pairs in found.items() if pairs}  # others are of an earlier run
 
 

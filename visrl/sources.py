@@ -9,9 +9,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from support.data.datasets import as_published, by_image, usable
+from support.data.datasets import by_image, usable
 from support.data.samples import VISRL_FIELDS, own_samples, read_side
-from support.running.errors import stop
+from support.running.errors import explained, stop
 from support.running.files import write_jsonl
 from support.running.processes import RANK, barrier
 from toy import world
@@ -72,7 +72,7 @@ def viscot_samples(folder):
     metadata = sorted((folder / "metadata").glob("*.jsonl"))
     if not conversations.exists() or not metadata:
         stop(f"--viscot {folder} has no viscot_363k.json or no metadata/*.jsonl. {GET}")
-    with as_published(f"--viscot {folder}", GET):
+    with explained(f"--viscot {folder} is not as published", GET):
         words = ("question", "answer")
         train = usable("Visual CoT, training", conversation_rows(folder, conversations), words)
         test = usable("Visual CoT, test", metadata_rows(folder, metadata), words)

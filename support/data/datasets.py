@@ -62,11 +62,6 @@ def missing_files(folders):
     return problems
 
 
-def as_published(where, how):
-    """Around the reading of published files: what they are and how to get them."""
-    return explained(f"{where} is not as published", how)
-
-
 # The readers --------------------------------------------------------------------------------------
 def read_parquet(folder, columns):
     """Yields the rows of a folder's parquet files as dicts of these columns; no other column is
@@ -219,7 +214,9 @@ def paper_samples(folders, seed):
     }
     sources = []
     for name, rows in readers.items():
-        with as_published(f"--{name}: {folders[name]}", how_to_get(name, folders[name])):
+        with explained(
+            f"--{name}: {folders[name]} is not as published", how_to_get(name, folders[name])
+        ):
             sources.append(usable(name, rows))
     rng = random.Random(seed)
     smallest = min(map(len, sources))
@@ -234,7 +231,7 @@ def write_images(samples, data, folders):
     others. Exits when an image of any dataset is nowhere."""
     wanted = {s["image"]: s["source"] for s in samples if not (data / s["image"]).exists()}
     folder = Path(folders["refadv"])
-    with as_published(f"--refadv: {folder}", how_to_get("refadv", folder)):
+    with explained(f"--refadv: {folder} is not as published", how_to_get("refadv", folder)):
         for row in read_parquet(folder, ["file_name", "image"]):
             image = inside(row["file_name"])
             if wanted.pop(image, None):

@@ -13,17 +13,13 @@ import torch
 from peft import set_peft_model_state_dict
 
 
-def usable(path):
-    """Around the use of what a checkpoint holds."""
-    return explained(f"{path} is no checkpoint of this code", "move it away, or --restart")
-
-
 def save_checkpoint(path, **state):
     write_bytes(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path, restart=False):
-    """The state, a dict, or None when there is none. With `restart` it is removed first."""
+def load_checkpoint(path, restart=False, model=None, optimizer=None):
+    """The state, a dict, or None when there is none. With `restart` it is removed first.
+    model, optimizer: get what they were."""
     path = Path(path)
     if restart and not RANK:
         path.unlink(missing_ok=True)
@@ -31,7 +27,7 @@ def load_checkpoint(path, restart=False):
         (path.with_suffix("") / "adapter_model.safetensors").unlink(missing_ok=True)
     if restart or not path.exists():
         return None
-    with usable(path):
+    with explained(f"{path} is no checkpoint of this code", "move it away, or --restart"):
         # A flipped byte, which torch.load passes over: its format is zip, with checksums
         if damaged := zipfile.ZipFile(path).testzip():
             raise ValueError(f"{damaged} in it is damaged")
@@ -39,22 +35,21 @@ def load_checkpoint(path, restart=False):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if type(state["update"]) is not int or type(state["finished"]) is not bool:
             raise TypeError(f"update {state['update']}, finished {state['finished']}")
+        if optimizer:
+            restore(state, model, optimizer)
         return state
 
 
-def restore(path, state, model, optimizer):
-    """Gives the active adapter and the optimizer what they were -> (best, rows of the log)."""
-    with usable(path):
-        name = model.active_adapter
-        set_peft_model_state_dict(model, state["adapter"], name)
-        optimizer.load_state_dict(state["optimizer"])
-        # Both pass over what is missing, the optimizer over shapes too
-        trained = [p for p in model.parameters() if p.requires_grad]
-        same = adapter_state(model, name).keys() == state["adapter"].keys()
-        if not same or any(optimizer.state[p]["exp_avg"].shape != p.shape for p in trained):
-            raise ValueError("weights of another model")
-        reward, update = state["best"]
-        return (reward, update), [dict(row) for row in state["logged"]]
+def restore(state, model, optimizer):
+    """Gives the active adapter and the optimizer what they were."""
+    set_peft_model_state_dict(model, state["adapter"], model.active_adapter)
+    optimizer.load_state_dict(state["optimizer"])
+    # Both pass over what is missing, the optimizer over shapes too
+    fits = adapter_state(model, model.active_adapter).keys() == state["adapter"].keys()
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        fits = fits and optimizer.state[p]["exp_avg"].shape == p.shape
+    if not (fits and isinstance(state["logged"], list)):
+        raise ValueError("of another model, or an earlier version")
 
 
 say_once = functools.cache(print)

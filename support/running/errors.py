@@ -41,8 +41,7 @@ def explain_errors(advice, smaller):
 
     def explain(kind, error, traceback):
         if isinstance(error, OSError):
-            message = f"error: {error}. Mend that, and the same command goes on"
-            print(message, file=sys.stderr, flush=True)
+            print(f"error: {error}. Mend that, and the same command goes on", file=sys.stderr)
             return
         if not out_of_memory(error):
             otherwise(kind, error, traceback)

@@ -210,13 +210,10 @@ def agrees(args, name, *flags):
 def read_config(path):
     """What `begin` wrote, a dict; empty when there is none."""
     try:
-        config = parse(path.read_bytes())
-        if not (config and isinstance(config, dict)):
-            raise ValueError(f"{str(config)[:40]} is no configuration")
-        return config
+        return {**parse(path.read_bytes())}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         stop(f"{path} cannot be read ({e}); remove it, and --restart")
 
 
