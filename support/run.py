@@ -90,9 +90,8 @@ class Run:
         if state:
             self.update, self.best = state["update"], state["best"]
             print(f"going on after update {self.update}")
-        self.lines = files.Log(
-            self.args.out / f"log/{self.name}.jsonl", state["logged"] if state else ()
-        )
+        log = self.args.out / f"log/{self.name}.jsonl"
+        self.lines = files.Log(log, state["logged"] if state else ())
         self.rows = self.lines.rows
         processes.catch_interrupts()
         bar = dict(total=count, initial=self.update, desc=self.name, unit="update")

@@ -214,9 +214,8 @@ def paper_samples(folders, seed):
     }
     sources = []
     for name, rows in readers.items():
-        with explained(
-            f"--{name}: {folders[name]} is not as published", how_to_get(name, folders[name])
-        ):
+        fault = f"--{name}: {folders[name]} is not as published"
+        with explained(fault, how_to_get(name, folders[name])):
             sources.append(usable(name, rows))
     rng = random.Random(seed)
     smallest = min(map(len, sources))

@@ -80,9 +80,9 @@ def with_samples(path, samples, made_by, usable):
     for number, row in enumerate(read_jsonl(path, made_by), 1):
         fault = f"{path}, line {number}: no row of such a file: {str(row)[:80]!r}"
         with explained(fault, f"move the file away, then run: {made_by}"):
-            if row["id"] in sample_of and not usable(row):
-                raise ValueError("other values")
-            rows += [{**row, **sample_of[row["id"]]}] if row["id"] in sample_of else []
+            if row["id"] in sample_of:
+                rows.append({**row, **sample_of[row["id"]]})
+                assert usable(row), "other values"
     return rows
 
 

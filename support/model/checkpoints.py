@@ -29,12 +29,10 @@ def load_checkpoint(path, restart=False, model=None, optimizer=None):
         return None
     with explained(f"{path} is no checkpoint of this code", "move it away, or --restart"):
         # A flipped byte, which torch.load passes over: its format is zip, with checksums
-        if damaged := zipfile.ZipFile(path).testzip():
-            raise ValueError(f"{damaged} in it is damaged")
+        assert not zipfile.ZipFile(path).testzip(), "damaged"
         # weights_only: a checkpoint is data, and loading it runs no code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if type(state["update"]) is not int or type(state["finished"]) is not bool:
-            raise TypeError(f"update {state['update']}, finished {state['finished']}")
+        assert (type(state["update"]), type(state["finished"])) == (int, bool), "other values"
         if optimizer:
             restore(state, model, optimizer)
         return state
@@ -45,11 +43,10 @@ def restore(state, model, optimizer):
     set_peft_model_state_dict(model, state["adapter"], model.active_adapter)
     optimizer.load_state_dict(state["optimizer"])
     # Both pass over what is missing, the optimizer over shapes too
-    fits = adapter_state(model, model.active_adapter).keys() == state["adapter"].keys()
+    assert adapter_state(model, model.active_adapter).keys() == state["adapter"].keys(), "keys"
     for p in filter(lambda p: p.requires_grad, model.parameters()):
-        fits = fits and optimizer.state[p]["exp_avg"].shape == p.shape
-    if not (fits and isinstance(state["logged"], list)):
-        raise ValueError("of another model, or an earlier version")
+        assert optimizer.state[p]["exp_avg"].shape == p.shape, "shapes of the optimizer"
+    assert isinstance(state["logged"], list), "no log"
 
 
 say_once = functools.cache(print)

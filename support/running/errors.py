@@ -32,11 +32,10 @@ def working_on(samples):
 
 
 def explain_errors(advice, smaller):
-    """From here on running out of memory, and whatever the system refuses (OSError), ends the
-    program with a message and exit status 1. The first names the samples of `working_on` and
-    `advice`, the flags to lower; before there are any, the model alone is too large: give a
-    `smaller` one. Any other exception ends the program as before.
-    """
+    """From here on an OSError, and running out of memory, end the program with a message and exit
+    status 1. The latter names the samples of `working_on` and `advice`, the flags to lower; before
+    there are any, the model alone is too large: give a `smaller` one. Any other exception ends the
+    program as before."""
     otherwise = sys.excepthook
 
     def explain(kind, error, traceback):
