@@ -107,7 +107,8 @@ def read_trajectories(args, data):
 def is_trajectory(row):
     """Whether a row has boxes, and a trace for each, in words."""
     words = [isinstance(text, str) and not NO_WORDS.search(text) for text in row["traces"]]
-    return 0 < len(row["boxes"]) == len(words) and all([*map(is_box, row["boxes"]), *words])
+    words.append(isinstance(row["traces"], list))
+    return 1 < len(row["boxes"]) + 1 == len(words) and all([*map(is_box, row["boxes"]), *words])
 
 
 def parse_sample(line, folder, fields):
