@@ -16,6 +16,8 @@ import functools
 import math
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -23,6 +25,9 @@ from typing import NamedTuple
 # Threads that wait soon sleep, instead of spinning beside other programs. OpenMP reads this when
 # torch is loaded
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Ctrl-C while libraries load, some of which would swallow it; not for who imports this elsewhere
+if sys.argv[0] == "-m" or os.path.abspath(sys.argv[0]).startswith(f"{os.path.dirname(__file__)}/"):
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 import torch
 from PIL import Image, ImageDraw

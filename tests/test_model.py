@@ -52,7 +52,7 @@ class Evil:
 
 def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoints.save_checkpoint("c", update=1, weight=torch.ones(3))
+    checkpoints.save_checkpoint("c", update=1, finished=False, weight=torch.ones(3))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a full disk
     try:
@@ -65,6 +65,14 @@ def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert checkpoints.load_checkpoint("c")["update"] == 1
+    content = bytearray(Path("c").read_bytes())
+    place = content.index(torch.ones(3).numpy().tobytes())
+    content[place] ^= 1
+    Path("c").write_bytes(content)
+    assert "(AssertionError: damaged); move it away" in one_line(checkpoints.load_checkpoint, "c")
+    for other in ([1, 2], 7, None, {"a": 1}, {"update": "1", "finished": False}):
+        torch.save(other, "c")
+        assert "no checkpoint of this code" in one_line(checkpoints.load_checkpoint, "c")
     torch.save({"update": Evil()}, "c")
     assert "no checkpoint of this code" in one_line(checkpoints.load_checkpoint, "c")
     assert not Path("evil").exists()

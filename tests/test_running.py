@@ -149,6 +149,11 @@ def test_resumed_rows_belong_to_their_samples(tmp_path):
     assert run() == rows and len(asked) == 5
     path.write_bytes(path.read_bytes()[:-4])
     assert run() == rows and asked[5:] == [4]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"a", b"b", 1))  # still JSON, and another text
+    assert run() == rows and asked[6:] == [0, 1, 2, 3, 4]
+    assert path.read_bytes() == content
+    del asked[6:]
     del rows_of[2]  # the batch of 0 and 1 stays
     assert [row["id"] for row in run()] == list("0134") and asked[6:] == [2, 3]
 
@@ -163,8 +168,9 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
     files.lock(tmp_path)
     with pytest.raises(SystemExit, match="another run works in"):
         files.lock(tmp_path)
-    (tmp_path / "log/sft.config.json").write_text("[")
-    assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
+    for content in ("[" * 100_000, "[1]", "7"):
+        (tmp_path / "log/sft.config.json").write_text(content)
+        assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
 
 
 def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeypatch):
@@ -212,6 +218,14 @@ gather([1])
 """
 
 
+def test_ctrl_c_while_libraries_load_says_nothing(tmp_path):
+    (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 2); os.getpid()")
+    for script in ([str(ROOT / "sft.py")], ["-m", "visrl.sft"]):
+        start, environment = [sys.executable, *script], {"PYTHONPATH": str(tmp_path)}
+        ran = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (130, b"", b"")
+
+
 def test_ctrl_c_waits_for_the_batch_and_a_second_one_ends_at_once(monkeypatch):
     monkeypatch.setattr(processes, "stop_asked", [])
     processes.ask_to_stop(signal.SIGINT, None)
@@ -229,7 +243,7 @@ def test_running_out_of_memory_names_what_is_at_work_and_the_flag(monkeypatch, c
         sys.excepthook(type(error), error, None)
         return capsys.readouterr().err
 
-    errors.explain_out_of_memory("--max-pixels", "a smaller --model, or --quantize nf4")
+    errors.explain_errors("--max-pixels", "a smaller --model, or --quantize nf4")
     errors.working_on([])
     end = ". What was saved before is whole\n"
     message = "error: out of memory before the first sample; give a smaller --model, or "
@@ -238,6 +252,7 @@ def test_running_out_of_memory_names_what_is_at_work_and_the_flag(monkeypatch, c
     cuda = end_with(torch.OutOfMemoryError("CUDA out of memory"))
     assert f"3 (20 x 10), ...; lower --max-pixels{end}" in cuda
     assert others == []
+    assert end_with(OSError(28, "No space left", "x")).startswith("error: [Errno 28] No space left")
     error = RuntimeError("another")
     assert end_with(error) == "" and others == [(RuntimeError, error, None)]
 

@@ -1,5 +1,6 @@
 """Samples and their images: read, or refused by name before any work."""
 
+import argparse
 import json
 import os
 import re
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 from support.data import samples
 from support.running import files
+from support.running.flags import model_path
 from tests.small import GOOD, TURNED, one_line, picture
 
 import pytest
@@ -79,6 +81,40 @@ def test_images_are_opened_once(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(SystemExit, match="No such file"):
         samples.read_side(args, "train")
+
+
+def test_rows_of_another_shape_are_refused(tmp_path):
+    box = [0, 0, 500, 500]
+    good = {"id": "1", "boxes": [box] * 3, "traces": ["a"] * 3}
+    one = {"id": "1", "boxes": [box], "traces": ["a"]}
+    args = argparse.Namespace(out=tmp_path, preset="toy", model=model_path("toy/base"), steps=2)
+    picture(20, 10).save(tmp_path / "a.png")
+    files.write_jsonl(tmp_path / "data/train.jsonl", [dict(GOOD, image="../a.png")])
+
+    def read(*rows):
+        files.write_jsonl(tmp_path / "data/sft.jsonl", rows)
+        return samples.read_trajectories(args, tmp_path / "data")
+
+    assert [len(row["boxes"]) for row in read(good, one)] == [3, 1]
+    wrong = [{"boxes": [box]}, [1], 7, None, "x", dict(good, boxes=["x"] * 3), dict(good, id=[])]
+    wrong += [
+        dict(good, boxes=[box]),
+        dict(one, traces=["a"] * 3),
+        dict(good, boxes=7),
+        {"id": "1"},
+    ]
+    wrong += [
+        dict(one, boxes=[[0, 0, 1, 1001]]),
+        dict(one, traces=[None]),
+        dict(one, traces=["<|"]),
+    ]
+    for row in wrong:
+        assert "sft.jsonl, line 2: no row of such a file" in one_line(read, good, row)
+    assert "holds 2 boxes a trajectory" in one_line(
+        read, dict(good, boxes=[box] * 2, traces=["a"] * 2)
+    )
+    (tmp_path / "data/sft.jsonl").write_text("[" * 100_000)
+    assert "line 1: not JSON" in one_line(samples.read_trajectories, args, tmp_path / "data")
 
 
 def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch, capsys):

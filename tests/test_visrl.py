@@ -557,7 +557,9 @@ def test_the_findings_are_judged_by_their_intervals():
 
 def test_pairs_are_read_with_their_samples(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", SAMPLES)
-    rows = [{"id": name, "chosen": {}, "rejected": {}} for name in ("0", "of an earlier run")]
+    side = {"box": [0, 0, 5, 5], "answer": "x"}
+    sides = {"chosen": side, "rejected": side}
+    rows = [{"id": name, **sides} for name in ("0", "of an earlier run")]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     write_jsonl(tmp_path / "pairs_no_controller_2.jsonl", rows[1:])
     assert report.read_pairs(tmp_path) == {"pairs": [{**SAMPLES[0], **rows[0]}]}

@@ -51,7 +51,7 @@ run.name = loop.named(name, args.iteration)
 train = read_side(args, "train", "python -m visrl.make_data", VISRL_FIELDS)
 file = data / f"{loop.named('pairs', args.iteration)}.jsonl"
 make_pairs = command(args, f"python -m visrl.make_pairs --iteration {args.iteration}")
-pairs = with_samples(file, train, make_pairs)
+pairs = with_samples(file, train, make_pairs, loop.is_pair)
 if not pairs:
     stop(f"{file} has no pair of a sample in train.jsonl; run {make_pairs}")
 run.agrees(loop.named("paths", args.iteration), "crop")

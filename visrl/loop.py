@@ -18,6 +18,7 @@ import re
 from dataclasses import replace
 
 from common import Loop, box_complete, build_trajectory, denormalize_box, format_box
+from support.data.samples import is_box
 
 import torch
 from torch.nn import functional as F
@@ -118,6 +119,12 @@ def is_right(response, answer):
 
 
 # Step-level DPO (Section 3.2) ---------------------------------------------------------------------
+def is_pair(row):
+    """Whether both sides of a row of data/pairs.jsonl have a box and an answer."""
+    sides = row["chosen"], row["rejected"]
+    return all(is_box(side["box"]) and isinstance(side["answer"], str) for side in sides)
+
+
 def step_logprobs(scores, count, steps):
     """TokenScores of `count` trajectories -> [count, K]: log pi of each step's text (Eq. 2)."""
     place = scores.row * steps + scores.step  # [M]

@@ -12,7 +12,7 @@ from support.report.rows import Row
 from support.report.statistics import estimate, judged, resampled
 from support.report.tables import cells
 from support.running.files import read_jsonl
-from visrl.loop import crop_bbox
+from visrl.loop import crop_bbox, is_pair
 
 import numpy as np
 
@@ -48,7 +48,8 @@ def main_row(rows):
 def read_pairs(data):
     """name -> the pairs of data/<name>.jsonl, each with all that its sample says."""
     train = read_jsonl(data / "train.jsonl", "python -m visrl.make_data")
-    found = {path.stem: with_samples(path, train) for path in sorted(data.glob("pairs*.jsonl"))}
+    given = train, "python -m visrl.make_pairs", is_pair
+    found = {path.stem: with_samples(path, *given) for path in sorted(data.glob("pairs*.jsonl"))}
     return {name: pairs for name, pairs in found.items() if pairs}  # others are of an earlier run
 
 

@@ -2,14 +2,13 @@
 
 import functools
 import hashlib
-import json
 import os
 import re
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from support.running.errors import out_of_memory, say_once, stop
-from support.running.files import check_regular, read_jsonl, read_lines, write_text
+from support.running.errors import explained, out_of_memory, say_once, stop
+from support.running.files import check_regular, parse, read_jsonl, read_lines, write_text
 from support.running.flags import command
 
 import numpy as np
@@ -129,33 +128,52 @@ def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
     return read_samples(path, command(args, made_by), fields, stamp=path.with_suffix(".checked"))
 
 
-def with_samples(path, samples, made_by=""):
+def with_samples(path, samples, made_by, usable):
     """The rows of a .jsonl file that `made_by` makes, each with all that its sample says. Rows of
-    other samples are of an earlier run, and left out."""
+    other samples are of an earlier run, and left out. usable: row -> bool; exits with the first
+    that is not."""
     sample_of = {sample["id"]: sample for sample in samples}
-    rows = read_jsonl(path, made_by)
-    return [{**sample_of[row["id"]], **row} for row in rows if row["id"] in sample_of]
+    rows = []
+    for number, row in enumerate(read_jsonl(path, made_by), 1):
+        fault = f"{path}, line {number}: no row of such a file: {str(row)[:80]!r}"
+        with explained(fault, f"move the file away, then run: {made_by}"):
+            if row["id"] in sample_of:
+                rows.append({**row, **sample_of[row["id"]]})
+                assert usable(row), "other values"
+    return rows
+
+
+def is_box(box):
+    """Whether this is a list of four integers in 0..1000."""
+    return [type(v) for v in box] == [int] * 4 and 0 <= min(box) <= max(box) <= 1000
 
 
 def read_trajectories(args, data):
-    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces). Exits when
-    there are none, or not with --steps."""
+    """What SFT learns from: the trajectories of data/sft.jsonl (one or T + 1 boxes, and a trace for
+    each). Exits when there are none, or not with --steps."""
     path = data / "sft.jsonl"
-    rows = with_samples(path, read_side(args, "train"), command(args, "python make_data.py"))
+    train, made_by = read_side(args, "train"), command(args, "python make_data.py")
+    rows = with_samples(path, train, made_by, is_trajectory)
     if not rows:
         stop(f"{path} has no trajectory of a sample in train.jsonl; make it again")
-    count = len(rows[0]["boxes"])
-    if count != args.steps + 1:
+    for count in {len(row["boxes"]) for row in rows} - {1, args.steps + 1}:
         stop(f"{path} holds {count} boxes a trajectory; run make_data.py with --steps {args.steps}")
     return rows
+
+
+def is_trajectory(row):
+    """Whether a row has boxes, and a trace for each, in words."""
+    words = [isinstance(text, str) and not NO_WORDS.search(text) for text in row["traces"]]
+    words.append(isinstance(row["traces"], list))
+    return 1 < len(row["boxes"]) + 1 == len(words) and all([*map(is_box, row["boxes"]), *words])
 
 
 def parse_sample(line, fields):
     """One line (bytes) -> (sample or None, what is wrong with it: sentences with value and remedy;
     of its image nothing)."""
     try:
-        sample = json.loads(line)  # UTF-8, as JSON is
-    except (ValueError, RecursionError) as e:
+        sample = parse(line)  # UTF-8, as JSON is
+    except ValueError as e:
         return None, [f"not JSON ({e}); repair or remove the line: {line[:60]!r}"]
     if not isinstance(sample, dict):
         return None, [f'{str(sample)[:60]!r} is not a JSON object; see README, "Your own data"']

@@ -42,7 +42,7 @@ def begin_files(args, data, names, ignore=()):
     them go, to be made anew. ignore: flags that do not change them."""
     files = [data / f"{name}.jsonl" for name in names]
     if args.restart and not RANK:  # first: killed here, no run goes on with another's samples
-        for file in files:
+        for file in reversed(files):  # the last tells that all is made
             file.unlink(missing_ok=True)
     begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad", *ignore))
     if files[-1].exists() and not args.restart:

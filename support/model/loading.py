@@ -5,10 +5,9 @@ import logging
 import os
 import re
 import warnings
-from contextlib import contextmanager
 
 from common import VLM
-from support.running.errors import out_of_memory, stop
+from support.running.errors import explained, stop
 from support.running.processes import device
 
 import torch
@@ -99,17 +98,10 @@ def free_memory():
         torch.cuda.reset_peak_memory_stats()
 
 
-@contextmanager
 def loading(what, files):
-    """Around the libraries' own loading: whatever they raise, from damage to no network, ends with
-    one line that names what, the reason and the files to look at."""
-    try:
-        yield
-    except Exception as e:
-        if out_of_memory(e):
-            raise
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        stop(f"{what} cannot be loaded ({reason}); look at its {files}, or get it again")
+    """Around the libraries' own loading: all that fails, from damage to no network, is explained,
+    with the files to look at."""
+    return explained(f"{what} cannot be loaded", f"look at its {files}, or get it again")
 
 
 def check_kind(name, quantize):

@@ -29,7 +29,7 @@ from support.report.pictures import drawing, write_strip
 from support.report.rows import Row, log_line
 from support.report.statistics import RIGHT, SAME, by_change, main_row, signed
 from support.report.tables import cell, report, results_of_run, summary, write_results
-from support.running.files import read_jsonl, write_jsonl, write_text
+from support.running.files import parse, read_jsonl, write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
 
 from PIL import Image
@@ -346,7 +346,7 @@ def log_charts(path):
     metrics = {}  # name -> the name of a line -> its points [update, value]
     for line in path.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)  # a killed phase may leave half of one
+            row = parse(line)  # a killed phase may leave half of one
             update = row.pop("update")
         except (ValueError, LookupError, AttributeError, TypeError):
             continue

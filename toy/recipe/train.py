@@ -437,7 +437,7 @@ def main():
         history.clear()
         save(checkpoint, step + 1, args.steps, parts, optimizers)
         if not processes.RANK:
-            with open(args.out / "log.jsonl", "a") as file:
+            with writing(args.out), open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": step + 1, **line}) + "\n")
     if not processes.RANK:
         write_base(args.out / "base", model, tokenizer)
