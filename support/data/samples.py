@@ -43,7 +43,7 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None):
     seen = stamp and stamp_of(parsed, path.parent)
     known = seen and stamp.exists() and stamp.read_text() == seen
     if not known:
-        parsed = in_threads(lambda row: with_image(*row, path.parent), parsed, path.name)
+        parsed = in_threads(image_check(path.parent), parsed, path.name)
     for number, (sample, found) in enumerate(parsed, 1):
         if not found:
             name = sample["id"]
@@ -91,14 +91,25 @@ def stamp_of(parsed, folder):
     return digest.hexdigest()
 
 
-def with_image(sample, problems, folder):
-    """What `parse_sample` returns, with what is wrong with the image."""
-    if sample:
+def image_check(folder):
+    """-> a function from what `parse_sample` returns to the same, with what is wrong with the
+    image."""
+
+    @functools.cache  # many samples may be about one image
+    def fault_of(image, width, height):
         try:
-            load_image(sample, folder)
+            load_image({"image": image, "width": width, "height": height}, folder)
         except ValueError as e:
-            problems = [*problems, str(e)]
-    return sample, problems
+            return [str(e)]
+        return []
+
+    def check(row):
+        sample, problems = row
+        if sample:
+            problems = problems + fault_of(sample["image"], sample["width"], sample["height"])
+        return sample, problems
+
+    return check
 
 
 def own_samples(args, fields=IVT_FIELDS):
