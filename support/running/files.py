@@ -93,7 +93,9 @@ class Log:
         self.rows = read_jsonl(path, "the phase again, with --restart", keep) if keep else []
         if len(self.rows) < keep:
             stop(f"{self.path} has lost lines since the checkpoint; begin again with --restart")
-        write_jsonl(self.path, self.rows)
+        there = self.path.read_bytes() if keep else b""
+        if not there.endswith(b"\n") or there.count(b"\n") != keep:  # else it is whole
+            write_jsonl(self.path, self.rows)
 
     def write(self, **row):
         """Floats are rounded to six digits after the point."""
