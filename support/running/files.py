@@ -110,7 +110,9 @@ class Log:
 
     def __init__(self, path, rows=(), sealed=False):
         self.path, self.rows, self.sealed = Path(path), list(rows), sealed
-        write_text(self.path, "".join(map(self.line, self.rows)))
+        content = "".join(map(self.line, self.rows))
+        if not self.path.exists() or self.path.read_bytes() != content.encode():
+            write_text(self.path, content)
 
     def line(self, row):
         text = json.dumps(row, ensure_ascii=False)

@@ -119,6 +119,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "grad_accum": Setting(8, 1, "forward passes per update"),
         "lora_rank": Setting(8, 32, "on all projections of the language model"),
         "lora_alpha": Setting(16, 64, "LoRA's scale is alpha / rank"),
+        "samples": Setting(0, 0, "how many of them, for Table 3; 0: all; ours", low=0),
     },
     "visrl.make_pairs": {
         **VISRL_ENGINE,
@@ -152,6 +153,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     "visrl.evaluate": {
         **VISRL_ENGINE,
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
+        "judge": Setting("base", "none", "the base scores answers too, 0..1", ("base", "none")),
     },
 }
 
