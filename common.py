@@ -50,6 +50,10 @@ CORRECTION = (
     "bbox coordinates in JSON format. Examine the box: is it on the wrong object, shifted, too "
     "large or too small? How well does the red box lie around {text}?"
 )
+NO_BOX = (  # as long as no step has given a valid box, and nothing is drawn
+    "Your last prediction is no box, so the image shows none. Think inside <think> </think>, then "
+    "report the bbox coordinates in JSON format. Where is {text}?"
+)
 
 
 # Boxes (Section 3.1, "Box representation") --------------------------------------------------------
@@ -157,6 +161,7 @@ class Loop:
     feedback: Callable  # (image, box or None) -> the picture that is shown before step t >= 1
     continuation: str  # the instruction that is injected after that picture, may hold {text} too
     ends: Callable  # (text so far, t) -> whether step t is complete
+    without_box: str = ""  # the instruction while no box is valid, where it is another one
     turn: str = "\n{picture}\n{continuation}\n"  # how both are injected: the same turn goes on
     # (the last valid box, or None) -> the part of the image that the picture shows, a box in
     # 0..1000. The boxes of a step are relative to it
@@ -170,6 +175,7 @@ IVT = Loop(
     prompt=IVT_PROMPT,
     feedback=draw_overlay,
     continuation=CORRECTION,
+    without_box=NO_BOX,
     ends=lambda text, t: box_complete(text),
 )
 SINGLE_SHOT = replace(IVT, prompt=SINGLE_PROMPT)  # with T = 0: no loop at all
@@ -300,10 +306,11 @@ def prompt_ids(vlm, image, text, loop):
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
-def continuation_ids(vlm, image, text, loop):
+def continuation_ids(vlm, image, text, loop, last_box):
     """What is injected before step t >= 1: the feedback picture and the instruction."""
     before, after = loop.turn.split("{picture}")
-    after = after.format(continuation=loop.continuation.format(text=text))
+    words = loop.continuation if last_box else loop.without_box or loop.continuation
+    after = after.format(continuation=words.format(text=text))
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
@@ -342,7 +349,7 @@ def build_trajectory(vlm, images, text, written, loop):
     out = Trajectory(ids=prompt_ids(vlm, images[0], text, loop), images=list(images))
     for t, words in enumerate(written):
         if t > 0:
-            out.ids += continuation_ids(vlm, images[t], text, loop)
+            out.ids += continuation_ids(vlm, images[t], text, loop, last_valid(out.boxes))
         tokens = vlm.encode(words)
         first = len(out.ids) - 1  # a token is predicted at the position before its own
         out.predictor += range(first, first + len(tokens))
@@ -569,8 +576,8 @@ def rollout(
             # Render and inject: the picture and the instruction join the same assistant turn
             pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
             shown = encode_images(vlm, pictures)
-            for row, image, text in zip(rows, shown, texts):
-                row.ids += continuation_ids(vlm, image, text, loop)
+            for row, image, text, last_box in zip(rows, shown, texts, last_boxes):
+                row.ids += continuation_ids(vlm, image, text, loop, last_box)
                 row.images.append(image)
             hidden = context.catch_up(rows, [[image] for image in shown])  # [P * N, D]
         options = dict(temperature=temperatures[min(t, 1)], noise=noise[t], ends=loop.ends)

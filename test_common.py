@@ -285,7 +285,8 @@ def test_greedy_rollout_equals_generate(vlm):
 
 
 def test_the_last_valid_box_is_shown(vlm, monkeypatch):
-    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1."""
+    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1. Before step 1 there is
+    none to be seen, and none is spoken of."""
     answers = iter([None, [1, 2, 30, 40], None, None])
     boxes = []
 
@@ -294,8 +295,12 @@ def test_the_last_valid_box_is_shown(vlm, monkeypatch):
         return image
 
     monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
-    rollout(vlm, [picture(32, 32)], ["x"], 3, max_tokens=2, loop=replace(IVT, feedback=feedback))
+    loop = replace(IVT, feedback=feedback)
+    [row] = rollout(vlm, [picture(32, 32)], ["x"], 3, max_tokens=2, loop=loop)
     assert boxes == [None, [1, 2, 30, 40], [1, 2, 30, 40]]
+    injected = vlm.tokenizer.decode(row.ids).split("<|vision_start|>")[2:]
+    assert [text.count("The red box") for text in injected] == [0, 1, 1]
+    assert common.NO_BOX.format(text="x") in injected[0]
 
 
 def test_sft_sees_what_the_rollout_sees(vlm, monkeypatch):

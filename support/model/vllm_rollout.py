@@ -279,8 +279,9 @@ def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora, **cut
     made = row.trajectory
     t = len(made.boxes)
     if t > 0:
-        picture, tokens = fitted(vlm, loop.feedback(row.image, last_valid(made.boxes)), encode)
-        made.ids += continuation_ids(vlm, tokens, row.text, loop)
+        last_box = last_valid(made.boxes)
+        picture, tokens = fitted(vlm, loop.feedback(row.image, last_box), encode)
+        made.ids += continuation_ids(vlm, tokens, row.text, loop, last_box)
         made.images.append(tokens)
         row.shown.append(picture)
     row.before = list(made.ids)
