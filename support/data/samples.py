@@ -81,13 +81,13 @@ def with_samples(path, samples, made_by=""):
 
 
 def read_trajectories(args, data):
-    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces). Exits when
-    there are none, or not with --steps."""
+    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces; one of each
+    where a right box was kept). Exits when there are none, or not with --steps."""
     path = data / "sft.jsonl"
     rows = with_samples(path, read_side(args, "train"), command(args, "python make_data.py"))
     if not rows:
         stop(f"{path} has no trajectory of a sample in train.jsonl; make it again")
-    count = len(rows[0]["boxes"])
+    count = max(len(row["boxes"]) for row in rows)
     if count != args.steps + 1:
         stop(f"{path} holds {count} boxes a trajectory; run make_data.py with --steps {args.steps}")
     return rows
