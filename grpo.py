@@ -26,7 +26,6 @@ from support.model import adapters, loading, memory
 from support.model.decoding import roll_in_parts, rollouts
 from support.model.views import loop_of
 from support.report import health, page
-from support.report.statistics import estimate, signed
 from support.run import Run
 from support.running.flags import Flag
 from support.running.processes import RANK
@@ -145,20 +144,5 @@ for update in run.updates(args.updates, vlm, optimizer):
     health.warn(run)
 
 validate(args.updates)
-
-# What training did --------------------------------------------------------------------------------
-# The same prompts by the policy that it began with and by its result, greedy and as it samples:
-# GRPO may make what is sampled steadier before the greedy answer moves.
-adapters.add_adapter(vlm, run.adapter, "result")
-mine = run.share(val)
-for way, heat in ("greedy", (0.0, 0.0)), ("sampled", temperatures):
-    rewards = []
-    for adapter in ("reference", "result"):
-        with adapters.using(vlm, adapter):
-            trajectories = sample_trajectories(mine, temperatures=heat)
-        rewards.append(run.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)]))
-    before, after = torch.tensor(rewards)  # [prompts] each
-    change = estimate(after - before)
-    run.log(update=args.updates, **{f"change_{way}": change})
-    run.say(f"{way} validation: {before.mean():.3f}, then {after.mean():.3f}: {signed(change)}")
+health.show_gain(run, vlm, val, sample_trajectories, temperatures)
 run.finish(then="python evaluate.py")

@@ -26,6 +26,7 @@ LEGIBLE = 2.4  # enlarged so much, a view shows marks
 # A step's batch has two halves, so that two processes can have one each
 PICTURES = 32  # in half a batch of stage 1
 ROWS, BUDGET = 17, 170  # conversations in half a batch, and about how many tokens each has
+WORDED = 24  # single questions in many wordings, in half a batch of the last stage
 CROPS = 20  # for the tower alone, beside those of the conversations
 LEVELS = 200, 400  # steps of stage 2 at which conversations become harder
 WORDS = [*COLORS, *KINDS, *SIZES, *MARKS]
@@ -34,7 +35,17 @@ NAMES = {*WORDS, *FRAMES, *SUPERLATIVES}  # what most wordings have in the descr
 OPENINGS = ("", "Please ", "Now ", "Hi! ", "Look at the picture. ", "Task: ", "One more: ")
 REQUESTS = ("find {}", "show me {}", "mark {}", "detect {}", "draw a box on {}", "select {}")
 REQUESTS += ("give the box of {}", "a box for {}", "which part is {}", "I look for {}")
-ENDINGS = ("", ".", "?", " in this picture.", " and write its box.", ", as JSON", ". Box only.")
+REQUESTS += ("can you see {}", "do you know {}", "would you get me {}", "{} is what I need")
+ENDINGS = (
+    "",
+    ".",
+    "?",
+    "?",
+    " in this picture.",
+    " and write its box.",
+    ", as JSON",
+    ". Box only.",
+)
 ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
 
 
@@ -231,7 +242,7 @@ def next_question(rng, picture, level, said, repeats):
 def conversation(rng, level, encode, answered, worded=False):
     """A chat of about BUDGET tokens: [(picture where it is shown first, else None, Question)].
 
-    worded: whether the questions are put in many wordings, as in the last stage.
+    worded: a single question in one of many wordings, as in the last stage.
     """
     turns, scene, length = [], None, 0
     while length < BUDGET:
@@ -254,7 +265,7 @@ def conversation(rng, level, encode, answered, worded=False):
             length += 40 * first + 8 + len(encode(question.text))
             if worded:
                 reword(rng, question)
-                length += len(encode(question.before + question.after + question.thought))
+                return turns
             length += len(encode(question.answer)) * answered
             first = False
             if length >= BUDGET or len(asked) >= 10:
@@ -298,15 +309,15 @@ def hints(asked):
 
 def chat_batch(rng, level, tokenizer, answered, worded=False):
     """Conversations as a batch of tensors. answered: whether the questions are followed by their
-    answers. Without them a conversation holds three times as many. worded: as of `conversation`;
-    then the answers are all that is taught.
+    answers. Without them a conversation holds three times as many. worded: beside half as many,
+    single questions as of `conversation`; then the answers are all that is taught.
     """
     encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
     shape = SimpleNamespace(rows=CELLS, columns=CELLS)
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids, labels, positions, pictures, last, asked, kinds = [], [], [], [], [], [], []
-    for row in range(ROWS):
-        turns = conversation(rng, level, encode, answered, worded)
+    for row in range(ROWS // 2 + WORDED if worded else ROWS):
+        turns = conversation(rng, level, encode, answered, worded and row >= ROWS // 2)
         tokens, learnt, places = write(turns, encode, answered)
         images = [picture for picture, _ in turns if picture]
         pictures += images
