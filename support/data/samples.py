@@ -149,8 +149,8 @@ def is_box(box):
 
 
 def read_trajectories(args, data):
-    """What SFT learns from: the trajectories of data/sft.jsonl (one or T + 1 boxes, and a trace for
-    each). Exits when there are none, or not with --steps."""
+    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces; one of each
+    where a right box was kept). Exits when there are none, or not with --steps."""
     path = data / "sft.jsonl"
     train, made_by = read_side(args, "train"), command(args, "python make_data.py")
     rows = with_samples(path, train, made_by, is_trajectory)

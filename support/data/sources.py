@@ -111,7 +111,8 @@ def write_trajectories(args, rows, start):
     path = args.out / "data/sft.jsonl"
     write_jsonl(path, rows)
     print("one trajectory:")
-    for box, text in zip(rows[0]["boxes"], rows[0]["traces"]):
+    longest = max(rows, key=lambda row: len(row["boxes"]))
+    for box, text in zip(longest["boxes"], longest["traces"]):
         print(f"  {box}  {text}")
     then = command(args, "python sft.py")
     print(f"{len(rows)} trajectories in {path}, {minutes(start)}; next: {then}")
