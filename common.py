@@ -22,8 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-# Threads that wait soon sleep, instead of spinning beside other programs. OpenMP reads this when
-# torch is loaded
+# Threads that wait soon sleep, beside other programs. OpenMP reads this when torch is loaded
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Ctrl-C while libraries load, some of which would swallow it; not for who imports this elsewhere
 if sys.argv[0] == "-m" or os.path.abspath(sys.argv[0]).startswith(f"{os.path.dirname(__file__)}/"):
@@ -343,8 +342,7 @@ def build_trajectory(vlm, images, text, written, loop):
     """The training sequence of Section 3.2.
 
     images: T + 1 ImageTokens, the picture of each step. text: what fills the loop's prompt.
-    written: T + 1 texts, what the model is to write: their tokens are the targets, and all else is
-    context (the paper's labels of -100).
+    written: T + 1 texts, whose tokens are the targets; all else is context (the paper's -100).
     """
     out = Trajectory(ids=prompt_ids(vlm, images[0], text, loop), images=list(images))
     for t, words in enumerate(written):

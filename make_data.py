@@ -9,7 +9,6 @@ Section 3.2, in five steps:
 1. Samples: a 1:1:1 mixture of the sources, split by image into train, val and test.
 2. Student: the base model's greedy single-shot box for every training sample, a realistic error.
 3. Filter: keep predictions with IoU in [0, 0.85]; the rest leave no room to improve.
-   (`--right-boxes keep`: they join as trajectories of one step.)
 4. Trajectory: T + 1 boxes on a straight line from the student's box (`--start perturbed`: from a
    box at random) to the truth. In a zoomed view, a box outside the view cannot be written.
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
@@ -17,8 +16,8 @@ Section 3.2, in five steps:
 
 Departures from the paper, toy preset: `--teacher template` (support/data/teacher.py) computes the
 traces from the boxes, since no small model can write them; `--teacher vlm` is the paper's.
-`--right-boxes keep`: shown none but its mistakes, a small model forgets what it got right, and
-its step 0 falls below its single-shot answer; the paper drops them (`--right-boxes drop`).
+`--right-boxes keep` makes trajectories of one step of the rest of 3: shown none but its mistakes, a
+small model forgets what it got right, and its step 0 falls; `--right-boxes drop` is the paper's.
 
 Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl (and, for a VLM
 teacher, data/traces.jsonl) under --out.
@@ -69,8 +68,7 @@ def in_view(boxes, loop):
 
 def boxes_to_the_truth(sample, prediction, args, loop):
     """Of a training sample and the student's prediction: the row of data/sft.jsonl that holds the
-    T + 1 boxes (one, of a right box that is kept), without traces yet; or why there is none, in
-    words.
+    T + 1 boxes (of a right box: it alone), without traces yet; or why there is none, in words.
 
     The student's own errors are where GRPO's rollouts will begin; from boxes perturbed at random
     the model learns to imitate bad starts (Section 3.2, "sandbagging").

@@ -35,7 +35,7 @@ def test_no_box_between_is_without_an_area(first, last, steps):
 
 def test_the_filter_drops_what_leaves_nothing_to_correct():
     sample = {"id": "1", "expression": "x", "width": 100, "height": 100, "bbox": [0, 0, 50, 50]}
-    args = SimpleNamespace(iou_max=0.85, start="student", steps=2)
+    args = SimpleNamespace(iou_max=0.85, start="student", steps=2, right_boxes="drop")
 
     def row(box, iou=0.0, **changes):
         prediction = {"box": box, "iou": iou}
@@ -44,6 +44,8 @@ def test_the_filter_drops_what_leaves_nothing_to_correct():
     assert row([0, 0, 100, 500])["boxes"] == [[0, 0, 100, 500], [0, 0, 300, 500], [0, 0, 500, 500]]
     assert row(None) == "no valid box" and row([0, 0, 500, 490], 0.98) == "IoU above 0.85"
     assert "below a thousandth" in row([0, 0, 9, 9], bbox=[0, 0, 0.05, 50])
+    args.right_boxes = "keep"
+    assert row([0, 0, 500, 490], 0.98)["boxes"] == [[0, 0, 500, 490]]
 
 
 def test_perturbed_boxes_keep_to_the_filter():

@@ -138,6 +138,8 @@ def test_findings_of_a_clear_case():
         "NOT SETTLED",
         "holds",
         "holds",
+        "holds",
+        "holds",
     ]
     text = markdown(report(results))
     assert all(sentence in text and sentence in summary(results) for sentence in verdicts)

@@ -156,7 +156,7 @@ def test_the_recipe_sees_as_the_model_does(vlm):
 
 
 def test_a_recipe_that_was_killed_goes_on_to_the_same_base(tmp_path, monkeypatch, capsys):
-    for name in ("PICTURES", "ROWS", "CROPS"):
+    for name in ("PICTURES", "ROWS", "WORDED", "CROPS"):
         monkeypatch.setattr(lessons, name, 2)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
@@ -173,10 +173,10 @@ def test_a_recipe_that_was_killed_goes_on_to_the_same_base(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "rate_of", killed)
-        run("killed", "2 1 2")
+        run("killed", "2 1 2 1")
     with pytest.raises(SystemExit, match="another --out"):  # its first stages are another run's
-        run("killed", "1 2 2")
-    again, whole = run("killed", "2 1 2"), run("whole", "2 1 2")
+        run("killed", "1 2 2 1")
+    again, whole = run("killed", "2 1 2 1"), run("whole", "2 1 2 1")
     assert again == whole and "going on from step 2" in capsys.readouterr().out
     assert set(whole) == {f.name for f in BASE.iterdir()}
 

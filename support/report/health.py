@@ -77,14 +77,16 @@ def show_gain(run, vlm, val, sample_trajectories, temperatures):
     sampled steadier before the greedy answer moves. The last line of the log has the differences.
     """
     barrier()  # the result is whole
-    adapters.add_adapter(vlm, run.adapter, "result")
+    with adapters.using(vlm, "reference"):  # afterwards the policy, whose state is saved
+        adapters.add_adapter(vlm, run.adapter, "result")
     mine = run.share(val)
+    first = val.index(mine[0]) if mine else 0  # its number is its seed, in any process
     change = {}
     for way, heat in ("greedy", (0.0, 0.0)), ("sampled", temperatures):
         rewards = []
         for adapter in ("reference", "result"):
             with adapters.using(vlm, adapter):
-                trajectories = sample_trajectories(mine, temperatures=heat)
+                trajectories = sample_trajectories(mine, temperatures=heat, first=first)
             rewards.append(run.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)]))
         before, after = torch.tensor(rewards)  # [prompts] each
         change[way] = estimate(after - before)

@@ -13,6 +13,8 @@ Everything is seeded by the number of the step. Three stages:
    the answer's words) before the last two layers, by more such heads: without it, words of size and
    place are learnt and colors are not. The first steps hold questions without answers, three times
    as many. Stage 1's loss goes on.
+3. The language model alone, by its answers alone: single questions in many wordings beside half as
+   many conversations, so that a request is followed whatever its wording.
 """
 
 import argparse
