@@ -153,6 +153,8 @@ def test_resumed_rows_belong_to_their_samples(tmp_path):
     path.write_bytes(content.replace(b"a", b"b", 1))  # still JSON, and another text
     assert run() == rows and asked[6:] == [0, 1, 2, 3, 4]
     assert path.read_bytes() == content
+    path.write_bytes(b"")  # as of a phase that was killed in its first batch
+    assert run() == rows and path.read_bytes() == content
     del asked[6:]
     del rows_of[2]  # the batch of 0 and 1 stays
     assert [row["id"] for row in run()] == list("0134") and asked[6:] == [2, 3]
