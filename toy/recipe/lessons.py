@@ -26,7 +26,7 @@ LEGIBLE = 2.4  # enlarged so much, a view shows marks
 # A step's batch has two halves, so that two processes can have one each
 PICTURES = 32  # in half a batch of stage 1
 ROWS, BUDGET = 17, 170  # conversations in half a batch, and about how many tokens each has
-WORDED = 24  # single questions in many wordings, in half a batch of the last stage
+WORDED = 32  # single questions in many wordings, in half a batch of the last stage
 CROPS = 20  # for the tower alone, beside those of the conversations
 LEVELS = 200, 400  # steps of stage 2 at which conversations become harder
 WORDS = [*COLORS, *KINDS, *SIZES, *MARKS]
@@ -46,6 +46,7 @@ ENDINGS = (
     ", as JSON",
     ". Box only.",
 )
+BOXES = ("find", "frame")  # the kinds of questions that are answered by a box
 ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
 
 
@@ -171,11 +172,11 @@ def random_words(rng):
 
 
 def filler(rng, mean, words):
-    """About `mean` words in no order, maybe none; one in ten is made up."""
+    """About `mean` words in no order, maybe none; three in ten are made up."""
     found = []
     for _ in range(min(50, int(rng.expovariate(1 / mean)))):
         word = rng.choice(words)
-        if rng.random() < 0.1:
+        if rng.random() < 0.3:
             word = "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 8)))
         found.append(word + rng.choice((*[""] * 6, ",", ".", ":", "?")))
     return " ".join(found)
@@ -185,7 +186,7 @@ def reword(rng, question):
     """Puts a question in other words, as of the last stage: what is asked stays the one thing in
     them that can be answered.
     """
-    is_box = question.kind in ("find", "frame")
+    is_box = question.kind in BOXES
     plain = [word for word in vocabulary_words() if word.lower().rstrip("s") not in NAMES]
     way = rng.random()
     if way < 0.1 or question.kind in ("words", "repeat", "again"):
@@ -196,16 +197,15 @@ def reword(rng, question):
         request = rng.choice(OPENINGS) + rng.choice(REQUESTS) + rng.choice(ENDINGS)
         before, after = request.split("{}")
     else:
-        quote = rng.choice(("", '"', '"', "'"))
-        length = 12 if is_box else 5
-        before = (
-            filler(rng, length, vocabulary_words()) + rng.choice((": ", ". ", "\n", ", ")) + quote
-        )
-        after = (
-            quote + rng.choice((". ", " - ", "\n", "? ")) + filler(rng, length, vocabulary_words())
-        )
+        quote = rng.choice(("", "", '"', "'", "*"))
+        length = rng.choice((2, 12)) if is_box else 5
+        words = plain if rng.random() < 0.7 else vocabulary_words()
+        before = filler(rng, length, words) + rng.choice((": ", ". ", "\n", " ", " "))
+        after = rng.choice(("", ". ", " - ", "\n", "?", ", ", " "))
+        after += filler(rng, length, words) + rng.choice(("", "", ".", "?"))
         if rng.random() < 0.25:
             after += f"\n{quote}{question.text}{quote}"
+        before, after = before + quote, quote + after
     question.before, question.after = before, after
     if rng.random() < (0.5 if is_box else 0.2):
         thought = filler(rng, 10, [word for word in plain if "think" not in word])
@@ -250,14 +250,15 @@ def conversation(rng, level, encode, answered, worded=False):
         said, asked, first = [], set(), True
         for _ in range(3 * (rng.randint(2, 7) if answered else 10)):
             question = next_question(rng, picture, level, said, answered)
-            if not question:
+            # The last stage is about what to find: half of the other questions are left out
+            if not question or worded and question.kind not in BOXES and rng.random() < 0.5:
                 continue
             key = repr([question.kind, question.object, question.frame])
             if question.kind not in ("words", "repeat", "again"):
                 if key in asked:  # in other words, it could be answered without looking
                     continue
                 asked.add(key)
-            if question.kind in ("find", "frame"):
+            if question.kind in BOXES:
                 said.append(question)
                 if rng.random() < (0.7 if first else 0.15):  # in which words it is asked
                     question.before, question.after = SINGLE_PROMPT.split("{text}")
