@@ -18,6 +18,7 @@ Writes data/{sft,train,test}.jsonl and data/images/ under --out.
 import time
 from collections import Counter
 
+from support.data.foreign import OWN_FLAGS
 from support.data.sources import begin_files
 from support.running import errors, processes
 from support.running.flags import Flag, command, flags
@@ -26,8 +27,7 @@ from visrl import sources
 args = flags(
     "visrl.make_data",
     __doc__,
-    data=Flag("your own samples: a .jsonl to split into sft, train and test", kind="file"),
-    skip_bad=Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
+    **OWN_FLAGS,
     viscot=Flag("folder of Visual CoT (visrl/README.md)", kind="folder"),
 )
 start = time.time()

@@ -10,7 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 from support.data.datasets import by_image, usable
-from support.data.samples import VISRL_FIELDS, in_threads, own_samples, read_side
+from support.data.foreign import own_samples
+from support.data.samples import VISRL_FIELDS, in_threads, read_side
 from support.running.errors import explained, stop
 from support.running.files import check_regular, write_jsonl
 from support.running.processes import RANK, barrier

@@ -26,42 +26,44 @@ WORDS = "1 to 2000 characters, without special tokens (<|...|>, <think>), surrog
 NO_WORDS = re.compile(r"(?s)\A\s*\Z|\A.{2001}|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
 
 
-def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None):
+def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, reader=None):
     """The samples of a .jsonl file that `command` makes, every line and every image checked.
 
     fields: name -> type of what has to be there. An image is a path relative to the file, a bbox is
     float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. All problems end the
     program together, each with line, field, value and remedy. With `skip_bad` the good samples are
     returned, and the others listed in <file>.skipped. stamp: a file that says what images were
-    checked; they are opened again when one has another path, size or time.
+    checked; they are opened again when one has another path, size or time. reader: (path, lines)
+    -> what `parse_lines` returns, for files of another form.
     """
     path = Path(path)
     lines = read_lines(path, command)
     samples = []
     problems = []
-    line_of_id = {}
-    parsed = [parse_sample(line, fields) for line in lines]
+    place_of_id = {}
+    parsed = reader(path, lines) if reader else parse_lines(lines, fields)
     seen = stamp and stamp_of(parsed, path.parent)
     known = seen and stamp.exists() and stamp.read_text() == seen
     if not known:
         parsed = in_threads(image_check(path.parent), parsed, path.name)
-    for number, (sample, found) in enumerate(parsed, 1):
+    count = 0
+    for count, (place, sample, found) in enumerate(parsed, 1):
         if not found:
             name = sample["id"]
-            first = line_of_id.setdefault(name, number)
-            if first != number:
-                found = [f"id {name!r} is on line {first} too; give each sample its own"]
+            first = place_of_id.setdefault(name, place)
+            if first != place:
+                found = [f"id {name!r} is on {first} too; give each sample its own"]
         if not found:
             samples.append(sample)
-        problems += [f"{path}, line {number}: {sentence}" for sentence in found]
+        problems += [f"{path}, {place}: {sentence}" for sentence in found]
     if problems and not skip_bad:
         head = f"{len(problems)} problems in {path} (--skip-bad leaves such lines of --data out):"
         stop("\n".join([head, *problems[:PROBLEMS_SHOWN]]))
     if problems:
         skipped = path.with_name(path.name + ".skipped")
         write_text(skipped, "\n".join(problems) + "\n")
-        count = f"{len(lines) - len(samples)} of {len(lines)} samples skipped"
-        print(f"{path}: {count}; listed in {skipped}")
+        words = f"{count - len(samples)} of {count} samples skipped"
+        print(f"{path}: {words}; listed in {skipped}")
     if not samples:
         stop(f"{path} holds no samples; make it again: {command}")
     if seen and not known:
@@ -78,12 +80,12 @@ def in_threads(function, items, title):
 
 
 def stamp_of(parsed, folder):
-    """A hash of what the images of samples, as of `parse_sample`, were checked against; None where
+    """A hash of what the images of samples, as of `parse_lines`, were checked against; None where
     one is missing."""
     status = functools.cache(os.stat)  # many samples may be about one image
     digest = hashlib.sha256()
     try:
-        for sample, _ in parsed:
+        for _, sample, _ in parsed:
             file = status(os.path.join(folder, sample["image"]))
             size = sample["width"], sample["height"]
             digest.update(str((sample["image"], size, file.st_size, file.st_mtime_ns)).encode())
@@ -93,7 +95,7 @@ def stamp_of(parsed, folder):
 
 
 def image_check(folder):
-    """-> a function from what `parse_sample` returns to the same, with what is wrong with the
+    """-> a function from an entry of `parse_lines` to the same, with what is wrong with the
     image."""
 
     @functools.cache  # many samples may be about one image
@@ -104,21 +106,13 @@ def image_check(folder):
             return [str(e)]
         return []
 
-    def check(row):
-        sample, problems = row
+    def check(entry):
+        place, sample, problems = entry
         if sample:
             problems = problems + fault_of(sample["image"], sample["width"], sample["height"])
-        return sample, problems
+        return place, sample, problems
 
     return check
-
-
-def own_samples(args, fields=IVT_FIELDS):
-    """The samples of --data, a file of your own, with absolute paths of their images."""
-    samples = read_samples(args.data, "what writes it", fields, args.skip_bad)
-    for sample in samples:
-        sample["image"] = str((Path(args.data).parent / sample["image"]).resolve())
-    return samples
 
 
 def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
@@ -168,15 +162,31 @@ def is_trajectory(row):
     return 1 < len(row["boxes"]) + 1 == len(words) and all([*map(is_box, row["boxes"]), *words])
 
 
-def parse_sample(line, fields):
-    """One line (bytes) -> (sample or None, what is wrong with it: sentences with value and remedy;
-    of its image nothing)."""
+def parse_lines(lines, fields):
+    """Lines (bytes) -> entries: place in the file, sample or None, what is wrong with it: sentences
+    with value and remedy; of its image nothing."""
+    entries = []
+    for number, line in enumerate(lines, 1):
+        sample, problems = parse_row(line)
+        if not problems:
+            sample, problems = check_sample(sample, fields)
+        entries.append((f"line {number}", sample, problems))
+    return entries
+
+
+def parse_row(line):
+    """A line (bytes), or what it holds -> (dict or None, what is wrong with it)."""
     try:
-        sample = parse(line)  # UTF-8, as JSON is
+        row = parse(line) if isinstance(line, bytes) else line  # UTF-8, as JSON is
     except ValueError as e:
         return None, [f"not JSON ({e}); repair or remove the line: {line[:60]!r}"]
-    if not isinstance(sample, dict):
-        return None, [f'{str(sample)[:60]!r} is not a JSON object; see README, "Your own data"']
+    if not isinstance(row, dict):
+        return None, [f'{str(row)[:60]!r} is not a JSON object; see README, "Your own data"']
+    return row, []
+
+
+def check_sample(sample, fields):
+    """A dict -> (it, or None where a field is missing or of another type, what is wrong with it)"""
     problems = []
     given = {name: kind for name, kind in OPTIONAL.items() if name in sample}
     for name, kind in {**fields, **given}.items():

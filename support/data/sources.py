@@ -1,10 +1,11 @@
-"""Where the samples of phase 0 come from: the toy's world, a file of your own, the paper's data."""
+"""Where the samples of phase 0 come from: the toy's world, files of your own, the paper's data."""
 
 from collections import Counter
 
 from common import normalize_box
 from support.data import datasets
-from support.data.samples import own_samples, read_side
+from support.data.foreign import OWN_FLAGS, own_samples
+from support.data.samples import read_side
 from support.running.errors import stop
 from support.running.files import begin, write_jsonl
 from support.running.flags import Flag, command
@@ -16,8 +17,7 @@ from tqdm import tqdm
 SIDES = ("train", "val", "test")
 
 FLAGS = {
-    "data": Flag("your own samples: a .jsonl to split into train, val and test", kind="file"),
-    "skip_bad": Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
+    **OWN_FLAGS,
     "teacher_model": Flag("another checkpoint for --teacher vlm (default: --model, the paper's)"),
 }
 for name, dataset in datasets.DATASETS.items():  # missing_files says more than a path check
@@ -44,7 +44,7 @@ def begin_files(args, data, names, ignore=()):
     if args.restart and not RANK:  # first: killed here, no run goes on with another's samples
         for file in reversed(files):  # the last tells that all is made
             file.unlink(missing_ok=True)
-    begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad", *ignore))
+    begin(args, "make_data", *(args.data or ()), ignore=("skip_bad", *ignore))
     if files[-1].exists() and not args.restart:
         print(f"{files[-1]} is finished; --restart makes everything again")
         raise SystemExit

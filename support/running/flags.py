@@ -20,8 +20,8 @@ EMBEDDED = "toy/base"
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of one script, no hyperparameter. kind: None (a text), "switch", or as of
-    `check_path`, which is done before any work."""
+    """A flag of one script, no hyperparameter. kind: None (a text), "switch", "files" (one or
+    several), or as of `check_path`, which is done before any work."""
 
     help: str
     default: object = None
@@ -63,7 +63,8 @@ def flags(phase, doc, **extra):
     for name, flag in extra.items():
         value = getattr(args, name)
         if flag.kind not in (None, "switch") and value is not None:
-            check_path(flag_of(name), value, flag.kind)
+            for path in value if flag.kind == "files" else [value]:
+                check_path(flag_of(name), path, flag.kind.removesuffix("s"))
     args.model = model_path(args.model)
     print_configuration(args)
     lock(args.out)
@@ -112,6 +113,8 @@ def make_parser(doc, settings, extra):
         options = {"default": flag.default, "choices": flag.choices}
         if flag.kind == "switch":
             options = {"action": "store_true"}
+        if flag.kind == "files":
+            options = {"nargs": "+"}
         parser.add_argument(flag_of(name), help=flag.help.replace("%", "%%"), **options)
     for name, setting in settings.items():
         values = str(setting.paper) or "none"
