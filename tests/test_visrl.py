@@ -499,8 +499,9 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
     write_jsonl(tmp_path / "s.jsonl", [own])
     sizes = dict(sft_samples=1, train_samples=1, test_samples=1)
     args = SimpleNamespace(
-        data=str(tmp_path / "s.jsonl"), viscot=None, skip_bad=False, seed=0, **sizes
+        data=[tmp_path / "s.jsonl"], images=None, boxes=None, viscot=None, skip_bad=False, seed=0
     )
+    vars(args).update(sizes)
     with pytest.raises(SystemExit, match="no sample is left for sft"):
         sources.prepare(args, tmp_path / "data")
 

@@ -31,7 +31,7 @@ UNITS = {
 OWN_FLAGS = {
     "data": Flag("your own samples: files to split, in a form of docs/your_gpu.md", kind="files"),
     "images": Flag("folder of the images of --data (default: that of each file)", kind="folder"),
-    "boxes": Flag(f"units of the boxes of --data: {UNITS}", choices=tuple(UNITS)),
+    "boxes": Flag("; ".join(map(": ".join, UNITS.items())), choices=tuple(UNITS)),
     "skip_bad": Flag("leave out bad lines of --data, listed in FILE.skipped", kind="switch"),
 }
 N = r"\s*(-?\d+(?:\.\d+)?)\s*"

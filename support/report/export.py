@@ -1,0 +1,82 @@
+"""The trajectories of a run as lines of ms-swift, to go on with in another trainer.
+
+    python -m support.report.export --out runs/mine
+
+Writes to swift/ under --out: train.jsonl, the trajectories that SFT learns from; test_<row>.jsonl,
+what each policy wrote on the test samples; images/, the pictures that it was shown. A line has
+`messages`, as many `images` as steps, and beside these `id`, `expression` and `solution`, the true
+box in 0..1000, for a reward there. Here a trajectory is one turn of the assistant; there a turn has
+a loss on all that stands in it, so that picture and instruction come in the user's turns.
+"""
+
+from pathlib import Path
+
+from common import (
+    SINGLE_SHOT,
+    feedback_pictures,
+    last_valid,
+    normalize_box,
+    step_text,
+    written_boxes,
+)
+from support.data.samples import load_image, read_side, read_trajectories, with_samples
+from support.model.views import loop_of
+from support.running.files import agrees, write_bytes, write_jsonl
+from support.running.flags import command, flags
+
+from PIL import Image
+
+POLICIES = ("base", "base_ivt", "sft", "grpo_single", "grpo", "base_grpo")
+
+
+def line_of(row, texts, loop, data, stem):
+    """A trajectory as a line. row: its sample and boxes; texts: what was written at each step;
+    stem: path of its pictures, without step and ending."""
+    photo = (data / row["image"]).resolve()
+    messages, images = [], []
+    pictures = feedback_pictures(load_image(row, data), row["boxes"], loop)
+    with Image.open(photo) as stored:
+        is_turned = stored.size != pictures[0].size
+    for t, (picture, text) in enumerate(zip(pictures, texts)):
+        words, path = loop.prompt, photo
+        if t > 0:
+            is_shown = last_valid(row["boxes"][:t])
+            words = loop.continuation if is_shown else loop.without_box or loop.continuation
+        if t > 0 or is_turned:
+            path = Path(f"{stem}_{t}.jpg").resolve()
+            write_bytes(path, lambda file: picture.save(file, "jpeg", quality=95))
+        words = words.format(text=row["expression"])
+        messages.append({"role": "user", "content": f"<image>{words}"})
+        messages.append({"role": "assistant", "content": text})
+        images.append(str(path))
+    truth = normalize_box(row["bbox"], row["width"], row["height"])
+    named = {"id": row["id"], "expression": row["expression"], "solution": truth}
+    return {"messages": messages, "images": images, **named}
+
+
+def write_lines(name, rows, loop, args):
+    """swift/<name>.jsonl; rows: as of `line_of`, each with its texts."""
+    folder, data = args.out / "swift", args.out / "data"
+    lines = []
+    for number, row in enumerate(rows, 1):
+        stem = folder / f"images/{name}_{number}"
+        lines.append(line_of(row, row["texts"], loop, data, stem))
+    write_jsonl(folder / f"{name}.jsonl", lines)
+    print(f"{len(lines)} lines in {folder / name}.jsonl")
+
+
+if __name__ == "__main__":
+    args = flags("evaluate", __doc__)
+    agrees(args, "make_data", "feedback")
+    loop = loop_of(args)
+    rows = read_trajectories(args, args.out / "data")
+    for row in rows:
+        boxes = written_boxes(row["boxes"], loop)
+        row["texts"] = [step_text(*step) for step in zip(row["traces"], boxes)]
+    write_lines("train", rows, loop, args)
+    test, made_by = read_side(args, "test"), command(args, "python evaluate.py")
+    for name in POLICIES:
+        path = args.out / f"log/evaluate_{name}.jsonl"
+        if path.exists():
+            rows = with_samples(path, test, made_by, lambda row: len(row["texts"]) > 0)
+            write_lines(f"test_{name}", rows, SINGLE_SHOT if name == "base" else loop, args)
