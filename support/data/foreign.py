@@ -43,12 +43,10 @@ ASKED = re.compile(  # how requests for a box name what they ask for
 )
 
 
+KEPT = ("image", "width", "height", "expression", "bbox", "_units")  # of a foreign row
+
+
 # The readers --------------------------------------------------------------------------------------
-def some(row, *names):
-    """What a row has of these fields; `check_sample` tells of those that it lacks."""
-    return {name: row[name] for name in names if name in row}
-
-
 def expression_of(question, answer=""):
     """What a request asks for, or where it does not say it the label of the answer, or None."""
     question = re.sub("</?(?:image|ref)>", "", question)
@@ -68,8 +66,7 @@ def conversation(row):
     for question, answer in zip(turns[::2], map(str, turns[1::2])):
         boxes = [[float(v) for v in box if v] for box in BOX.findall(answer)]
         if len(boxes) == 1 and (words := expression_of(question, answer)):
-            own = {"image": images[0], "expression": words, "bbox": boxes[0]}
-            found.append({**some(row, "width", "height"), **own})
+            found.append({**row, "image": images[0], "expression": words, "bbox": boxes[0]})
     return found or "without an expression and one box"
 
 
@@ -94,38 +91,27 @@ def swift(row):
 
 
 def coco(whole):
-    """Yields place and row of each annotation of COCO's instances.json."""
+    """Yields place and row of each annotation of COCO's instances.json: its category is the
+    expression, where the image shows no other."""
     images = {image["id"]: image for image in whole["images"]}
     names = {category["id"]: category["name"] for category in whole["categories"]}
     counts = Counter((row["image_id"], row["category_id"]) for row in whole["annotations"])
     for row in whole["annotations"]:
-        image, category = row["image_id"], row["category_id"]
-        alone = counts[image, category] == 1 and not row.get("iscrowd")
-        more = {"coco_category": names[category], "alone": alone, "bbox": row["bbox"]}
-        yield f"annotation {row['id']}", {**images[image], **more}
-
-
-def annotation(row):
-    """An annotation of COCO: its category is the expression, where the image shows no other."""
-    if not row["alone"]:
-        return "of a category that its image shows more than once"
-    own = {"image": row["file_name"], "expression": row["coco_category"], "_units": "sizes"}
-    return [{**some(row, "width", "height", "bbox"), **own}]
-
-
-def listed(row):
-    """Lines with img_path, of evaluations on RefCOCOg."""
-    return [{"image": row["img_path"], **some(row, "width", "height", "expression", "bbox")}]
+        image, name = images[row["image_id"]], names[row["category_id"]]
+        alone = counts[row["image_id"], row["category_id"]] == 1 and not row.get("iscrowd")
+        own = {"image": image["file_name"], "expression": name, "bbox": row["bbox"]}
+        yield f"annotation {row['id']}", {**image, **own, "_units": "sizes", "_alone": alone}
 
 
 FORMS = {  # the field that tells a form -> its name, its reader
-    "img_path": ("lines with img_path", listed),
+    "img_path": ("lines with img_path", lambda row: [{**row, "image": row["img_path"]}]),
     "messages": ("ms-swift", swift),
     "conversations": ("conversations (LLaVA, VLM-R1)", conversation),
-    "solution": ("problem and solution (VLM-R1)", conversation),
-    "coco_category": ("COCO's instances", annotation),
+    "problem": ("problem and solution (VLM-R1)", conversation),
+    "_alone": ("COCO's instances", lambda row: [row] if row["_alone"] else REPEATED),
 }
-OURS = ("our own lines", lambda row: [row])
+REPEATED = "of a category that its image shows more than once"
+OURS = ("our own lines", None)
 
 
 # From rows to samples -----------------------------------------------------------------------------
@@ -155,12 +141,12 @@ def read_rows(path, lines, args, fields, unsettled):
     entries, forms, dropped = [], Counter(), Counter()
     for place, row in places(path, lines):
         row, problems = parse_row(row)
-        name, reader = OURS
-        if row and fields is IVT_FIELDS and ("expression" not in row or "img_path" in row):
-            name, reader = next((FORMS[key] for key in FORMS if key in row), OURS)
+        found, keys = [row], [key for key in FORMS if fields is IVT_FIELDS and key in (row or ())]
+        name, reader = FORMS[keys[0]] if keys else OURS
         forms[name] += 1
         try:
-            found = [] if problems else reader(row)
+            if reader:
+                found = reader(row)
         except Exception as e:  # whatever a damaged row makes of a reader
             problems = [f"no row of {name} ({type(e).__name__}: {e}); repair it: {str(row)[:60]!r}"]
         if problems:
@@ -169,6 +155,8 @@ def read_rows(path, lines, args, fields, unsettled):
             dropped[found] += 1
         else:
             for count, sample in enumerate(found, 1):
+                if reader:
+                    sample = {key: sample[key] for key in KEPT if key in sample}
                 number = place.split()[1] + f".{count}" * (count > 1)
                 sample = {"id": f"{path.stem}-{number}", "source": path.stem, **sample}
                 with_size(sample, args.images or path.parent, unsettled)
@@ -278,17 +266,10 @@ def warn_of_units(path, samples):
 def share_keys(samples):
     """One key for all samples of a picture, which is known by its bytes, not by its names: they
     stay on one side of the split."""
-    by_size = defaultdict(set)
-    for sample in samples:
-        by_size[os.path.getsize(sample["image"])].add(sample["image"])
-    picture = {}  # path -> the file, or where another is as long its bytes
-    for paths in by_size.values():
-        for path in paths:
-            alone = len(paths) == 1
-            picture[path] = path if alone else hashlib.sha256(Path(path).read_bytes()).digest()
+    picture = functools.cache(lambda path: hashlib.sha256(Path(path).read_bytes()).digest())
     keys = defaultdict(set)  # picture -> what the split would go by
     for sample in samples:
-        keys[picture[sample["image"]]].add(sample.get("key", sample["image"]))
+        keys[picture(sample["image"])].add(sample.get("key", sample["image"]))
     root = {}  # key -> a key of the same picture
 
     def first(key):

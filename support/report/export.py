@@ -24,27 +24,21 @@ from support.model.views import loop_of
 from support.running.files import agrees, write_bytes, write_jsonl
 from support.running.flags import command, flags
 
-from PIL import Image
-
 POLICIES = ("base", "base_ivt", "sft", "grpo_single", "grpo", "base_grpo")
 
 
 def line_of(row, texts, loop, data, stem):
     """A trajectory as a line. row: its sample and boxes; texts: what was written at each step;
     stem: path of its pictures, without step and ending."""
-    photo = (data / row["image"]).resolve()
     messages, images = [], []
     pictures = feedback_pictures(load_image(row, data), row["boxes"], loop)
-    with Image.open(photo) as stored:
-        is_turned = stored.size != pictures[0].size
     for t, (picture, text) in enumerate(zip(pictures, texts)):
-        words, path = loop.prompt, photo
+        words = loop.prompt
         if t > 0:
             is_shown = last_valid(row["boxes"][:t])
             words = loop.continuation if is_shown else loop.without_box or loop.continuation
-        if t > 0 or is_turned:
-            path = Path(f"{stem}_{t}.jpg").resolve()
-            write_bytes(path, lambda file: picture.save(file, "jpeg", quality=95))
+        path = Path(f"{stem}_{t}.jpg").resolve()
+        write_bytes(path, lambda file: picture.save(file, "jpeg", quality=95))
         words = words.format(text=row["expression"])
         messages.append({"role": "user", "content": f"<image>{words}"})
         messages.append({"role": "assistant", "content": text})
@@ -56,11 +50,10 @@ def line_of(row, texts, loop, data, stem):
 
 def write_lines(name, rows, loop, args):
     """swift/<name>.jsonl; rows: as of `line_of`, each with its texts."""
-    folder, data = args.out / "swift", args.out / "data"
-    lines = []
+    folder, lines = args.out / "swift", []
     for number, row in enumerate(rows, 1):
         stem = folder / f"images/{name}_{number}"
-        lines.append(line_of(row, row["texts"], loop, data, stem))
+        lines.append(line_of(row, row["texts"], loop, args.out / "data", stem))
     write_jsonl(folder / f"{name}.jsonl", lines)
     print(f"{len(lines)} lines in {folder / name}.jsonl")
 
