@@ -46,13 +46,12 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, r
     known = seen and stamp.exists() and stamp.read_text() == seen
     if not known:
         parsed = in_threads(image_check(path.parent), parsed, path.name)
-    count = 0
     for count, (place, sample, found) in enumerate(parsed, 1):
         if not found:
             name = sample["id"]
-            first = place_of_id.setdefault(name, place)
-            if first != place:
-                found = [f"id {name!r} is on {first} too; give each sample its own"]
+            first = place_of_id.setdefault(name, (count, place))
+            if first[0] != count:
+                found = [f"id {name!r} is on {first[1]} too; give each sample its own"]
         if not found:
             samples.append(sample)
         problems += [f"{path}, {place}: {sentence}" for sentence in found]
