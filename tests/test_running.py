@@ -20,7 +20,7 @@ import torch
 
 # Flags --------------------------------------------------------------------------------------------
 EXTRA = {
-    "data": Flag(help="a file", kind="file"),
+    "data": Flag(help="files", kind="files"),
     "folder": Flag(help="a folder", kind="folder"),
     "merge": Flag(help="100 % new", kind="new folder"),
     "init": Flag(help="where from", default="sft", choices=("sft", "base")),

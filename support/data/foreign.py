@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -126,10 +126,11 @@ def own_samples(args, fields=IVT_FIELDS):
                 sample["id"] += f" ({number})"
             samples.append(sample)
     if unsettled:
+        what = (
+            f"{len(unsettled)} photos, such as {min(unsettled)}, are marked as turned or mirrored"
+        )
         print(
-            f"warning: {len(unsettled)} photos are marked as turned or mirrored, such as "
-            f"{min(unsettled)}, and no size says whether their boxes are for the photo as stored: "
-            "taken so. Where a viewer had turned them, save them upright"
+            f"warning: {what}, and no size says whether their boxes are; taken for those as stored"
         )
     share_keys(samples)
     return samples
@@ -234,17 +235,17 @@ def in_pixels(sample, units, fields):
             box = [v * square - (square - side) / 2 for v, side in zip(box, sides)]
         elif units != "pixels":
             box = [v * side / float(units[3:]) for v, side in zip(box, sides)]
-        near = [-side / 100 <= v <= side * 1.01 for v, side in zip(box, sides)]
-        cut = [min(max(v, 0), side) if ok else v for v, side, ok in zip(box, sides, near)]
-        sample["bbox"] = cut
+        for i, (v, side) in enumerate(zip(box, sides)):
+            if -side / 100 <= v <= side * 1.01:
+                box[i] = min(max(v, 0), side)
+        sample["bbox"] = box
     return check_sample(sample, fields)
 
 
 def warn_of_units(path, samples):
     """One warning where boxes whose form leaves their units open do not look like pixels."""
     samples = [sample for sample in samples if is_measured(sample) and not sample.get("_units")]
-    boxes = [sample["bbox"] for sample in samples]
-    sides = [(sample["width"], sample["height"]) for sample in samples]
+    boxes, sides = [s["bbox"] for s in samples], [(s["width"], s["height"]) for s in samples]
     below = sum(x2 < x1 or y2 < y1 for x1, y1, x2, y2 in boxes)
     beyond = sum(box[2] > w * 1.01 or box[3] > h * 1.01 for box, (w, h) in zip(boxes, sides))
     likely = None
@@ -255,35 +256,23 @@ def warn_of_units(path, samples):
     elif max(map(max, boxes)) <= 1000 and (max(map(max, sides)) > 1000 or beyond > len(boxes) / 10):
         likely = "0..1000"
     if boxes and likely:
-        example = f"{boxes[0]} of {samples[0]['id']}, an image of {sides[0][0]} x {sides[0][1]}"
-        padded = " (LLaVA's own: --boxes padded)" if likely == "0..1" else ""
-        print(
-            f"warning: {path}: boxes look like {UNITS[likely]}, such as {example}; taken as pixels "
-            f"[x1, y1, x2, y2]. --boxes {likely}{padded} reads them so, --boxes pixels ends this"
-        )
+        example = "{} of {}, an image of {} x {}".format(boxes[0], samples[0]["id"], *sides[0])
+        flag = likely + " (LLaVA's own: --boxes padded)" * (likely == "0..1")
+        print(f"warning: {path}: boxes look like {UNITS[likely]}, such as {example}; they are")
+        print(f"  taken for [x1, y1, x2, y2] in pixels. What settles it: --boxes {flag}, or pixels")
 
 
 def share_keys(samples):
     """One key for all samples of a picture, which is known by its bytes, not by its names: they
     stay on one side of the split."""
     picture = functools.cache(lambda path: hashlib.sha256(Path(path).read_bytes()).digest())
-    keys = defaultdict(set)  # picture -> what the split would go by
-    for sample in samples:
-        keys[picture(sample["image"])].add(sample.get("key", sample["image"]))
-    root = {}  # key -> a key of the same picture
-
-    def first(key):
-        while key in root:
-            key = root[key]
-        return key
-
-    for same in keys.values():
-        low, *others = sorted(set(map(first, same)))
-        root.update(dict.fromkeys(others, low))
-    shared = set(map(first, root))
-    for sample in samples:
-        key = first(sample.get("key", sample["image"]))
-        if key in shared:
+    key_of = {}
+    shared = set()
+    for sample in sorted(samples, key=lambda sample: "key" not in sample):  # a given one wins
+        own = sample.get("key", sample["image"])
+        key = key_of.setdefault(picture(sample["image"]), own)
+        if key != own:
             sample["key"] = key
-    if root:
+            shared.add(key)
+    if shared:
         print(f"pictures with several names: {len(shared)}, each kept on one side of the split")

@@ -27,12 +27,12 @@ from support.running.flags import command, flags
 POLICIES = ("base", "base_ivt", "sft", "grpo_single", "grpo", "base_grpo")
 
 
-def line_of(row, texts, loop, data, stem):
-    """A trajectory as a line. row: its sample and boxes; texts: what was written at each step;
-    stem: path of its pictures, without step and ending."""
+def line_of(row, loop, data, stem):
+    """A trajectory as a line. row: its sample, boxes, and texts, a step each; stem: path of its
+    pictures, without step and ending."""
     messages, images = [], []
     pictures = feedback_pictures(load_image(row, data), row["boxes"], loop)
-    for t, (picture, text) in enumerate(zip(pictures, texts)):
+    for t, (picture, text) in enumerate(zip(pictures, row["texts"])):
         words = loop.prompt
         if t > 0:
             is_shown = last_valid(row["boxes"][:t])
@@ -48,28 +48,23 @@ def line_of(row, texts, loop, data, stem):
     return {"messages": messages, "images": images, **named}
 
 
-def write_lines(name, rows, loop, args):
-    """swift/<name>.jsonl; rows: as of `line_of`, each with its texts."""
-    folder, lines = args.out / "swift", []
-    for number, row in enumerate(rows, 1):
-        stem = folder / f"images/{name}_{number}"
-        lines.append(line_of(row, row["texts"], loop, args.out / "data", stem))
-    write_jsonl(folder / f"{name}.jsonl", lines)
-    print(f"{len(lines)} lines in {folder / name}.jsonl")
-
-
 if __name__ == "__main__":
     args = flags("evaluate", __doc__)
     agrees(args, "make_data", "feedback")
-    loop = loop_of(args)
-    rows = read_trajectories(args, args.out / "data")
-    for row in rows:
+    data, loop = args.out / "data", loop_of(args)
+    sets = {"train": read_trajectories(args, data)}
+    for row in sets["train"]:
         boxes = written_boxes(row["boxes"], loop)
         row["texts"] = [step_text(*step) for step in zip(row["traces"], boxes)]
-    write_lines("train", rows, loop, args)
     test, made_by = read_side(args, "test"), command(args, "python evaluate.py")
     for name in POLICIES:
         path = args.out / f"log/evaluate_{name}.jsonl"
         if path.exists():
-            rows = with_samples(path, test, made_by, lambda row: len(row["texts"]) > 0)
-            write_lines(f"test_{name}", rows, SINGLE_SHOT if name == "base" else loop, args)
+            sets[f"test_{name}"] = with_samples(path, test, made_by, lambda row: row["texts"])
+    for name, rows in sets.items():
+        path = args.out / f"swift/{name}.jsonl"
+        way = SINGLE_SHOT if name == "test_base" else loop
+        stem = path.parent / "images" / name
+        lines = [line_of(row, way, data, f"{stem}_{i}") for i, row in enumerate(rows, 1)]
+        write_jsonl(path, lines)
+        print(f"{len(lines)} lines in {path}")
