@@ -114,7 +114,8 @@ def test_faults_of_foreign_rows_are_named(tmp_path):
         (listed, r"bbox is \[0, 0, 30, 5\]; expected four finite .* 20 x 10"),
         ({**listed, "bbox": None}, "bbox is 'None'; expected list"),
         ({**listed, "img_path": "b.png"}, "image .*b.png cannot be used .*No such file"),
-        ({"expression": 3}, "image is 'None'; expected str"),
+        ({"expression": 3, "width": 0, "height": 0}, "image is 'None'; expected str"),
+        ({**OWN, "image": "b.png", "height": []}, "image .*b.png cannot be used"),
     ):
         with pytest.raises(SystemExit, match=rf"s.json, row 1: {words}"):
             read(tmp_path, {"a.png": (20, 10)}, {"s.json": [row]})

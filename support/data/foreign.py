@@ -41,9 +41,8 @@ ASKED = re.compile(  # how requests for a box name what they ask for
     r"^\s*(?:locate|find|detect|where is)\s(.+)",
     re.I | re.M,
 )
-
-
 KEPT = ("image", "width", "height", "expression", "bbox", "_units")  # of a foreign row
+REPEATED = "of a category that its image shows more than once"
 
 
 # The readers --------------------------------------------------------------------------------------
@@ -110,7 +109,6 @@ FORMS = {  # the field that tells a form -> its name, its reader
     "problem": ("problem and solution (VLM-R1)", conversation),
     "_alone": ("COCO's instances", lambda row: [row] if row["_alone"] else REPEATED),
 }
-REPEATED = "of a category that its image shows more than once"
 OURS = ("our own lines", None)
 
 
@@ -198,8 +196,8 @@ def with_size(sample, folder, unsettled):
         hidden = "width" not in sample or width == height
         if orientation in (2, 3, 4) or orientation in (5, 6, 7, 8) and hidden:
             unsettled.add(sample["image"])
-        sample.setdefault("width", width)
-        sample.setdefault("height", height)
+        stored = {"width": width, "height": height}
+        sample.update({**stored, **sample} if width else stored)
 
 
 @functools.cache  # many samples may be about one image
@@ -224,10 +222,11 @@ def in_pixels(sample, units, fields):
     """As of `check_sample`, with the box in pixels. units: where the sample does not say it. What
     rounding lays beyond the image, up to a hundredth of its side, is cut off."""
     units = sample.pop("_units", None) or units or "pixels"
-    if sample.get("width") == 0:  # the image cannot be read: no word on the box
+    size = sample.get("width"), sample.get("height")
+    if isinstance(sample.get("image"), str) and size == (0, 0):  # it cannot be read
         return sample, []
     if is_measured(sample):
-        box, sides = sample["bbox"], (sample["width"], sample["height"]) * 2
+        box, sides = sample["bbox"], size * 2
         if units == "sizes":
             box = [*box[:2], box[0] + box[2], box[1] + box[3]]
         elif units == "padded":
