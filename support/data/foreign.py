@@ -119,7 +119,8 @@ def own_samples(args, fields=IVT_FIELDS):
     for number, path in enumerate(args.data, 1):
         reader = partial(read_rows, args=args, fields=fields, unsettled=unsettled)
         taken = {sample["id"] for sample in samples}
-        for sample in read_samples(path, "what writes it", fields, args.skip_bad, reader=reader):
+        writer = "what writes it, in a form of docs/your_gpu.md"
+        for sample in read_samples(path, writer, fields, args.skip_bad, reader=reader):
             if sample["id"] in taken:
                 sample["id"] += f" ({number})"
             samples.append(sample)

@@ -56,7 +56,8 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, r
             samples.append(sample)
         problems += [f"{path}, {place}: {sentence}" for sentence in found]
     if problems and not skip_bad:
-        head = f"{len(problems)} problems in {path} (--skip-bad leaves such lines of --data out):"
+        remedy = "of --data: --skip-bad leaves such lines out, --images DIR is where images lie"
+        head = f"{len(problems)} problems in {path} ({remedy}):"
         stop("\n".join([head, *problems[:PROBLEMS_SHOWN]]))
     if problems:
         skipped = path.with_name(path.name + ".skipped")
