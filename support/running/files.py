@@ -78,7 +78,7 @@ def read_jsonl(path, command, count=None):
     for number, line in enumerate(read_lines(path, command)[:count], 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             line = line[:80].decode("utf-8", "backslashreplace")
             stop(f"{path}, line {number}: not JSON ({e}); repair or remove the line: {line!r}")
     return rows
