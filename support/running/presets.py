@@ -63,14 +63,9 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
-        "iou_max": Setting(
-            0.85, 0.85, "better predictions leave no room to improve", low=0, high=1
-        ),
+        "iou_max": Setting(0.85, 0.85, "a box above it leaves no room to improve", low=0, high=1),
         "right_boxes": Setting(
-            "drop",
-            "keep",
-            "better predictions are dropped, or learnt from as trajectories of one step (ours)",
-            ("drop", "keep"),
+            "drop", "keep", "what becomes of these: keep, as one step (ours)", ("drop", "keep")
         ),
         "start": Setting(
             "student", "student", "step 0: the student's, or perturbed", ("student", "perturbed")
