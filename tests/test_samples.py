@@ -75,6 +75,8 @@ def test_images_are_opened_once(tmp_path, monkeypatch):
     for expected in (1, 1):  # one image of two samples; the second start opens none
         assert len(samples.read_side(args, "train")) == 2
         assert len(opened) == expected
+    (tmp_path / "data/train.checked").write_bytes(b"\xff")  # damaged: checked again
+    assert len(samples.read_side(args, "train")) == len(opened) == 2
     path.write_bytes(path.read_bytes()[:-30])  # another size, another time
     with pytest.raises(SystemExit, match="a.png cannot be used"):
         samples.read_side(args, "train")

@@ -43,7 +43,7 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None):
     line_of_id = {}
     parsed = [parse_sample(line, fields) for line in lines]
     seen = stamp and stamp_of(parsed, path.parent)
-    known = seen and stamp.exists() and stamp.read_text() == seen
+    known = seen and stamp.exists() and stamp.read_bytes() == seen.encode()
     if not known:
         parsed = in_threads(image_check(path.parent), parsed, path.name)
     for number, (sample, found) in enumerate(parsed, 1):
