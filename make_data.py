@@ -137,9 +137,8 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
     made = [{"id": row["id"], "traces": [], "rejected": []} for row in rows]
     options = dict(max_tokens=max_tokens, loop=loop, roll=roll)
     for t in range(max(len(row["boxes"]) for row in rows)):
-        todo = [
-            i for i, row in enumerate(rows) if row["boxes"][t:] and made[i]["traces"] is not None
-        ]
+        left = [len(row["boxes"]) > t for row in rows]
+        todo = [i for i, row in enumerate(made) if left[i] and row["traces"] is not None]
         # The likeliest trace first; asked again, greedy decoding would repeat it
         for attempt, temperature in enumerate((0.0, 0.7, 0.7)):
             if not todo:
