@@ -16,13 +16,17 @@ import functools
 import math
 import os
 import re
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-# Threads that wait soon sleep, instead of spinning beside other programs. OpenMP reads this when
-# torch is loaded
+# Threads that wait soon sleep, beside other programs. OpenMP reads this when torch is loaded
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Ctrl-C while libraries load, some of which would swallow it; not for who imports this elsewhere
+if sys.argv[0] == "-m" or os.path.abspath(sys.argv[0]).startswith(f"{os.path.dirname(__file__)}/"):
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 import torch
 from PIL import Image, ImageDraw
@@ -44,6 +48,10 @@ CORRECTION = (
     "The red box is your last prediction. Think inside <think> </think>, then report the corrected "
     "bbox coordinates in JSON format. Examine the box: is it on the wrong object, shifted, too "
     "large or too small? How well does the red box lie around {text}?"
+)
+NO_BOX = (  # as long as no step has given a valid box, and nothing is drawn
+    "Your last prediction is no box, so the image shows none. Think inside <think> </think>, then "
+    "report the bbox coordinates in JSON format. Where is {text}?"
 )
 
 
@@ -88,15 +96,17 @@ def step_text(trace, box):
 
 # Four numbers in one bracket, or two bracketed pairs, as models write them; the range of a number
 # is checked later, so that an impossible box is refused and not cut into a possible one.
-_NUMBER = r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*"
-_PAIR = _NUMBER + "," + _NUMBER
-_BOX = re.compile(r"[\[(]\s*[\[(]?" + _PAIR + r"[\])]?\s*,\s*[\[(]?" + _PAIR + r",?\s*[\])]")
+_NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?)\s*"
+_PAIR = rf"(?:[\[(]\s*)?{_NUMBER},\s*{_NUMBER}"
+_BOX = re.compile(rf"[\[(]\s*{_PAIR}(?:[\])]\s*)?,\s*{_PAIR}(?:,\s*)?[\])]")
+_LABEL = re.compile(r'"label"\s*:\s*"(?:[^"\\]|\\.)*"?')
 
 
 def answer_of(text):
-    """What follows the last end of reasoning; empty while reasoning is open."""
-    answer = text.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
+    """What follows the last end of reasoning; empty while it is open. A label may name the tags."""
+    tags = _LABEL.sub(lambda label: "-" * len(label[0]), text)
+    reasoning, end, answer = tags.rpartition("</think>")
+    return "" if "<think>" in answer else text[len(reasoning + end) :]
 
 
 def parse_box(text):
@@ -122,9 +132,7 @@ def box_complete(text):
     """Whether the answer holds a whole box, and the JSON object around it is closed too."""
     answer = answer_of(text)
     match = _BOX.search(answer)
-    if not match:
-        return False
-    return "{" not in answer[: match.start()] or "}" in answer[match.end() :]
+    return bool(match) and ("{" not in answer[: match.start()] or "}" in answer[match.end() :])
 
 
 # The loop, and what varies in it ------------------------------------------------------------------
@@ -134,12 +142,10 @@ def draw_overlay(image, box, color=(255, 0, 0), alpha=0.25):
     if box is None:
         return image.copy()
     layer = Image.new("RGBA", image.size, (0, 0, 0, 0))
-    ImageDraw.Draw(layer).rectangle(
-        denormalize_box(box, *image.size),
-        fill=(*color, round(255 * alpha)),
-        outline=(*color, 255),
-        width=max(1, round(min(image.size) / 100)),
-    )
+    sides = zip(denormalize_box(box, *image.size), image.size * 2)
+    corners = [min(v, size - 1) for v, size in sides]  # 1000 is beyond the last pixel
+    width = max(1, round(min(image.size) / 100))
+    ImageDraw.Draw(layer).rectangle(corners, (*color, round(255 * alpha)), (*color, 255), width)
     return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 
@@ -154,9 +160,9 @@ class Loop:
     feedback: Callable  # (image, box or None) -> the picture that is shown before step t >= 1
     continuation: str  # the instruction that is injected after that picture, may hold {text} too
     ends: Callable  # (text so far, t) -> whether step t is complete
+    without_box: str = ""  # the instruction while no box is valid, where it is another one
     turn: str = "\n{picture}\n{continuation}\n"  # how both are injected: the same turn goes on
-    # (the last valid box, or None) -> the part of the image that the picture shows, a box in
-    # 0..1000. The boxes of a step are relative to it
+    # (the last valid box, or None) -> the part of the image that is shown, and that boxes refer to
     view: Callable = lambda last_box: WHOLE
     # (box, the last valid box) -> whether the box is refused, so that the last one stays
     refuses: Callable = lambda box, last_box: False
@@ -167,6 +173,7 @@ IVT = Loop(
     prompt=IVT_PROMPT,
     feedback=draw_overlay,
     continuation=CORRECTION,
+    without_box=NO_BOX,
     ends=lambda text, t: box_complete(text),
 )
 SINGLE_SHOT = replace(IVT, prompt=SINGLE_PROMPT)  # with T = 0: no loop at all
@@ -204,8 +211,7 @@ def read_box(text, last_box, loop):
 
 def feedback_pictures(image, boxes, loop=IVT):
     """What the model sees at each step of a trajectory with these boxes, T + 1 PIL images."""
-    later = [loop.feedback(image, last_valid(boxes[:t])) for t in range(1, len(boxes))]
-    return [image] + later
+    return [image, *(loop.feedback(image, last_valid(boxes[:t])) for t in range(1, len(boxes)))]
 
 
 # Sequences ----------------------------------------------------------------------------------------
@@ -222,8 +228,7 @@ class VLM:
 
     @property
     def base(self):  # LoRA lives inside the layers, so calling this runs the active adapter
-        wrapped = hasattr(self.model, "get_base_model")
-        return self.model.get_base_model() if wrapped else self.model
+        return getattr(self.model, "get_base_model", lambda: self.model)()
 
     @property
     def turn_ends(self):  # <|im_end|>, and what else the checkpoint lists: Qwen3-VL's has two
@@ -297,10 +302,11 @@ def prompt_ids(vlm, image, text, loop):
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
-def continuation_ids(vlm, image, text, loop):
+def continuation_ids(vlm, image, text, loop, last_box):
     """What is injected before step t >= 1: the feedback picture and the instruction."""
     before, after = loop.turn.split("{picture}")
-    after = after.format(continuation=loop.continuation.format(text=text))
+    words = loop.continuation if last_box else loop.without_box or loop.continuation
+    after = after.format(continuation=words.format(text=text))
     return vlm.encode(before) + image_ids(vlm, image) + vlm.encode(after)
 
 
@@ -333,13 +339,12 @@ def build_trajectory(vlm, images, text, written, loop):
     """The training sequence of Section 3.2.
 
     images: T + 1 ImageTokens, the picture of each step. text: what fills the loop's prompt.
-    written: T + 1 texts, what the model is to write: their tokens are the targets, and all else is
-    context (the paper's labels of -100).
+    written: T + 1 texts, whose tokens are the targets; all else is context (the paper's -100).
     """
     out = Trajectory(ids=prompt_ids(vlm, images[0], text, loop), images=list(images))
     for t, words in enumerate(written):
         if t > 0:
-            out.ids += continuation_ids(vlm, images[t], text, loop)
+            out.ids += continuation_ids(vlm, images[t], text, loop, last_valid(out.boxes))
         tokens = vlm.encode(words)
         first = len(out.ids) - 1  # a token is predicted at the position before its own
         out.predictor += range(first, first + len(tokens))
@@ -538,8 +543,7 @@ def rollout(
     prompt samples depends on its seed, T, N and max_tokens, not on its batch. first_texts: P texts
     of step 0 to go on from.
 
-    Each image is encoded once, each token goes through the model once, and a group's prompt is fed
-    once. Where a step gave no valid box, the last valid one is shown.
+    Each image is encoded once, each token and each group's prompt is fed once.
     """
     if max(temperatures) > 0 and not seeds:
         raise ValueError("sampling takes a seed for each prompt")
@@ -563,11 +567,11 @@ def rollout(
     for t in range(len(rows[0].boxes), steps + 1):
         last_boxes = [last_valid(row.boxes) for row in rows]
         if t > 0:
-            # Render and inject: the picture and the instruction join the same assistant turn
+            # Render the last valid box, and inject: picture and instruction join the same turn
             pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
             shown = encode_images(vlm, pictures)
-            for row, image, text in zip(rows, shown, texts):
-                row.ids += continuation_ids(vlm, image, text, loop)
+            for row, image, text, last_box in zip(rows, shown, texts, last_boxes):
+                row.ids += continuation_ids(vlm, image, text, loop, last_box)
                 row.images.append(image)
             hidden = context.catch_up(rows, [[image] for image in shown])  # [P * N, D]
         options = dict(temperature=temperatures[min(t, 1)], noise=noise[t], ends=loop.ends)
@@ -615,8 +619,7 @@ def trajectory_logprobs(vlm, trajectories):
     row = flat([[i] * len(t.target) for i, t in enumerate(trajectories)])  # [M]
     at_targets = hidden[row, flat([t.predictor for t in trajectories])]  # [M, D]
     target = flat([t.target for t in trajectories])  # [M]
-    # Computed again in the backward pass: of six trajectories of the paper preset, each copy of the
-    # logits would be 1.75 GB
+    # Computed again in the backward pass: logits of six of the paper's trajectories are 1.75 GB
     part = LOGITS_AT_ONCE // vlm.base.lm_head.out_features
     parts = []
     for h, y in zip(at_targets.split(part), target.split(part)):
@@ -655,10 +658,7 @@ def grpo_loss(logprob, ref_logprob, advantage, entropy, *, beta, entropy_weight,
     """
     policy = -(logprob * advantage).sum()
     difference = ref_logprob - logprob  # [M]
-    if kl == "paper":
-        distance = difference.abs().sum()
-    else:
-        distance = (difference.exp() - difference - 1).sum()
-    entropy = entropy.sum()
+    distance = difference.abs() if kl == "paper" else difference.exp() - difference - 1  # [M]
+    distance, entropy = distance.sum(), entropy.sum()
     loss = policy + beta * distance - entropy_weight * entropy
     return loss, policy, distance, entropy

@@ -85,6 +85,7 @@ def validate(update):
 
 
 # Training -----------------------------------------------------------------------------------------
+temperatures = (args.temperature_first, args.temperature)
 memory.try_largest_rollout(vlm, train, args, data, loop)
 for update in run.updates(args.updates, vlm, optimizer):
     if update % args.val_every == 0:
@@ -96,7 +97,6 @@ for update in run.updates(args.updates, vlm, optimizer):
     prompts = run.stream(train, args.grad_accum)
     mine = run.share(prompts)
     first = update * args.grad_accum + RANK * len(mine)
-    temperatures = (args.temperature_first, args.temperature)
     trajectories = sample_trajectories(mine, args.group_size, temperatures, first)
     owners = [sample for sample in mine for _ in range(args.group_size)]
 
@@ -146,4 +146,5 @@ for update in run.updates(args.updates, vlm, optimizer):
     health.warn(run)
 
 validate(args.updates)
+health.show_gain(run, vlm, val, sample_trajectories, temperatures)
 run.finish(then="python grpo.py --steps 0" if run.name == "grpo" else "python evaluate.py")

@@ -14,8 +14,10 @@ Section 3.2, in five steps:
 5. Teacher: a reasoning trace for each step. It sees what the student will see: the plain image at
    step 0, the picture of box t - 1 at step t.
 
-A departure from the paper, toy preset: `--teacher template` (support/data/teacher.py) computes the
+Departures from the paper, toy preset: `--teacher template` (support/data/teacher.py) computes the
 traces from the boxes, since no small model can write them; `--teacher vlm` is the paper's.
+`--right-boxes keep` makes trajectories of one step of the rest of 3: shown none but its mistakes, a
+small model forgets what it got right, and its step 0 falls; `--right-boxes drop` is the paper's.
 
 Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl (and, for a VLM
 teacher, data/traces.jsonl) under --out.
@@ -38,7 +40,6 @@ from common import (
     written_boxes,
 )
 from support.data import sources, teacher
-from support.data.datasets import counted
 from support.data.samples import load_image
 from support.model.decoding import rollouts
 from support.model.loading import load_vlm
@@ -66,7 +67,7 @@ def in_view(boxes, loop):
 
 def boxes_to_the_truth(sample, prediction, args, loop):
     """Of a training sample and the student's prediction: the row of data/sft.jsonl that holds the
-    T + 1 boxes, without traces yet; or why there is none, in words.
+    T + 1 boxes (of a right box: it alone), without traces yet; or why there is none, in words.
 
     The student's own errors are where GRPO's rollouts will begin; from boxes perturbed at random
     the model learns to imitate bad starts (Section 3.2, "sandbagging").
@@ -79,11 +80,12 @@ def boxes_to_the_truth(sample, prediction, args, loop):
     if truth[0] == truth[2] or truth[1] == truth[3]:
         return "true box below a thousandth of the image"
     # The paper keeps 934 of 2,400: a nearly perfect start has nothing to correct
-    if prediction["iou"] > args.iou_max:
+    is_right = prediction["iou"] > args.iou_max
+    if is_right and args.right_boxes == "drop":
         return f"IoU above {args.iou_max}"
-    if args.start == "perturbed":
+    if args.start == "perturbed" and not is_right:
         first = teacher.perturb(random.Random(f"{args.seed} {sample['id']}"), truth, args.iou_max)
-    boxes = interpolate(first, truth, args.steps)
+    boxes = [first] if is_right else interpolate(first, truth, args.steps)
     if not in_view(boxes, loop):
         return "next box outside the view"
     words = {"id": sample["id"], "expression": sample["expression"]}
@@ -129,13 +131,14 @@ def ask_once(vlm, images, rows, t, seeds, *, temperature, max_tokens, loop, roll
 def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
     """The paper's teacher for a batch of rows: a VLM is asked for each step, up to three times.
 
-    rows: dicts with id, expression and boxes. Returns for each {"id", "traces", "rejected"}: T + 1
-    traces, or None when a step stayed unusable; the faults of the traces that were refused.
+    rows: dicts with id, expression and boxes. Returns for each {"id", "traces", "rejected"}: a
+    trace for each box, or None when one stayed unusable; the faults of those that were refused.
     """
     made = [{"id": row["id"], "traces": [], "rejected": []} for row in rows]
     options = dict(max_tokens=max_tokens, loop=loop, roll=roll)
-    for t in range(len(rows[0]["boxes"])):
-        todo = [i for i, row in enumerate(made) if row["traces"] is not None]
+    for t in range(max(len(row["boxes"]) for row in rows)):
+        left = [len(row["boxes"]) > t for row in rows]
+        todo = [i for i, row in enumerate(made) if left[i] and row["traces"] is not None]
         # The likeliest trace first; asked again, greedy decoding would repeat it
         for attempt, temperature in enumerate((0.0, 0.7, 0.7)):
             if not todo:
@@ -199,13 +202,13 @@ if __name__ == "__main__":
             dropped[row] += 1
         else:
             rows.append(row)
-    print(f"filter: {len(rows)} of {len(train)} kept; dropped: {counted(dropped)}")
+    sources.show_kept(rows, dropped)
 
     # 5. Traces ------------------------------------------------------------------------------------
     # The teacher sees at each step what the student will see there, and knows the next box besides.
     if args.teacher == "template":
         for row in rows:
-            row["traces"] = [geometric_trace(row, t, loop) for t in range(args.steps + 1)]
+            row["traces"] = [geometric_trace(row, t, loop) for t in range(len(row["boxes"]))]
     else:
         if args.teacher_model:
             vlm = None  # free it before another model is loaded

@@ -4,6 +4,7 @@ python -m pytest -q        these and those in tests/, on a Qwen3-VL of random we
 """
 
 import random
+import timeit
 from dataclasses import replace
 
 import common
@@ -77,6 +78,8 @@ VALID_TEXTS = [
     "[30, 40, 1, 2]",
     "[1.0, 2, 30, 40]",
     "[1, 2, 30, 40]\x00\ud800",
+    '[{"bbox_2d": [1, 2, 30, 40], "label": "the <think> sign"}]',
+    '<think>a</think>[{"label": "a </think> \\" <think>", "bbox_2d": [1, 2, 30, 40]}]',
 ]
 INVALID_TEXTS = [
     "<think>I say [1, 2, 30, 40]",
@@ -117,7 +120,18 @@ def test_any_text_gives_a_valid_box_or_none(text):
         assert box[0] < box[2] and box[1] < box[3]
 
 
+@pytest.mark.parametrize("start", ["[", "[1,1],", "[1,1,1,1", '"label": "', "<think>"])
+@pytest.mark.parametrize("filling", [" ", "\n", "[", "1", "[1,", '"label":"\\\\'])
+def test_the_time_of_reading_grows_with_the_text_alone(start, filling):
+    def seconds(length):
+        text = start + filling * (length // len(filling))
+        return min(timeit.repeat(lambda: box_complete(text) or parse_box(text), number=1))
+
+    assert seconds(16_000) < 64 * seconds(1_000)  # not 256 times
+
+
 def test_a_step_ends_with_its_object():
+    assert box_complete('[{"bbox_2d": [1, 2, 3, 4], "label": "the <think> sign"}]')
     assert not box_complete('{"bbox_2d": [1, 2, 3, 4]')
     assert box_complete('{"bbox_2d": [1, 2, 3, 4]}')
     assert box_complete("[1, 2, 3, 4]")
@@ -132,6 +146,8 @@ def test_overlay_pixels():
     inside = [0.75 * a + 0.25 * b for a, b in zip(image.getpixel((40, 50)), (255, 0, 0))]
     assert drawn.getpixel((40, 50)) == pytest.approx(inside, abs=2)
     assert drawn.getpixel((80, 50)) == image.getpixel((80, 50))
+    whole = draw_overlay(image, [0, 0, 1000, 1000])  # its outline lies within the image too
+    assert {whole.getpixel(at) for at in ((0, 9), (9, 0), (99, 9), (9, 99))} == {(255, 0, 0)}
     unmarked = draw_overlay(image, None)
     assert unmarked is not image
     assert unmarked.tobytes() == image.tobytes()
@@ -269,7 +285,8 @@ def test_greedy_rollout_equals_generate(vlm):
 
 
 def test_the_last_valid_box_is_shown(vlm, monkeypatch):
-    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1."""
+    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1. Before step 1 there is
+    none to be seen, and none is spoken of."""
     answers = iter([None, [1, 2, 30, 40], None, None])
     boxes = []
 
@@ -278,8 +295,12 @@ def test_the_last_valid_box_is_shown(vlm, monkeypatch):
         return image
 
     monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
-    rollout(vlm, [picture(32, 32)], ["x"], 3, max_tokens=2, loop=replace(IVT, feedback=feedback))
+    loop = replace(IVT, feedback=feedback)
+    [row] = rollout(vlm, [picture(32, 32)], ["x"], 3, max_tokens=2, loop=loop)
     assert boxes == [None, [1, 2, 30, 40], [1, 2, 30, 40]]
+    injected = vlm.tokenizer.decode(row.ids).split("<|vision_start|>")[2:]
+    assert [text.count("The red box") for text in injected] == [0, 1, 1]
+    assert common.NO_BOX.format(text="x") in injected[0]
 
 
 def test_sft_sees_what_the_rollout_sees(vlm, monkeypatch):

@@ -59,9 +59,10 @@ def plain_rollout(vlm, images, texts, steps, *, max_tokens, group_size):
     for t in range(steps + 1):
         if t > 0:
             for row, pictures, (image, text) in zip(rows, shown, owners):
-                picture = IVT.feedback(image, last_valid(row.boxes))
+                last_box = last_valid(row.boxes)
+                picture = IVT.feedback(image, last_box)
                 pictures.append(picture)
-                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), text, IVT)
+                row.ids += continuation_ids(vlm, size_in_tokens(vlm, picture), text, IVT, last_box)
         inputs = model_inputs(vlm, [row.ids for row in rows], shown)
         start = inputs["input_ids"].shape[1]
 

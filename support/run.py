@@ -16,7 +16,6 @@ from support.running import errors, files, processes
 from support.running.flags import command, flags
 
 import torch
-from peft import set_peft_model_state_dict
 from tqdm import tqdm
 
 # What the bar shows of the rows of a log
@@ -64,7 +63,7 @@ class Run:
     def starts_from(self, before, script, *names):
         """The folder of the adapter that a phase before made, with the same values of these flags.
         Ends the program where it did not, or is missing: script makes it."""
-        self.inputs.append(weights_of(self.args, before, script, *names))
+        self.inputs += weights_of(self.args, before, script, *names)
         return self.args.out / before
 
     def reads(self, *inputs, ignore=()):
@@ -87,14 +86,12 @@ class Run:
         Saves after every --save-every updates, and on Ctrl-C, which then ends the program.
         """
         self.vlm, self.optimizer, self.count = vlm, optimizer, count
-        state = load_checkpoint(self.checkpoint)
+        state = load_checkpoint(self.checkpoint, model=vlm.model, optimizer=optimizer)
         if state:
-            set_peft_model_state_dict(vlm.model, state["adapter"], vlm.model.active_adapter)
-            optimizer.load_state_dict(state["optimizer"])
             self.update, self.best = state["update"], state["best"]
             print(f"going on after update {self.update}")
         log = self.args.out / f"log/{self.name}.jsonl"
-        self.lines = files.Log(log, keep=state["logged"] if state else 0)
+        self.lines = files.Log(log, state["logged"] if state else ())
         self.rows = self.lines.rows
         processes.catch_interrupts()
         bar = dict(total=count, initial=self.update, desc=self.name, unit="update")
@@ -165,15 +162,15 @@ class Run:
 
     # The end --------------------------------------------------------------------------------------
     def save(self, finished):
-        """All state of the run in one file. What is drawn at random depends on the seed and the
-        number of the update or prompt alone, so there is no random state to keep."""
+        """All state of the run in one file, its log too. What is drawn at random depends on the
+        seed and the number of the update or prompt alone: there is no random state to keep."""
         save_checkpoint(
             self.checkpoint,
             adapter=adapter_state(self.vlm.model, self.vlm.model.active_adapter),
             optimizer=self.optimizer.state_dict(),
             update=self.update,
             best=self.best,
-            logged=len(self.rows),
+            logged=self.rows,
             finished=finished,
         )
 

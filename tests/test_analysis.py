@@ -5,6 +5,7 @@ import random
 
 from common import Trajectory, step_text
 from support.data.teacher import template_trace
+from support.report import statistics
 from support.report.analysis import AGREEMENT, results_of, steps_of
 from support.report.claims import CLAIMS, KEEP, SHIFT, WRONG, claim_of, geometry_of
 from support.report.rows import Row, log_line
@@ -22,6 +23,14 @@ TOLD = {  # what a trace says of the box before it
     SHIFT: "The red box is too short. I make it taller.",
     KEEP: "The red box fits well. I keep it.",
 }
+
+
+def test_many_samples_are_resampled_without_all_weights_at_once(monkeypatch):
+    values = np.arange(400) % 4 == 0
+    at_once = statistics.estimate(values)
+    monkeypatch.setattr(statistics, "resamples", None)
+    monkeypatch.setattr(statistics, "AT_ONCE", 0)
+    assert statistics.estimate(values) == pytest.approx(at_once, abs=0.004)
 
 
 def row_of(boxes, told=(), confidence=None):

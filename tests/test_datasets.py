@@ -132,7 +132,7 @@ def test_the_published_files_become_samples(folders, tmp_path, capsys):
     assert missing_files(folders) == []
     samples = {s["id"]: s for s in paper_samples(folders, 0)}
     printed = capsys.readouterr().out
-    faults = "1 without a box inside the image, 1 without words, or with special tokens"
+    faults = "1 without a box inside the image, 1 without words, or with too many or special tokens"
     assert f"refcocog: 4 read, 2 kept; dropped: {faults}\n" in printed
     assert "refadv: 2 read, 2 kept; dropped: none\n" in printed
     assert {i: (s["key"], s["bbox"], s["expression"]) for i, s in samples.items()} == {

@@ -35,7 +35,7 @@ def test_no_box_between_is_without_an_area(first, last, steps):
 
 def test_the_filter_drops_what_leaves_nothing_to_correct():
     sample = {"id": "1", "expression": "x", "width": 100, "height": 100, "bbox": [0, 0, 50, 50]}
-    args = SimpleNamespace(iou_max=0.85, start="student", steps=2)
+    args = SimpleNamespace(iou_max=0.85, start="student", steps=2, right_boxes="drop")
 
     def row(box, iou=0.0, **changes):
         prediction = {"box": box, "iou": iou}
@@ -44,6 +44,8 @@ def test_the_filter_drops_what_leaves_nothing_to_correct():
     assert row([0, 0, 100, 500])["boxes"] == [[0, 0, 100, 500], [0, 0, 300, 500], [0, 0, 500, 500]]
     assert row(None) == "no valid box" and row([0, 0, 500, 490], 0.98) == "IoU above 0.85"
     assert "below a thousandth" in row([0, 0, 9, 9], bbox=[0, 0, 0.05, 50])
+    args.right_boxes = "keep"
+    assert row([0, 0, 500, 490], 0.98)["boxes"] == [[0, 0, 500, 490]]
 
 
 def test_perturbed_boxes_keep_to_the_filter():
@@ -87,7 +89,7 @@ def test_teacher_traces_may_not_leak():
     assert fault("The box is too low. I move it up.", "the cat") is None
     assert fault("Number 23 is left.", "player 23") is None
     assert fault("Move it to 312.", "the cat") == "coordinates"
-    assert fault("", "the cat") == "empty"
+    assert fault("", "the cat") == fault("A <tool_call> is left.", "the cat") == "no words"
     assert fault("The ground truth is higher.", "the cat") == "leak"
     assert fault("It is too low. So I", "the cat") == "unfinished"
     assert fault("A. B. C. D. E.", "the cat") == "sentences"
@@ -116,7 +118,7 @@ def test_the_vlm_teacher_asks_again_and_sees_the_overlay(capsys):
     images = [picture(32, 32), picture(32, 32, 1)]
     made = make_data.vlm_traces(WORDS, images, rows, [10, 20], max_tokens=30, roll=answer)
     assert [row["traces"] for row in made] == [[good, good], [good, good]]
-    assert [row["rejected"] for row in made] == [["coordinates"], ["unfinished", "empty"]]
+    assert [row["rejected"] for row in made] == [["coordinates"], ["unfinished", "no words"]]
     assert "refused, coordinates: 'Go to 312.'\n" in capsys.readouterr().out
     # Only what was rejected is asked for again, with another seed
     assert [len(call[0]) for call in calls] == [2, 1, 2, 1, 1]

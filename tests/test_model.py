@@ -52,7 +52,7 @@ class Evil:
 
 def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpoints.save_checkpoint("c", update=1, weight=torch.ones(3))
+    checkpoints.save_checkpoint("c", update=1, finished=False, weight=torch.ones(3))
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a full disk
     try:
@@ -65,6 +65,14 @@ def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert checkpoints.load_checkpoint("c")["update"] == 1
+    content = bytearray(Path("c").read_bytes())
+    place = content.index(torch.ones(3).numpy().tobytes())
+    content[place] ^= 1
+    Path("c").write_bytes(content)
+    assert "(AssertionError: damaged); move it away" in one_line(checkpoints.load_checkpoint, "c")
+    for other in ([1, 2], 7, None, {"a": 1}, {"update": "1", "finished": False}):
+        torch.save(other, "c")
+        assert "no checkpoint of this code" in one_line(checkpoints.load_checkpoint, "c")
     torch.save({"update": Evil()}, "c")
     assert "no checkpoint of this code" in one_line(checkpoints.load_checkpoint, "c")
     assert not Path("evil").exists()
@@ -120,6 +128,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(vlm, tmp_path):
     whole = save_parts(vlm, tmp_path / "whole")
     text = json.loads((whole / "config.json").read_text())["text_config"]
     weights, sizes = "model.safetensors", "preprocessor_config.json"
+    template, ready = "chat_template.jinja", {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    own = (whole / template).read_text()
     foreign = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), unk_token="<unk>")
 
     taller, wider = {**text, "num_hidden_layers": 3}, {**text, "intermediate_size": 64}
@@ -133,8 +143,23 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(vlm, tmp_path):
         (remove(sizes), f"look at its {sizes}"),
         (change(sizes, size={"shortest_edge": "a"}), f"look at its {sizes}"),
         (change(sizes, patch_size=None), r"image processor has .*\(14, 2, 2\), .* \(8, 2, 2\)"),
+        (change(sizes, image_mean="x"), f"look at its .*{sizes}"),
+        (change("generation_config.json", eos_token_id=[[1]]), "look at its generation_config"),
+        (change("generation_config.json", eos_token_id="x"), "eos_token_id is no token"),
         (write("tokenizer.json", "{"), "look at its tokenizer.json"),
-        (remove("chat_template.jinja"), "has no chat template"),
+        (remove("chat_template.jinja"), f"look at its {template}"),
+        (write(template, "{% broken"), f"look at its {template}"),
+        (write(template, "{{ raise_exception('no') }}"), f"look at its {template}"),
+        (write(template, "{{ ''.__class__.__mro__ }}"), f"look at its {template}"),
+        (
+            write(template, "{% for m in messages %}{{ m.content }}{% endfor %}"),
+            "chat template makes",
+        ),
+        (write(template, own + "<think>\n"), "chat template makes .*no <think>"),
+        (write(template, own + own), "chat template makes .*once"),
+        (change("config.json", quantization_config=ready), "quantised already, .*--quantize none"),
+        (change("config.json", quantization_config=3), "look at its config.json"),
+        (change("config.json", model_type="qwen2_5_vl"), "model_type is qwen2_5_vl"),
         (foreign.save_pretrained, "tokenizer has no .*image_pad"),
     ]
     for damage, words in cases:
@@ -153,6 +178,50 @@ def test_image_settings_may_lie_in_the_processors_file(vlm, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
     assert loading.load_vlm(model_args(folder)).image_processor.patch_size == 8
+    (folder / "processor_config.json").unlink()
+    older = {key: value for key, value in inner.items() if key != "size"}
+    older |= {"min_pixels": 32**2, "max_pixels": 64**2}  # of Qwen2-VL's time
+    (folder / "preprocessor_config.json").write_text(json.dumps(older))
+    size = loading.load_vlm(model_args(folder)).image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (32**2, 2**20)
+
+
+def test_another_model_is_refused_before_its_weights_are_fetched(monkeypatch):
+    """A hub id: only its config is asked for."""
+    other = loading.AutoConfig.for_model("qwen2_5_vl")
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda name, **options: other)
+    message = one_line(loading.load_vlm, model_args("Qwen/Qwen2.5-VL-3B-Instruct"))
+    assert "its model_type is qwen2_5_vl; a qwen3_vl is expected" in message
+
+
+def test_weights_in_4_bits_are_taken_as_what_they_are():
+    for kind, quantize, taken in (
+        ("nf4", "nf4", True),
+        ("nf4", "none", False),
+        ("fp4", "nf4", False),
+        (None, "nf4", False),
+    ):
+        ready = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": kind}
+        config = loading.AutoConfig.for_model("qwen3_vl", quantization_config=ready)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loading.AutoConfig, "from_pretrained", lambda name, **options: config)
+            if taken:
+                loading.check_kind("a/b", quantize)
+            else:
+                assert "quantised already" in one_line(loading.check_kind, "a/b", quantize)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_stop_with_the_samples_words(vlm, temperature):
+    """Token 0, again and again, would be taken for an answer."""
+    spoilt = copy.deepcopy(vlm.model)
+    spoilt.lm_head.weight = torch.nn.Parameter(vlm.model.lm_head.weight.clone())  # not tied here
+    [token] = vlm.encode(" circle")  # of one prompt alone
+    spoilt.model.language_model.embed_tokens.weight.data[token] = float("nan")
+    one = VLM(spoilt, vlm.tokenizer, vlm.image_processor)
+    asked = [picture(32, 32)] * 2, ["the square", "the circle"], 0
+    options = dict(max_tokens=3, temperatures=(temperature,) * 2, seeds=[1, 2], group_size=2)
+    assert "no numbers for 'the circle'" in one_line(decoding.play, one, *asked, **options)
 
 
 def test_a_foreign_or_damaged_adapter_is_refused_in_one_line(vlm, tmp_path):

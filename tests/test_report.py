@@ -2,15 +2,16 @@
 predictions."""
 
 import json
+import os
 from types import SimpleNamespace
 
 from common import IVT, Trajectory
 from support.model.views import asked_again, zoom
-from support.report import health
+from support.report import health, pictures
 from support.report.analysis import ablations_of, results_of
 from support.report.overlays import ablation_rows
 from support.report.own_picture import own_samples
-from support.report.pictures import write_strip
+from support.report.pictures import BOLD, drawing, font_for, write_strip
 from support.report.rows import Row
 from support.report.score_predictions import read_predictions
 from support.report.statistics import (
@@ -137,6 +138,8 @@ def test_findings_of_a_clear_case():
         "NOT SETTLED",
         "holds",
         "holds",
+        "holds",
+        "holds",
     ]
     text = markdown(report(results))
     assert all(sentence in text and sentence in summary(results) for sentence in verdicts)
@@ -259,6 +262,26 @@ def test_the_lead_picture_shows_the_box_that_is_fed_back(tmp_path):
     assert lead.getpixel((left, top)) == (0, 210, 230)  # the new box, which is the truth
 
 
+def test_what_cannot_be_drawn_costs_nothing_else(tmp_path, capsys):
+    with drawing(tmp_path / "lead.png"):
+        write_strip(tmp_path / "lead.png", GOOD, None, {"boxes": [RIGHT], "texts": TEXTS}, IVT)
+    assert "lead.png cannot be drawn (AttributeError" in capsys.readouterr().out
+
+
+def test_a_label_is_drawn_in_a_font_that_has_its_letters(monkeypatch, tmp_path, capsys):
+    """Pillow's own lacks even an accent; a font of one sign stands for the machine's."""
+    assert font_for("a box", BOLD) is BOLD
+    monkeypatch.setattr(pictures, "FONTS", [tmp_path])
+    (tmp_path / "a.ttf").write_bytes(b"no font")
+    (tmp_path / "b.ttf").write_bytes(BOLD.font_bytes)
+    for words in ("\u4e2d", "\u05e9"):
+        assert font_for(words, BOLD) is BOLD
+    assert capsys.readouterr().out.count("no font of this machine") == 1
+    has_all = SimpleNamespace(getmask=lambda letter: letter.encode())
+    monkeypatch.setattr(pictures.ImageFont, "truetype", lambda file, size: has_all)
+    assert font_for("\u4e2d\u6587", BOLD) is has_all
+
+
 @pytest.mark.parametrize("flag, loop", [("overlay", IVT), ("zoom", zoom(2.0))])
 def test_what_is_shown_instead_of_the_box(flag, loop):
     image = picture(90, 70)
@@ -284,11 +307,22 @@ def test_a_picture_of_your_own_is_turned_upright_or_refused(tmp_path):
     assert (sample["width"], sample["height"]) == (70, 90)
     write_jsonl(own, [{"image": "photo.jpg"}])
     file.write_bytes(file.read_bytes()[:500])
+    pipe, long, null, empty = (tmp_path / name for name in ("p.png", "l.png", "n.jsonl", "e.jsonl"))
+    os.mkfifo(pipe)
+    picture(2100, 10).save(long)
+    write_jsonl(null, [{"image": "a\0.png", "expression": "x"}])
+    empty.touch()
     for image, words, message in (
         (own, None, "line 1: expected"),
         (file, None, "give both"),
         (None, "x", "give both"),
         (file, "<|im_end|>", "say what to find"),
+        (file, "the </think> sign", "say what to find"),
+        (file, "word " * 401, "1 to 2000 characters"),
+        (pipe, "x", f"error: --image {pipe}: .*not a regular file"),
+        (long, "x", f"error: --image {long}: .*2100 x 10; .*crop it"),
+        (null, None, "line 1: image .*null"),
+        (empty, None, "is empty"),
         (file, "x", f"error: --image {file}: "),
         (tmp_path / "none.png", "x", f"error: --image {tmp_path / 'none.png'}: "),
     ):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.small import GOOD, one_line
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 # Flags --------------------------------------------------------------------------------------------
 EXTRA = {
@@ -80,6 +82,9 @@ def test_values_out_of_range_are_refused(parse, capsys, words, message):
         ("folder", "new file", "is a directory"),
         ("file", "new folder", "file exists"),
         ("/proc/x", "new folder", "no such file or directory"),
+        ("pipe", "file", "not a regular file"),
+        ("pipe", "file or folder", "not a regular file"),
+        ("pipe", "new file", "not a regular file"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_refused_in_one_line(
@@ -88,6 +93,7 @@ def test_a_path_that_cannot_be_used_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder").mkdir()
+    os.mkfifo("pipe")
     message = f"error: --flag {value}: {reason}; give a path that can be used as a {kind}"
     assert message == one_line(check_path, "--flag", value, kind)
     for good in (("file", "file"), ("folder", "folder")):
@@ -95,6 +101,13 @@ def test_a_path_that_cannot_be_used_is_refused_in_one_line(
     for new in (("new/file", "new file"), ("new/folder", "new folder"), ("file", "new file")):
         check_path("--flag", *new)
     assert not Path("new/file").exists()  # a run that is stopped leaves no empty one
+
+
+@pytest.mark.parametrize("console", ["ascii", "cp1252", "gbk", "utf-8"])
+def test_printing_never_ends_a_run(console):
+    program = r"import support.running.errors; print('\u4e2d \u05e9 \U0001f600 \ud800 \xe9')"
+    environment = {**os.environ, "PYTHONIOENCODING": console}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_flags_check_their_paths_before_any_work(parse):
@@ -137,6 +150,13 @@ def test_resumed_rows_belong_to_their_samples(tmp_path):
     assert run() == rows and len(asked) == 5
     path.write_bytes(path.read_bytes()[:-4])
     assert run() == rows and asked[5:] == [4]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"a", b"b", 1))  # still JSON, and another text
+    assert run() == rows and asked[6:] == [0, 1, 2, 3, 4]
+    assert path.read_bytes() == content
+    path.write_bytes(b"")  # as of a phase that was killed in its first batch
+    assert run() == rows and path.read_bytes() == content
+    del asked[6:]
     del rows_of[2]  # the batch of 0 and 1 stays
     assert [row["id"] for row in run()] == list("0134") and asked[6:] == [2, 3]
 
@@ -151,8 +171,9 @@ def test_one_run_at_a_time_under_one_configuration(tmp_path):
     files.lock(tmp_path)
     with pytest.raises(SystemExit, match="another run works in"):
         files.lock(tmp_path)
-    (tmp_path / "log/sft.config.json").write_text("[")
-    assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
+    for content in ("[" * 100_000, "[1]", "7"):
+        (tmp_path / "log/sft.config.json").write_text(content)
+        assert "sft.config.json cannot be read" in one_line(files.begin, args, "sft")
 
 
 def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeypatch):
@@ -183,6 +204,24 @@ def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeyp
         plays("refined", "guard")  # killed before its configuration is written
     assert not (tmp_path / "log/evaluate_refined.jsonl").exists()  # no line of the other
 
+    (tmp_path / "sft").mkdir()
+    for content in (b"{}", b'{"r": 8}'):  # the same weights, another scale
+        (tmp_path / "sft/adapter_config.json").write_bytes(content)
+        made.clear()
+        play_row(args, Row("SFT", "sft", adapter="sft"), [GOOD], work)
+        assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["I/O error: No space left", "Error while serializing: IoError(28)"]
+)
+def test_a_full_disk_is_known_by_what_safetensors_says(words):
+    def save():
+        with files.writing("adapter"):
+            raise SafetensorError(words)
+
+    assert "adapter cannot be written" in one_line(save)
+
 
 # Ctrl-C and memory --------------------------------------------------------------------------------
 WORKER = """
@@ -198,6 +237,14 @@ if RANK == WORLD - 1:
     torch.empty(10**15)
 gather([1])
 """
+
+
+def test_ctrl_c_while_libraries_load_says_nothing(tmp_path):
+    (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 2); os.getpid()")
+    for script in ([str(ROOT / "sft.py")], ["-m", "visrl.sft"]):
+        start, environment = [sys.executable, *script], {"PYTHONPATH": str(tmp_path)}
+        ran = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (130, b"", b"")
 
 
 def test_ctrl_c_waits_for_the_batch_and_a_second_one_ends_at_once(monkeypatch):
@@ -217,7 +264,7 @@ def test_running_out_of_memory_names_what_is_at_work_and_the_flag(monkeypatch, c
         sys.excepthook(type(error), error, None)
         return capsys.readouterr().err
 
-    errors.explain_out_of_memory("--max-pixels", "a smaller --model, or --quantize nf4")
+    errors.explain_errors("--max-pixels", "a smaller --model, or --quantize nf4")
     errors.working_on([])
     end = ". What was saved before is whole\n"
     message = "error: out of memory before the first sample; give a smaller --model, or "
@@ -226,6 +273,7 @@ def test_running_out_of_memory_names_what_is_at_work_and_the_flag(monkeypatch, c
     cuda = end_with(torch.OutOfMemoryError("CUDA out of memory"))
     assert f"3 (20 x 10), ...; lower --max-pixels{end}" in cuda
     assert others == []
+    assert end_with(OSError(28, "No space left", "x")).startswith("error: [Errno 28] No space left")
     error = RuntimeError("another")
     assert end_with(error) == "" and others == [(RuntimeError, error, None)]
 

@@ -1,11 +1,14 @@
 """Samples and their images: read, or refused by name before any work."""
 
+import argparse
 import json
+import os
 import re
 from types import SimpleNamespace
 
 from support.data import samples
 from support.running import files
+from support.running.flags import model_path
 from tests.small import GOOD, TURNED, one_line, picture
 
 import pytest
@@ -18,6 +21,8 @@ from PIL import Image
 def test_bad_samples_are_all_reported_at_once(tmp_path):
     picture(20, 10).save(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    picture(2100, 10).save(tmp_path / "long.png")
+    os.mkfifo(tmp_path / "pipe.png")
     without = {key: value for key, value in GOOD.items() if key != "expression"}
     bad = [
         (dict(GOOD, bbox=[5, 0, 0, 5]), "bbox is .*x1 < x2"),
@@ -27,8 +32,13 @@ def test_bad_samples_are_all_reported_at_once(tmp_path):
         (without, "expression is 'None'"),
         (dict(GOOD, image="cut.png"), "cut.png cannot be used"),
         (GOOD, "id '1' is on line 1"),
+        (dict(GOOD, image="pipe.png"), "not a regular file"),
+        (dict(GOOD, image="a\0b.png"), "image is .*NUL"),
+        (dict(GOOD, expression="word " * 401), "1 to 2000 characters"),
         (dict(GOOD, expression="a <|image_pad|>"), "special tokens"),
-        (dict(GOOD, width=4200), "200 to 1"),
+        (dict(GOOD, expression="the <think> sign"), "special tokens"),
+        (dict(GOOD, expression="a </tool_call>"), "special tokens"),
+        (dict(GOOD, image="long.png", width=2100, bbox=[0, 0, 25, 5]), "200 to 1"),
         (dict(GOOD, source="\ud800"), "surrogate"),
         (dict(GOOD, width=True), "width is 'True'; expected int"),
         (3, "not a JSON object"),
@@ -46,6 +56,8 @@ def test_bad_samples_are_all_reported_at_once(tmp_path):
         assert re.search(f"s.jsonl, line {line}: .*{words}", str(ended.value)), words
     assert samples.read_samples(path, "", skip_bad=True) == [GOOD]
     assert len((tmp_path / "s.jsonl.skipped").read_text().splitlines()) == len(expected) + 1
+    path.write_bytes(b"")
+    assert "s.jsonl is empty; make it again" in one_line(samples.read_samples, path, "x")
     missing = one_line(samples.read_samples, tmp_path / "none.jsonl", "python make_data.py")
     assert "first run: python make_data.py" in missing
     assert "cannot be read" in one_line(samples.read_samples, tmp_path, "python make_data.py")
@@ -63,6 +75,8 @@ def test_images_are_opened_once(tmp_path, monkeypatch):
     for expected in (1, 1):  # one image of two samples; the second start opens none
         assert len(samples.read_side(args, "train")) == 2
         assert len(opened) == expected
+    (tmp_path / "data/train.checked").write_bytes(b"\xff")  # damaged: checked again
+    assert len(samples.read_side(args, "train")) == len(opened) == 2
     path.write_bytes(path.read_bytes()[:-30])  # another size, another time
     with pytest.raises(SystemExit, match="a.png cannot be used"):
         samples.read_side(args, "train")
@@ -71,7 +85,34 @@ def test_images_are_opened_once(tmp_path, monkeypatch):
         samples.read_side(args, "train")
 
 
-def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):
+def test_rows_of_another_shape_are_refused(tmp_path):
+    box = [0, 0, 500, 500]
+    good = {"id": "1", "boxes": [box] * 3, "traces": ["a"] * 3}
+    one = {"id": "1", "boxes": [box], "traces": ["a"]}
+    args = argparse.Namespace(out=tmp_path, preset="toy", model=model_path("toy/base"), steps=2)
+    picture(20, 10).save(tmp_path / "a.png")
+    files.write_jsonl(tmp_path / "data/train.jsonl", [dict(GOOD, image="../a.png")])
+
+    def read(*rows):
+        files.write_jsonl(tmp_path / "data/sft.jsonl", rows)
+        return samples.read_trajectories(args, tmp_path / "data")
+
+    # Any length: that is counted in tokens, where a teacher's traces are looked at
+    assert [len(row["boxes"]) for row in read(good, {**one, "traces": ["a " * 2000]})] == [3, 1]
+    wrong = [{"boxes": [box]}, [1], 7, None, "x", dict(good, boxes=["x"] * 3), dict(good, id=[])]
+    wrong += [dict(good, boxes=[box]), dict(one, traces=["a"] * 3), dict(good, boxes=7)]
+    wrong += [{"id": "1"}, dict(one, boxes=[[0, 0, 1, 1001]]), dict(one, boxes=[[5, 5, 5, 9]])]
+    wrong += [dict(one, traces=[None]), dict(one, traces=["<|"]), dict(one, traces="a")]
+    for row in wrong:
+        assert "sft.jsonl, line 2: no row of such a file" in one_line(read, good, row)
+    assert "holds 2 boxes a trajectory" in one_line(
+        read, dict(good, boxes=[box] * 2, traces=["a"] * 2)
+    )
+    (tmp_path / "data/sft.jsonl").write_text("[" * 100_000)
+    assert "line 1: not JSON" in one_line(samples.read_trajectories, args, tmp_path / "data")
+
+
+def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch, capsys):
     def load(name, width=20, height=10):
         sample = {"image": name, "width": width, "height": height}
         return samples.load_image(sample, tmp_path)
@@ -89,9 +130,25 @@ def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch):
     deep = torch.full((10, 20), 128 * 256, dtype=torch.int32).numpy().astype("uint16")
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert load("deep.png").getpixel((0, 0)) == (128, 128, 128)
+    ramp = torch.arange(200, dtype=torch.int32).view(10, 20).numpy()
+    for count, values in enumerate((ramp.astype("uint16"), ramp * 10**7, ramp - 1000)):
+        name = "low.png" if count == 0 else "low.tiff"  # a PNG has no 32 bits
+        Image.fromarray(values).save(tmp_path / name)
+        assert load(name).getextrema() == ((0, 255),) * 3  # it was black
+        assert capsys.readouterr().out.count("stretched") == (count == 0)
 
     color.save(tmp_path / "turned.jpg", exif=TURNED)
     assert load("turned.jpg").size == (20, 10) and load("turned.jpg", 10, 20).size == (10, 20)
+    for tag in (
+        b"\x00\x02\x00\x00\x00\x02\x36\x00",
+        b"\x00\x03\x00\x00\x00\x01\x00\x63",
+    ):  # "6", 99
+        exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12" + tag + b"\0" * 6
+        color.save(tmp_path / "odd.jpg", exif=exif)
+        own = samples.load_image({"image": "odd.jpg", "width": 0, "height": 0}, tmp_path, True)
+        assert own.size == load("odd.jpg").size == (20, 10)
+        with pytest.raises(ValueError, match="it is 20 x 10, the sample says 10 x 20"):
+            load("odd.jpg", 10, 20)
 
     preview = color.resize((4, 2))
     color.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[preview])
@@ -138,4 +195,4 @@ def test_fuzz_the_manifest(tmp_path, line):
     try:
         assert len(samples.read_samples(tmp_path / "s.jsonl", "")) == 1
     except SystemExit as e:
-        assert "problems in" in str(e)
+        assert "problems in" in str(e) or "is empty" in str(e)

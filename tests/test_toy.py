@@ -4,7 +4,7 @@ import random
 import re
 from dataclasses import replace
 
-from common import CORRECTION, IVT_PROMPT, SINGLE_PROMPT, encode_images, parse_box
+from common import CORRECTION, IVT_PROMPT, NO_BOX, SINGLE_PROMPT, encode_images, parse_box
 from support.data.teacher import template_trace
 from support.model.views import CLOSER
 from tests.small import TEXTS, vlm
@@ -119,7 +119,7 @@ def test_a_conversation_is_a_chat_whose_boxes_are_right(vlm):
 
 def test_the_base_learns_from_no_prompt_and_no_sentence_of_the_methods(vlm):
     """No four words in a row of theirs, but those that say how a frame lies: the skill's own."""
-    sentences = [IVT_PROMPT, CORRECTION, CLOSER, *TEXTS]
+    sentences = [IVT_PROMPT, CORRECTION, NO_BOX, CLOSER, *TEXTS]
     boxes = [[300, 300, 500, 500], [100, 100, 350, 250], [700, 500, 990, 990]]
     sentences += [template_trace(boxes, [310, 320, 480, 510], t) for t in (0, 1, 2)]
     runs = set()
@@ -156,7 +156,7 @@ def test_the_recipe_sees_as_the_model_does(vlm):
 
 
 def test_a_recipe_that_was_killed_goes_on_to_the_same_base(tmp_path, monkeypatch, capsys):
-    for name in ("PICTURES", "ROWS", "CROPS"):
+    for name in ("PICTURES", "ROWS", "WORDED", "CROPS"):
         monkeypatch.setattr(lessons, name, 2)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
 
@@ -173,10 +173,10 @@ def test_a_recipe_that_was_killed_goes_on_to_the_same_base(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "rate_of", killed)
-        run("killed", "2 1 2")
+        run("killed", "2 1 2 1")
     with pytest.raises(SystemExit, match="another --out"):  # its first stages are another run's
-        run("killed", "1 2 2")
-    again, whole = run("killed", "2 1 2"), run("whole", "2 1 2")
+        run("killed", "1 2 2 1")
+    again, whole = run("killed", "2 1 2 1"), run("whole", "2 1 2 1")
     assert again == whole and "going on from step 2" in capsys.readouterr().out
     assert set(whole) == {f.name for f in BASE.iterdir()}
 

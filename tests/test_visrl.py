@@ -37,6 +37,7 @@ from visrl.loop import (
     crop,
     dpo_loss,
     is_right,
+    kto_loss,
     path_trajectory,
     step_logprobs,
 )
@@ -166,6 +167,19 @@ def test_the_loss_of_each_stage_by_hand():
     losses, margins = dpo_loss(policy, reference, 0.1)
     assert margins.tolist()[0] == pytest.approx([0.15, 0.3])
     assert losses.mean(1).item() == pytest.approx((loss_of(0.15) + loss_of(0.3)) / 2)
+
+
+def test_the_loss_of_kto_by_hand():
+    policy = torch.tensor([[-3.0], [-2.0]], requires_grad=True)  # chosen, rejected
+    loss = kto_loss(policy, torch.tensor([[-4.0], [-1.5]]), torch.tensor(0.25), 0.1)
+    loss.sum().backward()
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    by_hand = 1 - (sigmoid(0.1 * (1 - 0.25)) + sigmoid(0.1 * (0.25 + 0.5))) / 2
+    assert loss.flatten().tolist() == pytest.approx([by_hand])
+    assert policy.grad[0] < 0 < policy.grad[1]  # the chosen one rises, the rejected one falls
 
 
 def test_the_chosen_paths_own_loss_by_hand():
@@ -507,7 +521,9 @@ def log_lines(right, hit=None):
     for number, sample in enumerate(SAMPLES):
         line = {"id": sample["id"], "answer": "a dot", "right": number < right, "box": None}
         if hit is not None:
-            line |= {"box": RIGHT, "iou": 1.0 if number < hit else 0.5}
+            line |= {"box": RIGHT, "iou": 1.0 if number < hit else 0.5, "first_text": ""}
+        else:
+            line["score"] = (number < right) / 2  # a judge's
         lines.append(line)
     return lines
 
@@ -539,6 +555,9 @@ def test_the_findings_are_judged_by_their_intervals():
     results = analyse(rows, {"pairs": pairs(30, 0, 10), "pairs_no_controller": pairs(5, 25)})
     assert results["answers"][report.SFT][0] == pytest.approx(0.25)
     assert results["boxes"][report.RL1][0] == pytest.approx(0.5)
+    assert results["well-formed"][report.RL1][0] == 1 and report.BASE not in results["well-formed"]
+    assert results["judge"][report.BASE][0] == pytest.approx(0.25)
+    assert results["boxes by source"][report.SFT]["a"][0] == pytest.approx(5 / 20)
     # A box is right above 0.5, not from there on; a control's box is not the policy's
     assert results["boxes"][report.SFT][0] == pytest.approx(10 / 40)
     assert "true" not in results["boxes"]
@@ -557,7 +576,9 @@ def test_the_findings_are_judged_by_their_intervals():
 
 def test_pairs_are_read_with_their_samples(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", SAMPLES)
-    rows = [{"id": name, "chosen": {}, "rejected": {}} for name in ("0", "of an earlier run")]
+    side = {"box": [0, 0, 5, 5], "answer": "x"}
+    sides = {"chosen": side, "rejected": side}
+    rows = [{"id": name, **sides} for name in ("0", "of an earlier run")]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     write_jsonl(tmp_path / "pairs_no_controller_2.jsonl", rows[1:])
     assert report.read_pairs(tmp_path) == {"pairs": [{**SAMPLES[0], **rows[0]}]}

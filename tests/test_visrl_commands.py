@@ -14,14 +14,17 @@ DPO = "-m visrl.dpo --epochs 1 --batch-size 2 --save-every 2"
 SMALL = {  # a step of the main job -> its command, in the order of visrl/README.md
     "make_data": "-m visrl.make_data --sft-samples 24 --train-samples 9 --test-samples 6",
     "sft": "-m visrl.sft --epochs 1 --batch-size 4 --save-every 2",
+    "sft_8": "-m visrl.sft --epochs 1 --batch-size 4 --samples 8",
     "pairs": PAIRS,
     "no_controller": f"{PAIRS} --ablation no_controller",
     "rl1": f"{DPO} --stage 1",
     "rl2": f"{DPO} --stage 2",
     "rl2_only": f"{DPO} --stage 2 --init sft",
     "plain_dpo": f"{DPO} --stage answers",
+    "plain_sft": f"{DPO} --stage answers --loss sft",
+    "plain_kto": f"{DPO} --stage answers --loss kto",
     "pairs_2": f"{PAIRS} --iteration 2",
-    "evaluate": "-m visrl.evaluate --max-tokens 24",
+    "evaluate": "-m visrl.evaluate --max-tokens 24 --judge base",
 }
 
 
@@ -41,7 +44,8 @@ def whole(tmp_path_factory):
 def test_the_main_job(whole):
     out, _ = whole
     report = (out / "results.md").read_text()
-    names = ["Base, no box", "RL2, shown the true box", "RL2 only", "Plain DPO", "pairs_2"]
+    names = ["Base, no box", "RL2, shown the true box", "RL2 only", "Plain DPO", "pairs_2", "KTO"]
+    names += ["SFT, 8 samples", "SFT on chosen answers", "well-formed boxes", "judge's score"]
     assert all(name in report for name in [*names, "without the diversity controller"])
     assert (out / "report.html").exists()
     for name, steps in (("rl1", 1), ("rl2", 2), ("rl2_only", 2), ("plain_dpo", 1)):
@@ -49,6 +53,10 @@ def test_the_main_job(whole):
         # The policy begins as its reference, and leaves it
         assert first["loss"] == pytest.approx(0.693147) and first["kl"] < 1e-6 < later[-1]["kl"]
         assert first["margin"] == pytest.approx([0.0] * steps, abs=1e-5)
+    first, *later = lines(out / "log/plain_sft.jsonl")
+    assert first["loss"] == pytest.approx(first["nll"]) and later[-1]["nll"] < first["nll"]
+    assert lines(out / "log/plain_kto.jsonl")[0]["loss"] != pytest.approx(0.693147)
+    assert all(0 <= line["score"] <= 1 for line in lines(out / "log/evaluate_rl2.jsonl"))
     pairs = lines(out / "data/pairs.jsonl")
     assert len(pairs) > 3
     for pair in pairs:
@@ -66,6 +74,7 @@ def test_the_main_job(whole):
     [
         ("rl1", "--beta 0.2", "beta: 0.1 then, 0.2 now"),
         ("rl1", "--init sft", "--init sft is for --stage 2"),
+        ("rl1", "--loss kto", "--loss kto is for --stage answers"),
         ("rl2", "--iteration 3", "first run: python -m visrl.make_pairs --iteration 3 --out"),
         ("make_data", "--preset paper --out other", "--viscot DIR"),
     ],

@@ -139,6 +139,7 @@ class Question:
     expression: str = ""  # the part of `text` that names the object
     before: str = ""  # what stands around the text
     after: str = ""
+    thought: str = ""  # what stands before the answer, and is not learnt
 
 
 # refer_to(rng, picture) gives (expression, object) or None

@@ -12,9 +12,11 @@ picture. A frame is (color word, box), a coloured rectangle that someone drew on
 
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 from common import iou, normalize_box
+from support.running.files import write_bytes
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -286,7 +288,6 @@ def make_samples(folder, per_source, seed, styles=None, words=None):
     words: (expression, object) -> what a sample says and asks (default: the expression).
     """
     folder = Path(folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     styles = styles or {source: source for source in SOURCES}
     samples = []
     for i in tqdm(range(len(styles) * per_source), desc="scenes", unit="scene"):
@@ -294,7 +295,7 @@ def make_samples(folder, per_source, seed, styles=None, words=None):
         rng = random.Random(f"{seed} {i}")
         picture, expression, target = crowded(rng, styles[source])
         name = f"images/scene_{i:05d}.png"
-        picture["image"].save(folder / name)
+        write_bytes(folder / name, partial(picture["image"].save, format="PNG"))
         sample = {"id": f"{source}_{i:05d}", "source": source, "image": name}
         sample |= {"width": SIDE, "height": SIDE}
         sample |= words(expression, target) if words else {"expression": expression}

@@ -48,6 +48,15 @@ def prompted_scores(vlm, pictures, prompts, max_tokens, roll):
     return [parse_score(reply.texts[0]) for reply in replies]
 
 
+def response_scores(vlm, images, samples, responses, max_tokens, roll):
+    """As `prompted_scores`, of the response to each sample's question about its image."""
+    prompts = []
+    for sample, response in zip(samples, responses):
+        words = dict(question=sample["question"], answer=sample["answer"], response=response)
+        prompts.append(RESPONSE_CRITIC.format(**words))
+    return prompted_scores(vlm, images, prompts, max_tokens, roll)
+
+
 @torch.no_grad()
 def likelihood_scores(vlm, pictures, questions, answers):
     """The probability of each answer, as a whole turn, after a picture and the bare question."""
@@ -74,10 +83,10 @@ def score_paths(vlm, items, *, critic, crop, max_tokens, roll=rollout):
         of_box = likelihood_scores(vlm, crops, questions, answers)
         of_response = [float(is_right(*pair)) for pair in zip(responses, answers)]
     else:
-        words = list(zip(questions, answers, responses))
-        prompts = [BOX_CRITIC.format(question=q, answer=a) for q, a, _ in words]
+        words = zip(questions, answers)
+        prompts = [BOX_CRITIC.format(question=q, answer=a) for q, a in words]
         of_box = prompted_scores(vlm, crops, prompts, max_tokens, roll)
-        prompts = [RESPONSE_CRITIC.format(question=q, answer=a, response=r) for q, a, r in words]
-        of_response = prompted_scores(vlm, images, prompts, max_tokens, roll)
+        samples = [sample for _, sample, _ in items]
+        of_response = response_scores(vlm, images, samples, responses, max_tokens, roll)
     scores = zip(items, of_box, of_response)
     return [{**path, "box_score": b, "response_score": r} for (_, _, path), b, r in scores]

@@ -4,19 +4,25 @@
     python -m visrl.dpo --stage 2                 SFT + RL1 + RL2: boxes and answers (Eq. 7 to 10)
     python -m visrl.dpo --stage 2 --init sft      RL2 only, the paper's ablation
     python -m visrl.dpo --stage answers           plain DPO on answers without a box (Table 5)
+    python -m visrl.dpo --stage answers --loss sft    the same on chosen answers alone; or kto
 
 The policy starts from the adapter of the stage before, and the reference is a frozen copy of it:
 SFT for stage 1, stage 1 for stage 2. In stage 2 each answer is conditioned on its own crop, and the
 two steps have a loss each (visrl/loop.py, `dpo_loss`). Plain DPO starts from the bare base, with
-the bare question. In iteration 2 stage 1 starts from stage 2 of iteration 1, and so on.
+the bare question. In iteration 2 stage 1 starts from stage 2 of iteration 1, and so on. A stage
+trains the adapter of the stage before on, where the authors merge it and begin a new one.
+
+The contexts of the two answers of a pair differ by their crops, so that the partition functions of
+DPO's derivation do not cancel in stage 2: its answer loss (Eq. 7) is an analogy to it.
 
 One departure from the paper's text: `--nll` adds the chosen path's own loss (in the toy preset; the
 paper's is 0), without which the toy unlearns to write boxes. Where the paper is silent: the
 authors' rates, AdamW without weight decay, gradients clipped to norm 1. The toy preset has its own
 rate, epochs and batch.
 
-Reads data/train.jsonl, data/pairs.jsonl and an adapter. Writes rl1/, rl2/, rl2_only/ or plain_dpo/
-(PEFT adapters; from iteration 2 on with its number), log/<name>.jsonl, <name>.checkpoint.
+Reads data/train.jsonl, data/pairs.jsonl and an adapter. Writes rl1/, rl2/, rl2_only/ or plain_dpo/,
+plain_sft/, plain_kto/ (PEFT adapters; from iteration 2 on with its number), log/<name>.jsonl,
+<name>.checkpoint.
 """
 
 from common import trajectory_logprobs
@@ -34,6 +40,7 @@ run = Run(
     __doc__,
     stage=Flag("1: boxes; 2: boxes and answers; answers: plain DPO", "1", ("1", "2", "answers")),
     init=Flag("where --stage 2 starts: stage 1, or SFT (RL2 only)", "rl1", ("rl1", "sft")),
+    loss=Flag("of --stage answers (Table 5)", "dpo", ("dpo", "sft", "kto")),
 )
 args, data = run.args, run.data
 crop = loop.LOOPS[args.crop].feedback
@@ -43,15 +50,17 @@ name, origin = {
     ("1", "rl1"): ("rl1", before),
     ("2", "rl1"): ("rl2", loop.named("rl1", args.iteration)),
     ("2", "sft"): ("rl2_only", before),
-    ("answers", "rl1"): ("plain_dpo", None),
+    ("answers", "rl1"): (f"plain_{args.loss}", None),
 }.get((args.stage, args.init)) or stop("--init sft is for --stage 2; leave it out")
+if args.loss != "dpo" and args.stage != "answers":
+    stop(f"--loss {args.loss} is for --stage answers; leave it out")
 run.name = loop.named(name, args.iteration)
 
 # Data: the pairs of phase 3, each with its sample -------------------------------------------------
 train = read_side(args, "train", "python -m visrl.make_data", VISRL_FIELDS)
 file = data / f"{loop.named('pairs', args.iteration)}.jsonl"
 make_pairs = command(args, f"python -m visrl.make_pairs --iteration {args.iteration}")
-pairs = with_samples(file, train, make_pairs)
+pairs = with_samples(file, train, make_pairs, loop.is_pair)
 if not pairs:
     stop(f"{file} has no pair of a sample in train.jsonl; run {make_pairs}")
 run.agrees(loop.named("paths", args.iteration), "crop")
@@ -89,6 +98,19 @@ def examples(pairs):
     return trajectories
 
 
+@torch.no_grad()
+def drift(pairs):
+    """KTO's z_0: the KL of policy and reference, estimated at answers to other questions; []."""
+    others = pairs[1:] + pairs[:1]
+    batch = examples(
+        [{**a, "chosen": b["chosen"], "rejected": b["rejected"]} for a, b in zip(pairs, others)]
+    )
+    with adapters.using(vlm, "reference"):
+        reference = loop.step_logprobs(trajectory_logprobs(vlm, batch), len(batch), 1)
+    policy = loop.step_logprobs(trajectory_logprobs(vlm, batch), len(batch), 1)
+    return (policy - reference).mean().clamp(min=0)
+
+
 # Training -----------------------------------------------------------------------------------------
 memory.try_largest(vlm, pairs, examples, args, kept=1)
 for chosen in run.epochs(pairs, vlm, optimizer):
@@ -103,16 +125,16 @@ for chosen in run.epochs(pairs, vlm, optimizer):
         with torch.no_grad(), adapters.using(vlm, "reference"):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
-        losses, margins = loop.dpo_loss(  # [N, K], [N, K]
-            loop.step_logprobs(policy, len(batch), steps),  # [2N, K]
-            loop.step_logprobs(reference, len(batch), steps),  # [2N, K]
-            args.beta,
-        )
+        sums = [loop.step_logprobs(scores, len(batch), steps) for scores in (policy, reference)]
+        losses, margins = loop.dpo_loss(*sums, args.beta)  # [N, K], [N, K], of [2N, K] twice
+        if args.loss == "kto":
+            losses = loop.kto_loss(*sums, drift(part), args.beta)  # [N, 1]
         losses = losses.mean(1)  # [N]: Eq. 8, both steps weigh one half
         # Both log pi may fall, the rejected one's faster, until no box is written at all; this term
         # holds the chosen one's up (as in arXiv:2404.19733, Section 2.2)
         nll = loop.chosen_nll(policy, len(part))  # [N]
-        ((losses + args.nll * nll).sum() / len(chosen)).backward()
+        losses, weight = (nll, 0.0) if args.loss == "sft" else (losses, args.nll)
+        ((losses + weight * nll).sum() / len(chosen)).backward()
         # As GRPO's: mean |log pi - log ref| over the tokens of the pairs
         kl = (policy.logprob - reference.logprob).abs().mean()
         for loss, margin, own in zip(losses.tolist(), margins.tolist(), nll.tolist()):

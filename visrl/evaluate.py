@@ -4,8 +4,9 @@
 
 All decoding is greedy. An answer is right when it is the true one up to case, articles and
 punctuation (ours; the paper has a judge model), a box when its IoU with the true one is above 0.5
-(Table 4). The controls give the last policy another box than its own: the true one, a random one of
-the same size, or the whole image.
+(Table 4). With `--judge base` the model before SFT scores each answer from 0 to 1 beside that, with
+the critic's prompt. The controls give the last policy another box than its own: the true one, a
+random one of the same size, or the whole image.
 
 Reads data/test.jsonl, the adapters, and the pairs for Table 6. Writes results.md, results.json,
 report.html, log/evaluate_*.jsonl under --out.
@@ -13,6 +14,7 @@ report.html, log/evaluate_*.jsonl under --out.
 
 import random
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from common import WHOLE, box_iou, format_box, normalize_box
 from support.data import samples
 from support.model.decoding import rollouts
 from support.report import rows, tables
+from support.report.pictures import drawing
 from support.running import processes
 from support.running.flags import flags
 from visrl import report
+from visrl.critics import response_scores
 from visrl.loop import ASK, LOOPS, is_right, named
 
 
@@ -48,6 +52,7 @@ ROWS = [
     Row(report.RL2, "rl2", **boxed, adapter="rl2"),
     Row(report.ONLY, "rl2_only", **boxed, adapter="rl2_only"),
     Row(report.PLAIN, "plain_dpo", ASK, adapter="plain_dpo"),
+    *(Row(name, log, ASK, adapter=log) for log, name in report.DIRECT.items()),
 ]
 
 
@@ -64,6 +69,14 @@ def given_box(sample, kind):
         x1, y1 = rng.randint(0, 1000 - width), rng.randint(0, 1000 - height)
         x2, y2 = x1 + width, y1 + height
     return [x1, y1, x2, y2]
+
+
+def judged(row, part, answers):
+    """The base's score (0..1, or None) of each answer to these samples."""
+    vlm = rows.model_of(args, row, "crop")
+    images = [samples.load_image(sample, data) for sample in part]
+    with vlm.model.disable_adapter() if row.adapter else nullcontext():
+        return response_scores(vlm, images, part, answers, args.max_tokens, roll)
 
 
 def play(row):
@@ -84,10 +97,13 @@ def play(row):
             first_texts=first_texts,
         )
         lines = []
-        for sample, trajectory in zip(part, trajectories):
-            answer = trajectory.texts[-1].strip()
+        answers = [trajectory.texts[-1].strip() for trajectory in trajectories]
+        scores = judged(row, part, answers) if args.judge == "base" else [None] * len(part)
+        for sample, trajectory, answer, score in zip(part, trajectories, answers, scores):
             line = {"id": sample["id"], "answer": answer, "box": None}
             line["right"] = is_right(answer, sample["answer"])
+            if args.judge == "base":
+                line["score"] = score or 0.0  # a reply that is no score counts as 0
             if row.steps:
                 line |= {"box": trajectory.boxes[0], "first_text": trajectory.texts[0]}
             if row.steps and "bbox" in sample:
@@ -95,7 +111,7 @@ def play(row):
             lines.append(line)
         return lines
 
-    depends_on = ["crop", "seed"] if row.box == "random" else ["crop"]
+    depends_on = ["crop", "judge", *["seed"] * (row.box == "random")]
     return rows.play_row(args, row, test, work, *depends_on)
 
 
@@ -103,6 +119,8 @@ def play(row):
 for row in ROWS:
     if not rows.is_trained(args, row):
         print(f"{row.name}: left out, {args.out / row.adapter} is missing")
+for log in sorted(path.name for path in args.out.glob("sft_*[0-9]")):  # Table 3
+    ROWS.append(Row(f"SFT, {log[4:]} samples", log, **boxed, adapter=log))
 for iteration in range(2, 100):  # the model after each later iteration (Figure 4)
     for name, adapter in ((report.RL1, "rl1"), (report.RL2, "rl2")):
         log = named(adapter, iteration)
@@ -121,6 +139,8 @@ pairs = report.read_pairs(data)
 results = {"n": len(test), "seed": args.seed, "model": Path(args.model).name}
 results |= report.analyse(test, lines_of, pairs)
 tables.write_results(results, args.out, report.summary(results), report.sections(results))
-place = report.page(args, results, test, lines_of, pairs)
-places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
+page = args.out / "report.html"
+with drawing(page):
+    report.page(args, results, test, lines_of, pairs)
+places = f"tables in {args.out / 'results.md'}, trajectories to look at in {page}"
 print(f"{places}, {processes.minutes(start)}")

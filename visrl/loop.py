@@ -18,12 +18,14 @@ import re
 from dataclasses import replace
 
 from common import Loop, box_complete, build_trajectory, denormalize_box, format_box
+from support.data.samples import is_box
 
 import torch
 from torch.nn import functional as F
 
-# The authors ask for "the bounding box coordinate of the region" and then for an answer by "the
-# corresponding sub-image"; the wording here is ours, of words that the toy's tokenizer knows.
+# Section 4.2 asks for "the bounding box coordinate of the region" and then for an answer by "the
+# corresponding sub-image". The same two steps, in words that the toy's tokenizer knows: one wording
+# for both presets.
 PROMPT = (
     "{text}\nAnswer the question about the image. First think about which region matters, then "
     "report its bbox coordinates in JSON format."
@@ -118,6 +120,12 @@ def is_right(response, answer):
 
 
 # Step-level DPO (Section 3.2) ---------------------------------------------------------------------
+def is_pair(row):
+    """Whether both sides of a row of data/pairs.jsonl have a box and an answer."""
+    sides = row["chosen"], row["rejected"]
+    return all(is_box(side["box"]) and isinstance(side["answer"], str) for side in sides)
+
+
 def step_logprobs(scores, count, steps):
     """TokenScores of `count` trajectories -> [count, K]: log pi of each step's text (Eq. 2)."""
     place = scores.row * steps + scores.step  # [M]
@@ -136,6 +144,14 @@ def dpo_loss(policy, reference, beta):
     ratio = (policy - reference).view(-1, 2, policy.shape[-1])  # [N, 2, K]
     margin = beta * (ratio[:, 0] - ratio[:, 1])  # [N, K]
     return -F.logsigmoid(margin), margin
+
+
+def kto_loss(policy, reference, drift, beta):
+    """KTO (arXiv:2402.01306, Eq. 8) with equal weights, [2N, 1] twice as of `dpo_loss` -> [N, 1]:
+    each chosen answer is to be likelier, each rejected one less likely, than `drift` []."""
+    ratio = (policy - reference).view(-1, 2, 1) - drift
+    sign = torch.tensor([[1.0], [-1.0]], device=ratio.device)  # chosen, rejected
+    return (1 - torch.sigmoid(beta * sign * ratio)).mean(1)
 
 
 def chosen_nll(scores, count):

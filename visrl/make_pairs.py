@@ -130,7 +130,7 @@ if __name__ == "__main__":
     for sample in train:
         sample.pop("bbox", None)  # from here on nothing can look at it
     policy = actor(args.iteration)
-    inputs = [data / "train.jsonl", adapters.weights_of(args, policy, made_by(policy), "crop")]
+    inputs = [data / "train.jsonl", *adapters.weights_of(args, policy, made_by(policy), "crop")]
     options = dict(max_tokens=args.max_tokens, loop=loop, temperatures=(args.temperature,) * 2)
     options |= dict(top_p=args.top_p, top_k=args.top_k)
     size = 2 * args.attempts  # boxes of a question

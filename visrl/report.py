@@ -12,7 +12,7 @@ from support.report.rows import Row
 from support.report.statistics import estimate, judged, resampled
 from support.report.tables import cells
 from support.running.files import read_jsonl
-from visrl.loop import crop_bbox
+from visrl.loop import crop_bbox, is_pair
 
 import numpy as np
 
@@ -23,6 +23,7 @@ RL1 = "SFT + RL1"
 RL2 = "SFT + RL1 + RL2"
 ONLY = "SFT + RL2 only"
 PLAIN = "Plain DPO, no box"
+DIRECT = {"plain_sft": "SFT on chosen answers, no box", "plain_kto": "KTO, no box"}  # Table 5
 FINDINGS = (  # the paper's: in words, of what, and the differences above zero if it holds
     ("RL1 raises box accuracy, without boxes", "boxes", [(RL1, SFT)]),
     ("In answers SFT < SFT + RL1 < SFT + RL1 + RL2", "answers", [(RL1, SFT), (RL2, RL1)]),
@@ -48,7 +49,8 @@ def main_row(rows):
 def read_pairs(data):
     """name -> the pairs of data/<name>.jsonl, each with all that its sample says."""
     train = read_jsonl(data / "train.jsonl", "python -m visrl.make_data")
-    found = {path.stem: with_samples(path, train) for path in sorted(data.glob("pairs*.jsonl"))}
+    given = train, "python -m visrl.make_pairs", is_pair
+    found = {path.stem: with_samples(path, *given) for path in sorted(data.glob("pairs*.jsonl"))}
     return {name: pairs for name, pairs in found.items() if pairs}  # others are of an earlier run
 
 
@@ -73,9 +75,15 @@ def unpaired(a, b):
 # All numbers --------------------------------------------------------------------------------------
 def analyse(samples, lines_of, pairs):
     """Everything that results.json holds, of row -> its lines and name -> pairs."""
-    right = {"answers": {}, "boxes": {}}  # of what -> name of the row -> [S]
+    # Of what -> name of the row -> [S]
+    right = {"answers": {}, "boxes": {}, "well-formed": {}, "judge": {}}
     for row, lines in lines_of.items():
         right["answers"][row.name] = np.array([line["right"] for line in lines], float)
+        scores = [line.get("score") for line in lines]
+        if None not in scores:
+            right["judge"][row.name] = np.array(scores, float)
+        if "first_text" in lines[0] and row.box == "own":
+            right["well-formed"][row.name] = np.array([bool(line["box"]) for line in lines], float)
         ious = [line.get("iou") for line in lines]
         if row.box == "own" and None not in ious:  # the samples have true ones
             right["boxes"][row.name] = (np.array(ious) > 0.5).astype(float)
@@ -84,10 +92,11 @@ def analyse(samples, lines_of, pairs):
         results[what] = {name: estimate(values) for name, values in rows.items()}
     source_of = np.array([sample["source"] for sample in samples])
     sources = sorted(set(source_of.tolist()))
-    results["sources"] = {  # right answers
-        name: {source: estimate(values[source_of == source]) for source in sources}
-        for name, values in right["answers"].items()
-    }
+    for place, what in (("sources", "answers"), ("boxes by source", "boxes")):
+        results[place] = {
+            name: {source: estimate(values[source_of == source]) for source in sources}
+            for name, values in right[what].items()
+        }
     boxed = [name for name in pairs if all("bbox" in pair for pair in pairs[name])]
     good = {name: right_pairs(pairs[name]) for name in boxed}
     results["pairs"] = {n: {"pairs": len(v), "WP-LN": estimate(v)} for n, v in good.items()}
@@ -128,12 +137,17 @@ def sections(results):
     made = f"{results['n']} test samples, greedy, seed {results['seed']}, model {results['model']}."
     rows = []
     for name, answers in results["answers"].items():
-        rows.append([name, *cells([answers, results["boxes"].get(name)])])
-    head = ("Row", "right answers", "right boxes, IoU > 0.5")
+        others = [results[what].get(name) for what in ("boxes", "well-formed", "judge")]
+        rows.append([name, *cells([answers, *others])])
+    head = ("Row", "right answers", "right boxes, IoU > 0.5", "well-formed boxes", "judge's score")
     found = [("Answers and boxes", f"{made} {tables.INTERVALS}", head, rows)]
-    rows = [[name, *cells(own.values())] for name, own in results["sources"].items()]
-    head = ("Row", *results["sources"][BASE])
-    found.append(("Right answers by source", "Of the test samples of each.", head, rows))
+    head = ("Row", *results["sources"][BASE], "mean of these")
+    for title, place in (("answers", "sources"), ("boxes", "boxes by source")):
+        rows = []
+        for name, own in results[place].items():
+            mean = sum(value[0] for value in own.values()) / len(own)  # the paper's Avg
+            rows.append([name, *cells(own.values()), f"{mean:.3f}"])
+        found.append((f"Right {title} by source", "Of the test samples of each.", head, rows))
     rows = [[name, row["pairs"], *cells([row["WP-LN"]])] for name, row in results["pairs"].items()]
     text = "WP-LN: the chosen box is right and the rejected one is not."
     found.append(("Pairs (Table 6)", text, ("file", "pairs", "WP-LN"), rows))

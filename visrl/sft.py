@@ -5,12 +5,14 @@
 Each example is one token sequence: question, true box, its crop, true answer. Cross-entropy on the
 box and the answer alone; the question, the image tokens and what is injected are context. LoRA on
 the language model; everything else is frozen. This is the only phase that learns from boxes: few
-samples (30k of Visual CoT's 438k), since only the form of the answer is to be learnt.
+samples (30k of Visual CoT's 438k), since only the form of the answer is to be learnt. `--samples N`
+learns from N of them (Table 3: the share of well-formed boxes grows with N).
 
 No departure from the authors' recipe but the loop's own (visrl/loop.py); the toy preset has its own
 rate, rank and batch (support/running/presets.py).
 
-Reads data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint under --out.
+Reads data/sft.jsonl. Writes sft/ (a PEFT adapter), log/sft.jsonl, sft.checkpoint under --out, with
+N in their names.
 """
 
 from common import feedback_pictures, normalize_box, trajectory_logprobs
@@ -28,7 +30,9 @@ args, data = run.args, run.data
 loop = LOOPS[args.crop]
 
 # Data ---------------------------------------------------------------------------------------------
-rows = read_side(args, "sft", "python -m visrl.make_data", BOXED)
+rows = read_side(args, "sft", "python -m visrl.make_data", BOXED)[: args.samples or None]
+if args.samples:
+    run.name = f"sft_{args.samples}"
 for row in rows:
     row["box"] = normalize_box(row["bbox"], row["width"], row["height"])
 # Rounding down to thousandths may leave a tiny true box without an area

@@ -9,10 +9,10 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from support.data.datasets import as_published, by_image, usable
+from support.data.datasets import by_image, usable
 from support.data.samples import VISRL_FIELDS, in_threads, own_samples, read_side
-from support.running.errors import stop
-from support.running.files import write_jsonl
+from support.running.errors import explained, stop
+from support.running.files import check_regular, write_jsonl
 from support.running.processes import RANK, barrier
 from toy import world
 
@@ -76,7 +76,7 @@ def viscot_samples(folder):
     files.insert(0, folder / "viscot_363k.json")
     stop_if_missing(folder, files)
     words = ("question", "answer")
-    with as_published(f"--viscot {folder}", GET):
+    with explained(f"--viscot {folder} is not as published", GET):
         train, *tests = (list(conversation_rows(folder, file)) for file in files)
         train = [row for row in train if row["source"] in TABLE_7]
         test = sum(tests, [])
@@ -121,9 +121,10 @@ def conversation_rows(folder, path):
 def with_size(row):
     """A row with the size of its image, None where it cannot be read."""
     try:
+        check_regular(row["image"])
         with Image.open(row["image"]) as image:
             width, height = image.size
-    except OSError:
+    except Exception:  # Pillow's readers raise nearly anything at a damaged file
         width = height = None
     return {**row, "width": width, "height": height}
 

@@ -10,10 +10,10 @@ import random
 import re
 import shlex
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from pathlib import Path
 
-from support.running.errors import stop
+from support.data.samples import is_words
+from support.running.errors import explained, stop
 from support.running.files import write_bytes
 
 # flag -> files: patterns of what has to be there; about: what it is; get: what downloads it
@@ -61,16 +61,6 @@ def missing_files(folders):
         if lacking or not folders[name]:
             problems.append(f"--{name}: {fault}. {how_to_get(name, folder)}")
     return problems
-
-
-@contextmanager
-def as_published(where, how):
-    """Around the reading of published files: whatever fails ends with what they are and how to get
-    them."""
-    try:
-        yield
-    except Exception as e:  # a damaged file raises nearly anything
-        stop(f"{where} is not as published ({type(e).__name__}: {e}). {how}")
 
 
 # The readers --------------------------------------------------------------------------------------
@@ -187,8 +177,8 @@ def usable(title, rows, texts=("expression",)):
 
 def fault_of(row, words):
     """Why a row is no sample, or None."""
-    if not all(words) or "<|" in "".join(words):
-        return "without words, or with special tokens"
+    if not all(map(is_words, words)):
+        return "without words, or with too many or special tokens"
     if not row["bbox"]:
         return "without one box"
     if not row["width"]:
@@ -225,7 +215,8 @@ def paper_samples(folders, seed):
     }
     sources = []
     for name, rows in readers.items():
-        with as_published(f"--{name}: {folders[name]}", how_to_get(name, folders[name])):
+        fault = f"--{name}: {folders[name]} is not as published"
+        with explained(fault, how_to_get(name, folders[name])):
             sources.append(usable(name, rows))
     rng = random.Random(seed)
     smallest = min(map(len, sources))
@@ -240,7 +231,7 @@ def write_images(samples, data, folders):
     others. Exits when an image of any dataset is nowhere."""
     wanted = {s["image"]: s["source"] for s in samples if not (data / s["image"]).exists()}
     folder = Path(folders["refadv"])
-    with as_published(f"--refadv: {folder}", how_to_get("refadv", folder)):
+    with explained(f"--refadv: {folder} is not as published", how_to_get("refadv", folder)):
         for row in read_parquet(folder, ["file_name", "image"]):
             image = inside(row["file_name"])
             if wanted.pop(image, None):

@@ -2,14 +2,14 @@
 
 import functools
 import hashlib
-import json
+import math
 import os
 import re
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from support.running.errors import out_of_memory, stop
-from support.running.files import read_jsonl, read_lines, write_text
+from support.running.errors import explained, out_of_memory, say_once, stop
+from support.running.files import check_regular, parse, read_jsonl, read_lines, write_text
 from support.running.flags import command
 
 import numpy as np
@@ -22,7 +22,9 @@ IVT_FIELDS = {**FIELDS, "expression": str, "bbox": list}
 VISRL_FIELDS = {**FIELDS, "question": str, "answer": str}
 PROBLEMS_SHOWN = 20
 THREADS = 8
-NO_WORDS = re.compile("<\\||[\ud800-\udfff]")  # half a surrogate pair is no character
+WORDS = "1 to 2000 characters, without special tokens (<|...|>, <think>), surrogates and NUL"
+# Half a surrogate pair is no character; the tags are tokens that control the real Qwen3-VL
+NO_WORDS = re.compile(r"\A\s*\Z|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
 
 
 def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None):
@@ -41,7 +43,7 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None):
     line_of_id = {}
     parsed = [parse_sample(line, fields) for line in lines]
     seen = stamp and stamp_of(parsed, path.parent)
-    known = seen and stamp.exists() and stamp.read_text() == seen
+    known = seen and stamp.exists() and stamp.read_bytes() == seen.encode()
     if not known:
         parsed = in_threads(image_check(path.parent), parsed, path.name)
     for number, (sample, found) in enumerate(parsed, 1):
@@ -127,33 +129,57 @@ def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
     return read_samples(path, command(args, made_by), fields, stamp=path.with_suffix(".checked"))
 
 
-def with_samples(path, samples, made_by=""):
+def with_samples(path, samples, made_by, usable):
     """The rows of a .jsonl file that `made_by` makes, each with all that its sample says. Rows of
-    other samples are of an earlier run, and left out."""
+    other samples are of an earlier run, and left out. usable: row -> bool; exits with the first
+    that is not."""
     sample_of = {sample["id"]: sample for sample in samples}
-    rows = read_jsonl(path, made_by)
-    return [{**sample_of[row["id"]], **row} for row in rows if row["id"] in sample_of]
+    rows = []
+    for number, row in enumerate(read_jsonl(path, made_by), 1):
+        fault = f"{path}, line {number}: no row of such a file: {str(row)[:80]!r}"
+        with explained(fault, f"move the file away, then run: {made_by}"):
+            if row["id"] in sample_of:
+                rows.append({**row, **sample_of[row["id"]]})
+                assert usable(row), "other values"
+    return rows
+
+
+def is_words(text, most=2000):
+    """Whether this is a text of no more characters that is read as words alone."""
+    return isinstance(text, str) and len(text) <= most and not NO_WORDS.search(text)
+
+
+def is_box(box):
+    """Whether this is a valid box, four integers in 0..1000."""
+    return is_inside(box, 1000, 1000) and {*map(type, box)} == {int}
 
 
 def read_trajectories(args, data):
-    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces). Exits when
-    there are none, or not with --steps."""
+    """What SFT learns from: the trajectories of data/sft.jsonl (T + 1 boxes and traces; one of each
+    where a right box was kept). Exits when there are none, or not with --steps."""
     path = data / "sft.jsonl"
-    rows = with_samples(path, read_side(args, "train"), command(args, "python make_data.py"))
+    train, made_by = read_side(args, "train"), command(args, "python make_data.py")
+    rows = with_samples(path, train, made_by, is_trajectory)
     if not rows:
         stop(f"{path} has no trajectory of a sample in train.jsonl; make it again")
-    count = len(rows[0]["boxes"])
-    if count != args.steps + 1:
+    for count in {len(row["boxes"]) for row in rows} - {1, args.steps + 1}:
         stop(f"{path} holds {count} boxes a trajectory; run make_data.py with --steps {args.steps}")
     return rows
+
+
+def is_trajectory(row):
+    """Whether a row has boxes, and a trace for each, in words; how long is for the teacher."""
+    boxes, traces = row["boxes"], row["traces"]
+    whole = isinstance(traces, list) and 0 < len(boxes) == len(traces)
+    return whole and all(map(is_box, boxes)) and all(is_words(text, math.inf) for text in traces)
 
 
 def parse_sample(line, fields):
     """One line (bytes) -> (sample or None, what is wrong with it: sentences with value and remedy;
     of its image nothing)."""
     try:
-        sample = json.loads(line)  # UTF-8, as JSON is
-    except (ValueError, RecursionError) as e:
+        sample = parse(line)  # UTF-8, as JSON is
+    except ValueError as e:
         return None, [f"not JSON ({e}); repair or remove the line: {line[:60]!r}"]
     if not isinstance(sample, dict):
         return None, [f'{str(sample)[:60]!r} is not a JSON object; see README, "Your own data"']
@@ -167,17 +193,14 @@ def parse_sample(line, fields):
         return None, problems
 
     for name in [name for name, kind in fields.items() if kind is str]:
-        if not sample[name].strip() or NO_WORDS.search(sample[name]):
-            remedy = "write it in words, without special tokens (<|...|>) and surrogates"
-            problems.append(f"{name} is {sample[name][:60]!r}; {remedy}")
+        if not is_words(sample[name]):
+            problems.append(f"{name} is {sample[name][:60]!r}; write it in words, {WORDS}")
     width, height = sample["width"], sample["height"]
     if "bbox" in sample and not is_inside(sample["bbox"], width, height):
         problems.append(
             f"bbox is {str(sample['bbox'])[:80]}; expected four finite numbers [x1, y1, x2, y2] in "
             f"pixels of the {width} x {height} image, with x1 < x2, y1 < y2"
         )
-    if max(width, height) > 150 * min(width, height):
-        problems.append(f"image is {width} x {height}; Qwen3-VL takes 200 to 1 at most; crop it")
     return sample, problems
 
 
@@ -192,14 +215,15 @@ def is_inside(bbox, width, height):
 def load_image(sample, folder, upright=False):
     """The sample's image as 8-bit RGB (PIL), of the size that the sample says.
 
-    Grey, palette and CMYK images are converted, 16-bit ones scaled down, transparency is laid on
-    white. A photo that a camera marked as rotated is turned only if the annotated size says so;
-    with `upright` always, and its size need not be known. Raises ValueError that names file and
-    reason: animations, floating-point images, files larger than Pillow's limit against
-    decompression bombs, truncated or foreign ones.
+    Grey, palette and CMYK images are converted, 16-bit ones scaled, transparency is laid on white.
+    A photo that a camera marked as rotated is turned only if the annotated size says so; with
+    `upright` always, and its size need not be known. Raises ValueError that names file and reason:
+    animations, floating-point images, files larger than Pillow's limit against decompression bombs,
+    truncated or foreign ones, what is no file, pictures longer than Qwen3-VL takes.
     """
     path = Path(folder) / sample["image"]
     try:
+        check_regular(path)
         with Image.open(path) as image:
             return decode(image, (sample["width"], sample["height"]), upright)
     except Exception as e:  # Pillow's readers raise nearly anything at a damaged file
@@ -218,15 +242,26 @@ def decode(image, size, upright):
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
     turned = image.size == size[::-1] and image.size != size
-    if upright or (turned and image.getexif().get(0x0112, 1) >= 5):  # EXIF's orientation
+    if upright or (turned and image.getexif().get(0x0112) in (5, 6, 7, 8)):  # EXIF's orientation
         image = ImageOps.exif_transpose(image)
     if image.size != size and not upright:
         own, said = ("{} x {}".format(*pair) for pair in (image.size, size))
         raise ValueError(f"it is {own}, the sample says {said}")
+    if max(image.size) > 150 * min(image.size):
+        raise ValueError("{} x {}; Qwen3-VL takes 200 to 1 at most; crop it".format(*image.size))
     image.load()  # decodes: a truncated file shows here
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def to_8_bits(pixels):
+    """Integers [height, width] -> 0..255. What uses 16 bits to the full keeps its upper 8."""
+    low, high = float(pixels.min()), float(pixels.max())
+    if low >= 0 and 2**15 <= high < 2**16:
+        return (pixels // 256).astype(np.uint8)
+    say_once("warning: grey images that do not fill 16 bits are stretched to the range they use")
+    return ((pixels - low) * (255 / max(1, high - low))).astype(np.uint8)

@@ -42,7 +42,7 @@ def begin_files(args, data, names, ignore=()):
     them go, to be made anew. ignore: flags that do not change them."""
     files = [data / f"{name}.jsonl" for name in names]
     if args.restart and not RANK:  # first: killed here, no run goes on with another's samples
-        for file in files:
+        for file in reversed(files):  # the last tells that all is made
             file.unlink(missing_ok=True)
     begin(args, "make_data", *filter(None, [args.data]), ignore=("skip_bad", *ignore))
     if files[-1].exists() and not args.restart:
@@ -102,6 +102,14 @@ def show_student(samples, predictions):
         print("warning: the student hardly ever hits; is the truth in pixels, its box in 0..1000?")
 
 
+def show_kept(rows, dropped):
+    """Prints what the filter did. dropped: a Counter of reasons."""
+    right = sum(len(row["boxes"]) == 1 for row in rows)
+    kept = f"{len(rows) - right} with room to improve, {right} right ones"
+    total = len(rows) + dropped.total()
+    print(f"filter: of {total} kept {kept}; dropped: {datasets.counted(dropped)}")
+
+
 def write_trajectories(args, rows, start):
     """data/sft.jsonl, one of its trajectories, and what to run next. start: a time.time(). Exits
     when there are no rows."""
@@ -111,7 +119,8 @@ def write_trajectories(args, rows, start):
     path = args.out / "data/sft.jsonl"
     write_jsonl(path, rows)
     print("one trajectory:")
-    for box, text in zip(rows[0]["boxes"], rows[0]["traces"]):
+    longest = max(rows, key=lambda row: len(row["boxes"]))
+    for box, text in zip(longest["boxes"], longest["traces"]):
         print(f"  {box}  {text}")
     then = command(args, "python sft.py")
     print(f"{len(rows)} trajectories in {path}, {minutes(start)}; next: {then}")

@@ -161,14 +161,19 @@ def save_adapter(vlm, folder, name=None):
         shutil.rmtree(temporary)
 
 
+def files_of(folder):
+    """Those files of an adapter that are there."""
+    return [folder / name for name in ADAPTER_FILES if (folder / name).exists()]
+
+
 def weights_of(args, before, script, *names):
-    """The weights file of the adapter that a phase before has made in --out. Ends the program where
-    it was made with other values of these flags, or is missing: script makes it."""
+    """The files of the adapter that a phase before has made in --out. Ends the program where it was
+    made with other values of these flags, or is missing: script makes it."""
     agrees(args, before, *names)
-    file = args.out / before / "adapter_model.safetensors"
-    if not file.exists():
-        stop(f"{file.parent} is missing; first run: {command(args, script)}")
-    return file
+    folder = args.out / before
+    if not (folder / "adapter_model.safetensors").exists():
+        stop(f"{folder} is missing; first run: {command(args, script)}")
+    return files_of(folder)
 
 
 def adapter_state(model, name="default"):

@@ -1,21 +1,24 @@
 """Checkpoints of a run, one file each."""
 
-import functools
+import zipfile
 from pathlib import Path
 
-from support.running.errors import stop
+from support.model.adapters import adapter_state
+from support.running.errors import explained, say_once
 from support.running.files import write_bytes
 from support.running.processes import RANK
 
 import torch
+from peft import set_peft_model_state_dict
 
 
 def save_checkpoint(path, **state):
     write_bytes(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path, restart=False):
-    """The state, a dict, or None when there is none. With `restart` it is removed first."""
+def load_checkpoint(path, restart=False, model=None, optimizer=None):
+    """The state, a dict, or None when there is none. With `restart` it is removed first.
+    model, optimizer: get what they were."""
     path = Path(path)
     if restart and not RANK:
         path.unlink(missing_ok=True)
@@ -23,15 +26,26 @@ def load_checkpoint(path, restart=False):
         (path.with_suffix("") / "adapter_model.safetensors").unlink(missing_ok=True)
     if restart or not path.exists():
         return None
-    try:
+    with explained(f"{path} is no checkpoint of this code", "move it away, or --restart"):
+        # A flipped byte, which torch.load passes over: its format is zip, with checksums
+        assert not zipfile.ZipFile(path).testzip(), "damaged"
         # weights_only: a checkpoint is data, and loading it runs no code.
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        kind = type(e).__name__
-        stop(f"{path} is no checkpoint of this code ({kind}); move it away, or --restart")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert (type(state["update"]), type(state["finished"])) == (int, bool), "other values"
+        if optimizer:
+            restore(state, model, optimizer)
+        return state
 
 
-say_once = functools.cache(print)
+def restore(state, model, optimizer):
+    """Gives the active adapter and the optimizer what they were."""
+    set_peft_model_state_dict(model, state["adapter"], model.active_adapter)
+    optimizer.load_state_dict(state["optimizer"])
+    # Both pass over what is missing, the optimizer over shapes too
+    assert adapter_state(model, model.active_adapter).keys() == state["adapter"].keys(), "keys"
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        assert optimizer.state[p]["exp_avg"].shape == p.shape, "shapes of the optimizer"
+    assert isinstance(state["logged"], list), "no log"
 
 
 def say_if_unfinished(adapter):

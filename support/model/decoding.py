@@ -6,7 +6,7 @@ from functools import partial
 from common import rollout
 from support.data.samples import load_image
 from support.model.loading import free_memory
-from support.running.errors import out_of_memory, working_on
+from support.running.errors import out_of_memory, stop, working_on
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -110,7 +110,7 @@ def play(vlm, images, texts, steps, *, group_size=1, **options):
         has_copies = True  # or was about to, where there was no room for them alone
         try:
             with unpacked(vlm) as has_copies:
-                return roll()
+                return with_numbers(roll(), texts)
         except Exception as e:
             if not (has_copies and out_of_memory(e)):
                 raise
@@ -118,7 +118,16 @@ def play(vlm, images, texts, steps, *, group_size=1, **options):
         free_memory()  # what the rollout held is free here, where the exception is no more
         tqdm.write(f"no room for unpacked weights with {rows} trajectories; going on in 4 bits")
     with merged(vlm):
-        return roll()
+        return with_numbers(roll(), texts)
+
+
+def with_numbers(trajectories, texts):
+    """The trajectories; stops where the model's logits were no numbers: all it said is token 0."""
+    for i, trajectory in enumerate(trajectories):
+        if not sum(trajectory.logprob) < float("inf"):  # NaN is less than nothing
+            text = texts[i * len(texts) // len(trajectories)][:200]
+            stop(f"logits are no numbers for {text!r}; look at its image, or give --dtype float32")
+    return trajectories
 
 
 def rollouts(args, trainee=None):

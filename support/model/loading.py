@@ -3,15 +3,16 @@
 import gc
 import logging
 import os
+import re
 import warnings
-from contextlib import contextmanager
 
-from common import VLM
-from support.running.errors import out_of_memory, stop
+from common import VLM, encode_images
+from support.running.errors import explained, stop
 from support.running.processes import device
 
 import torch
 import transformers
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -48,7 +49,10 @@ def load_vlm(args, name=None):
     """
     free_memory()
     name = name or args.model
-    check_kind(name)
+    check_kind(name, args.quantize)
+    with loading(f"--model {name}", "tokenizer.json and tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    check_template(name, tokenizer)
     dtype = getattr(torch, args.dtype)
     options = {}
     if args.quantize == "nf4":
@@ -71,8 +75,6 @@ def load_vlm(args, name=None):
             **options,
         )
     check_report(name, report)
-    with loading(f"--model {name}", "tokenizer.json and tokenizer_config.json"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
     # By its class: Qwen3-VL's own processor, and early AutoImageProcessors, need torchvision.
     with loading(f"--model {name}", "preprocessor_config.json or processor_config.json"):
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
@@ -86,7 +88,11 @@ def load_vlm(args, name=None):
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     # Train mode throughout: there is no dropout to switch off, and on some CPUs bitsandbytes
     # repacks a 4-bit layer that runs in eval mode, after which its gradients are wrong.
-    return VLM(model.train(), tokenizer, image_processor, args.checkpointing == "on")
+    vlm = VLM(model.train(), tokenizer, image_processor, args.checkpointing == "on")
+    with loading(f"--model {name}", "generation_config.json and preprocessor_config.json"):
+        assert {*map(type, vlm.turn_ends)} == {int}, "eos_token_id is no token"
+        encode_images(vlm, [Image.new("RGB", (64, 64))])  # odd settings raise here, not later
+    return vlm
 
 
 def free_memory():
@@ -97,29 +103,25 @@ def free_memory():
         torch.cuda.reset_peak_memory_stats()
 
 
-@contextmanager
 def loading(what, files):
-    """Around the libraries' own loading: whatever they raise, from damage to no network, ends with
-    one line that names what, the reason and the files to look at."""
-    try:
-        yield
-    except Exception as e:
-        if out_of_memory(e):
-            raise
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        stop(f"{what} cannot be loaded ({reason}); look at its {files}, or get it again")
+    """Around the libraries' own loading: all that fails, from damage to no network, is explained,
+    with the files to look at."""
+    return explained(f"{what} cannot be loaded", f"look at its {files}, or get it again")
 
 
-def check_kind(name):
-    """Stops unless a folder or hub id is a Qwen3-VL by its config.json, before its weights are
-    read, or fetched."""
+def check_kind(name, quantize):
+    """Stops unless a folder or hub id is a Qwen3-VL by its config.json, with weights that are not
+    quantised otherwise than --quantize says, before its weights are read, or fetched."""
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") != 1):
         example = "Qwen/Qwen3-VL-4B-Instruct"
         stop(f"--model {name}: no such folder, and not a hub id such as {example}")
     with loading(f"--model {name}", "config.json"):
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    if kind != "qwen3_vl":
-        stop(f"--model {name}: its model_type is {kind}; a qwen3_vl is expected")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        ready = dict(getattr(config, "quantization_config", None) or {})
+    if config.model_type != "qwen3_vl":
+        stop(f"--model {name}: its model_type is {config.model_type}; a qwen3_vl is expected")
+    if ready and (quantize, ready.get("bnb_4bit_quant_type")) != ("nf4", "nf4"):
+        stop(f"--model {name}: quantised already, not as --quantize {quantize}; give its original")
 
 
 def check_report(name, report):
@@ -130,6 +132,19 @@ def check_report(name, report):
             stop(f"--model {name}: {count} in its *.safetensors ({key}); get it again")
 
 
+def check_template(name, tokenizer):
+    """That the chat template gives a picture and then words, each once, and opens no reasoning by
+    itself, as a Thinking model's does: each step is to open its own."""
+    picture, words = "<|vision_start|><|image_pad|><|vision_end|>", "what to find"
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
+    with loading(f"--model {name}", "chat_template.jinja"):
+        turn = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    found = re.findall(f"{re.escape(picture)}|{words}|</?think>", turn)
+    if found != [picture, words]:
+        wrong = f"its chat template makes {found[:4]} of a picture and {words!r}"
+        stop(f"--model {name}: {wrong}; expected both, once, and no <think> (an Instruct model)")
+
+
 def check_parts(name, tokenizer, processor, vision):
     """That the files are of one model: a tokenizer with the tokens of pictures, and patches of the
     size that the vision tower takes."""
@@ -137,8 +152,6 @@ def check_parts(name, tokenizer, processor, vision):
     for token in SPECIAL_TOKENS:
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             missing.append(token)
-    if not tokenizer.chat_template:
-        missing.append("chat template (chat_template.jinja)")
     if missing:
         lack = f"its tokenizer has no {', '.join(missing)}"
         stop(f"--model {name}: {lack}; a Qwen3-VL checkpoint is expected")

@@ -4,7 +4,8 @@
 
 Takes the GRPO adapter of the run, else its SFT adapter. The sum is taken in float32 and stored in
 --dtype, so bfloat16 rounds the update with the weights. An adapter that was trained on 4-bit
-weights is added to the weights in full, which are not quite those it was trained on.
+weights is added to the weights in full, which are not quite those it was trained on. A tokenizer
+without a class of its own, such as the toy's, is saved as one that takes transformers 5 to load.
 """
 
 from support.model.adapters import add_adapter

@@ -102,5 +102,5 @@ def asked_again(surroundings):
     The box is not drawn: nobody has told the model whose it is.
     """
     loop = zoom(surroundings)
-    words = dict(prompt=SINGLE_PROMPT, continuation=SINGLE_PROMPT, turn=USER_TURN)
+    words = dict(prompt=SINGLE_PROMPT, continuation=SINGLE_PROMPT, without_box="", turn=USER_TURN)
     return replace(loop, feedback=lambda image, box: enlarge(image, loop.view(box)), **words)

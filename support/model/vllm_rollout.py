@@ -43,6 +43,7 @@ from common import (
     token_text,
 )
 from support.model.adapters import save_adapter
+from support.model.decoding import with_numbers
 from support.model.loading import free_memory
 from support.running.errors import stop
 from support.running.processes import WORLD
@@ -100,7 +101,8 @@ def player(args, trainee=None):
             engine.llm.llm_engine.engine_core.shutdown()
             engine = None
         engine = engine or start(args, vlm)
-        return vllm_rollout(engine, *what, vlm=vlm, encode=vlm is trainee, **options)
+        made = vllm_rollout(engine, *what, vlm=vlm, encode=vlm is trainee, **options)
+        return with_numbers(made, what[1])
 
     return roll
 
@@ -277,8 +279,9 @@ def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora, **cut
     made = row.trajectory
     t = len(made.boxes)
     if t > 0:
-        picture, tokens = fitted(vlm, loop.feedback(row.image, last_valid(made.boxes)), encode)
-        made.ids += continuation_ids(vlm, tokens, row.text, loop)
+        last_box = last_valid(made.boxes)
+        picture, tokens = fitted(vlm, loop.feedback(row.image, last_box), encode)
+        made.ids += continuation_ids(vlm, tokens, row.text, loop, last_box)
         made.images.append(tokens)
         row.shown.append(picture)
     row.before = list(made.ids)

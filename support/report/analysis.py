@@ -10,9 +10,11 @@ from support.report.claims import CLAIMS, KEEP, claim_of, geometry_of, trace_of
 from support.report.statistics import (
     GRPO,
     RIGHT,
+    SAME,
     SAMPLED,
     SFT,
     UNTRAINED,
+    WITHOUT_SFT,
     all_ious,
     changes,
     estimate,
@@ -112,9 +114,16 @@ def findings(results, ious_of):
             found.append(judged(words, gains.values(), gains, above=0))
         found.append(judged("SFT declines from step 0 to step T", [rows[SFT]["delta"]], below=0))
     if SFT in rows and GRPO in rows:
-        sft, grpo = (ious_of[name][:, -1] - ious_of[name][:, 0] for name in (SFT, GRPO))
-        words = "GRPO's change from step 0 to step T is better than SFT's"
-        found.append(judged(words, [estimate(grpo - sft)], above=0))
+        sft, grpo = (ious_of[name] - ious_of[name][:, :1] for name in (SFT, GRPO))  # [S, T + 1]
+        for t, words in ((1, "at step 1"), (-1, "from step 0 to step T")):
+            words = f"GRPO's change {words} is better than SFT's"
+            found.append(judged(words, [estimate(grpo[:, t] - sft[:, t])], above=0))
+        fewer = estimate((sft[:, -1] < -SAME) * 1.0 - (grpo[:, -1] < -SAME))
+        found.append(judged("Fewer samples degrade after GRPO than after SFT", [fewer], above=0))
+    if WITHOUT_SFT in rows:
+        words = "GRPO without SFT repeats its first box at every step in most samples"
+        most = [value - 0.5 for value in rows[WITHOUT_SFT]["repeats"]]
+        found.append(judged(words, [most], above=0))
     if SAMPLED in ious_of and shown in rows:
         # Else a best-of column rewards having several boxes, not refining one
         words = f"The best of steps of {shown} beats the best of T + 1 samples of the base"

@@ -1,7 +1,9 @@
 """The health of GRPO: what its log has of a batch of rollouts, and when to warn."""
 
-from common import box_iou
-from support.running.processes import gather
+from common import box_iou, reward
+from support.model import adapters
+from support.report.statistics import estimate, signed
+from support.running.processes import barrier, gather
 
 import torch
 
@@ -67,3 +69,27 @@ def rollout_facts(rewards, trajectories, owners, gaps):
         "sampler_gap": sum(sums) / sum(lengths),
         "sampler_gap_max": max(largest),
     }
+
+
+def show_gain(run, vlm, val, sample_trajectories, temperatures):
+    """Says what a GRPO did: the reward of the same validation prompts by the policy that training
+    began with (the reference) and by its result, greedy and as it samples. GRPO may make what is
+    sampled steadier before the greedy answer moves. The last line of the log has the differences.
+    """
+    barrier()  # the result is whole
+    with adapters.using(vlm, "reference"):  # afterwards the policy, whose state is saved
+        adapters.add_adapter(vlm, run.adapter, "result")
+    mine = run.share(val)
+    first = val.index(mine[0]) if mine else 0  # its number is its seed, in any process
+    change = {}
+    for way, heat in ("greedy", (0.0, 0.0)), ("sampled", temperatures):
+        rewards = []
+        for adapter in ("reference", "result"):
+            with adapters.using(vlm, adapter):
+                trajectories = sample_trajectories(mine, temperatures=heat, first=first)
+            rewards.append(run.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)]))
+        before, after = torch.tensor(rewards)  # [prompts] each
+        change[way] = estimate(after - before)
+        said = f"{before.mean():.3f}, then {after.mean():.3f}: {signed(change[way])}"
+        run.bar.write(f"validation reward, {way}: {said}")
+    run.log(update=run.count, change=change)

@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 
 from common import denormalize_box
-from support.data.samples import load_image
+from support.data.samples import WORDS, is_words, load_image
 from support.model.adapters import add_adapter
 from support.model.checkpoints import best_adapter
 from support.model.decoding import roll_in_parts, rollouts
 from support.model.loading import load_vlm
-from support.report.pictures import write_strip
+from support.report.pictures import drawing, write_strip
 from support.running.errors import stop
 from support.running.files import agrees, read_jsonl
 from support.running.flags import command
@@ -36,9 +36,10 @@ def look_at(args, image, expression, loop):
     for number, (sample, trajectory) in enumerate(zip(samples, made), 1):
         show(sample, trajectory)
         line = {"boxes": trajectory.boxes, "texts": trajectory.texts}
-        path = args.out / f"figures/{number}_{Path(sample['image']).stem}.png"
-        write_strip(path, sample, UPRIGHT(sample, "/"), line, loop)
-        print(f"drawn by {adapter}: {path}")
+        path = args.out / f"figures/{number}_{Path(sample['image']).stem[:50]}.png"
+        with drawing(path):
+            write_strip(path, sample, UPRIGHT(sample, "/"), line, loop)
+            print(f"drawn by {adapter}: {path}")
 
 
 def show(sample, trajectory):
@@ -66,15 +67,16 @@ def own_samples(image, expression):
     samples = []
     for number, line in enumerate(lines, 1):
         try:
-            path, words = (folder / line["image"]).resolve(), line["expression"]
+            path, words = (folder / line["image"]).absolute(), line["expression"]
         except (KeyError, TypeError):
             stop(f"{image}, line {number}: expected {LINE}; found {str(line)[:80]}")
-        if not isinstance(words, str) or not words.strip() or "<|" in words:
-            stop(f"{path}: expression {words!r}; say what to find, without <|...|>")
+        where = f"{image}, line {number}" if is_list else f"--image {image}"
+        if not is_words(words):
+            stop(f"{where}: expression {repr(words)[:80]}; say what to find in {WORDS}")
         sample = {"id": path.name, "image": str(path), "expression": words}
         try:
             width, height = UPRIGHT({**sample, "width": 0, "height": 0}, "/").size
         except ValueError as e:
-            stop(f"--image {image}: {e}")
+            stop(f"{where}: {e}")
         samples.append({**sample, "width": width, "height": height})
     return samples

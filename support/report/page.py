@@ -25,11 +25,11 @@ from common import WHOLE, box_iou, last_valid
 from support.data.samples import load_image
 from support.model.views import loop_of
 from support.report.health import HEALTHY
-from support.report.pictures import write_strip
+from support.report.pictures import drawing, write_strip
 from support.report.rows import Row, log_line
 from support.report.statistics import RIGHT, SAME, by_change, main_row, signed
 from support.report.tables import cell, report, results_of_run, summary, write_results
-from support.running.files import read_jsonl, write_jsonl, write_text
+from support.running.files import parse, read_jsonl, write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
 
 from PIL import Image
@@ -58,11 +58,13 @@ def write_all(args, samples, lines_of, others, start):
         write_jsonl(args.predictions, lines)
     shown = main_row(lines_of)
     best = by_change(samples, lines_of[shown])[0]
-    image = load_image(samples[best], args.out / "data")
-    lead = samples[best], image, lines_of[shown][best], shown.loop
-    write_strip(args.out / "figures/lead.png", *lead)
-    place = write_evaluation(args, results, samples, lines_of)
-    places = f"tables in {args.out / 'results.md'}, trajectories to look at in {place}"
+    lead, page = args.out / "figures/lead.png", args.out / "report.html"
+    with drawing(lead):
+        image = load_image(samples[best], args.out / "data")
+        write_strip(lead, samples[best], image, lines_of[shown][best], shown.loop)
+    with drawing(page):
+        write_evaluation(args, results, samples, lines_of)
+    places = f"tables in {args.out / 'results.md'}, trajectories to look at in {page}"
     print(f"{places}, {minutes(start)}")
 
 
@@ -104,18 +106,20 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
     if update == 0:
         write_jsonl(file, lines)
     lines_of = {}
-    for number, own in {0: read_jsonl(file, "python grpo.py"), update: lines}.items():
+    first = {0: read_jsonl(file, "python grpo.py")} if file.exists() else {}
+    for number, own in {**first, update: lines}.items():
         loop, drawn = loop_of(args), args.feedback != "again"
         lines_of[Row(f"{name}, update {number}", loop=loop, drawn=drawn)] = own
-    write_page(
-        args.out / "report.html",
-        title=f"{args.out.name}: {name} trains, after {update} of {args.updates} updates, on "
-        f"{len(samples)} validation samples",
-        chart=log_charts(args.out / f"log/{name}.jsonl")["val_iou"],
-        curves=log_curves(args.out / "log"),
-        groups=[group("validation", samples, lines_of, args.steps)],
-        data=args.out / "data",
-    )
+    with drawing(args.out / "report.html"):
+        write_page(
+            args.out / "report.html",
+            title=f"{args.out.name}: {name} trains, after {update} of {args.updates} updates, on "
+            f"{len(samples)} validation samples",
+            chart=log_charts(args.out / f"log/{name}.jsonl")["val_iou"],
+            curves=log_curves(args.out / "log"),
+            groups=[group("validation", samples, lines_of, args.steps)],
+            data=args.out / "data",
+        )
 
 
 # The file -----------------------------------------------------------------------------------------
@@ -343,7 +347,7 @@ def log_charts(path):
     metrics = {}  # name -> the name of a line -> its points [update, value]
     for line in path.read_bytes().split(b"\n"):
         try:
-            row = json.loads(line)  # a killed phase may leave half of one
+            row = parse(line)  # a killed phase may leave half of one
             update = row.pop("update")
         except (ValueError, LookupError, AttributeError, TypeError):
             continue

@@ -3,10 +3,14 @@
 Sizes are in pixels.
 """
 
+import functools
 import textwrap
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from common import WHOLE, box_in_view, box_iou, denormalize_box, last_valid
 from support.report.claims import trace_of
+from support.running.errors import say_once
 from support.running.files import write_bytes
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +20,30 @@ NEW_BOX = (0, 210, 230)
 KEYS = {"its last box, as it is fed back": "red", "its new box": NEW_BOX, "truth": TRUTH}
 GAP = 14  # between panels, and at the edges
 SMALL, NORMAL, BOLD = (ImageFont.load_default(size) for size in (12, 14, 16))
+FONTS = ("/usr/share/fonts", "/Library/Fonts", "/System/Library/Fonts", "C:/Windows/Fonts")
+
+
+@contextmanager
+def drawing(path):
+    """Around what draws a picture or page: one that cannot be drawn costs a run nothing else."""
+    try:
+        yield
+    except Exception as e:
+        print(f"warning: {path} cannot be drawn ({type(e).__name__}: {e}); all else is written")
+
+
+@functools.cache
+def font_for(text, font):
+    """The font, or the machine's first of its size, that has a sign for each letter of a text."""
+    files = [file for folder in FONTS for file in sorted(Path(folder).rglob("*.[ot]t[fc]"))]
+    for file in (None, *files):
+        with suppress(OSError):  # a font of pictures, such as emoji, may have one size
+            own = ImageFont.truetype(file, font.size) if file else font
+            square = bytes(own.getmask("\U0010ffff"))  # what stands for any letter that it lacks
+            if all(bytes(own.getmask(letter)) != square for letter in text if letter.isprintable()):
+                return own
+    say_once("warning: no font of this machine has all letters of a text; a picture has squares")
+    return font
 
 
 def write_strip(path, sample, image, line, loop):
@@ -62,12 +90,13 @@ def together(words, panels, width, keys):
         pen.rectangle((x, 12, x + 16, 24), outline=color, width=3)
         pen.text((x + 22, 9), word, fill="black", font=NORMAL)
         x += 52 + pen.textlength(word, font=NORMAL)
-    pen.text((GAP, 40), "\n".join(words), fill="black", font=BOLD)
+    words = "\n".join(words)
+    pen.text((GAP, 40), words, fill="black", font=font_for(words, BOLD))
     for i, (picture, caption, text) in enumerate(panels):
         left = GAP + i * (width + GAP)
         sheet.paste(picture, (left, top))
         pen.text((left, below + 6), caption, fill="black", font=NORMAL)
-        pen.text((left, below + 26), text, fill=(70, 70, 70), font=SMALL)
+        pen.text((left, below + 26), text, fill=(70, 70, 70), font=font_for(text, SMALL))
     return sheet
 
 

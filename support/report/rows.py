@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common import Loop, box_iou, token_text
-from support.model.adapters import add_adapter
+from support.model.adapters import add_adapter, files_of
 from support.model.checkpoints import say_if_unfinished
 from support.model.loading import load_vlm
 from support.model.views import implausible
@@ -36,13 +36,10 @@ class Row:
 
 # What a row is played with ------------------------------------------------------------------------
 # Of a row only its name, log and adapter are used here: visrl.evaluate has rows of its own.
-def adapter_file(args, row):
-    return args.out / row.adapter / "adapter_model.safetensors"
-
-
 def is_trained(args, row):
     """Whether there is what the row is played with."""
-    return row.adapter is None or adapter_file(args, row).exists()
+    weights = "adapter_model.safetensors"
+    return row.adapter is None or (args.out / row.adapter / weights).exists()
 
 
 loaded = {}  # the adapter of the model that is loaded -> the model
@@ -71,7 +68,7 @@ def play_row(args, row, test, work, *flags, **more):
     inputs = [args.out / "data/test.jsonl"]
     if row.adapter:
         say_if_unfinished(args.out / row.adapter)
-        inputs.append(adapter_file(args, row))
+        inputs += files_of(args.out / row.adapter)
     only = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", *flags]
     path = args.out / f"log/evaluate_{row.log}.jsonl"
     begin(args, path.stem, *inputs, only=only, log=path, **more)

@@ -14,6 +14,7 @@ from pathlib import Path
 from support.data.samples import read_side
 from support.report.analysis import LISTS, results_of
 from support.report.page import group, result_chart, write_page
+from support.report.pictures import drawing
 from support.report.rows import Row
 from support.report.tables import report, summary, write_results
 from support.running.errors import stop
@@ -75,12 +76,13 @@ if __name__ == "__main__":
     folder = args.out / Path(args.predictions).stem
     write_results(results, folder, summary(results), report(results))
     shown = results["shown"]
-    write_page(
-        folder / "report.html",
-        title=f"{folder.name} · {len(samples)} test samples",
-        tables=report(results),
-        chart=result_chart(results),
-        groups=[group("test", samples, lines_of, args.steps, shown=shown)],
-        data=args.out / "data",
-    )
+    with drawing(folder / "report.html"):
+        write_page(
+            folder / "report.html",
+            title=f"{folder.name} · {len(samples)} test samples",
+            tables=report(results),
+            chart=result_chart(results),
+            groups=[group("test", samples, lines_of, args.steps, shown=shown)],
+            data=args.out / "data",
+        )
     print(f"tables and page of {args.predictions} in {folder}")

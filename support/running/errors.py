@@ -1,9 +1,14 @@
 """How a program ends when it cannot go on."""
 
+import functools
 import sys
+from contextlib import contextmanager
 
 import torch
 
+if hasattr(sys.stdout, "reconfigure"):  # a console may lack letters: printing never ends a run
+    sys.stdout.reconfigure(errors="backslashreplace")
+say_once = functools.cache(print)
 at_work = []  # samples, which a message on memory names
 
 
@@ -12,19 +17,35 @@ def stop(message):
     sys.exit(f"error: {message}")
 
 
+@contextmanager
+def explained(fault, remedy):
+    """Around what others' code does: whatever it raises, of which no list is complete, ends with
+    one line of fault, reason and remedy."""
+    try:
+        yield
+    except Exception as e:
+        if out_of_memory(e):
+            raise
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        stop(f"{fault} ({reason}); {remedy}")
+
+
 def working_on(samples):
     """To be called before each piece of work, with the samples that it is about."""
     at_work[:] = samples
 
 
-def explain_out_of_memory(advice, smaller):
-    """From here on running out of memory ends the program with a message and exit status 1. It
-    names the samples of `working_on` and `advice`, the flags to lower; before there are any, the
-    model alone is too large: give a `smaller` one. Any other exception ends the program as before.
-    """
+def explain_errors(advice, smaller):
+    """From here on an OSError, and running out of memory, end the program with a message and exit
+    status 1. The latter names the samples of `working_on` and `advice`, the flags to lower; before
+    there are any, the model alone is too large: give a `smaller` one. Any other exception ends the
+    program as before."""
     otherwise = sys.excepthook
 
     def explain(kind, error, traceback):
+        if isinstance(error, OSError):
+            print(f"error: {error}. Mend that, and the same command goes on", file=sys.stderr)
+            return
         if not out_of_memory(error):
             otherwise(kind, error, traceback)
             return

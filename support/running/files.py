@@ -4,6 +4,8 @@ whole or not at all; logs that a stopped run goes on with; one run at a time on 
 import hashlib
 import json
 import os
+import re
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +30,8 @@ def writing(path):
         cause = e
         while not isinstance(cause, OSError) and cause.__context__:  # torch.save wraps it
             cause = cause.__context__
-        if not isinstance(cause, OSError) and "IoError" not in str(e):  # safetensors words it so
+        # safetensors has an error of its own
+        if not isinstance(cause, OSError) and not re.search("I/?O ?error", str(e), re.I):
             raise
         reason = getattr(cause, "strerror", None) or cause
         stop(
@@ -60,49 +63,70 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def check_regular(path):
+    """Raises OSError where something is neither file nor folder: a FIFO would never end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(0, "not a regular file")
+
+
 def read_lines(path, command):
     """The lines (bytes) of a file that `command` makes; stops with it when the file is not there.
     Lines end at "\\n" alone: a text in them may hold any other line end."""
     path = Path(path)
     try:
-        return path.read_bytes().removesuffix(b"\n").split(b"\n")
+        content = path.read_bytes().removesuffix(b"\n")
     except FileNotFoundError:
         stop(f"{path} is missing; first run: {command}")
     except OSError as e:
         stop(f"{path} cannot be read ({e.strerror}); move it away, then run: {command}")
+    if not content:
+        stop(f"{path} is empty; make it again: {command}")
+    return content.split(b"\n")
 
 
-def read_jsonl(path, command, count=None):
-    """The rows (or the first `count`) of a .jsonl file that a phase before makes with `command`."""
+def parse(text):
+    """json.loads, where nesting too deep is a ValueError as all other faults are."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_jsonl(path, command):
+    """The rows of a .jsonl file that a phase before makes with `command`."""
     rows = []
-    for number, line in enumerate(read_lines(path, command)[:count], 1):
+    for number, line in enumerate(read_lines(path, command), 1):
         try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as e:
+            rows.append(parse(line))
+        except ValueError as e:
             line = line[:80].decode("utf-8", "backslashreplace")
             stop(f"{path}, line {number}: not JSON ({e}); repair or remove the line: {line!r}")
     return rows
 
 
 class Log:
-    """A .jsonl log, a row per event, on the disk at once. keep: how many rows stay of an earlier
-    run that goes on."""
+    """A .jsonl log, a row per event, on the disk at once. rows: of an earlier run that goes on.
+    sealed: each line ends with a checksum, by which `sealed_rows` knows it again."""
 
-    def __init__(self, path, keep=0):
-        self.path = Path(path)
-        self.rows = read_jsonl(path, "the phase again, with --restart", keep) if keep else []
-        if len(self.rows) < keep:
-            stop(f"{self.path} has lost lines since the checkpoint; begin again with --restart")
-        write_jsonl(self.path, self.rows)
+    def __init__(self, path, rows=(), sealed=False):
+        self.path, self.rows, self.sealed = Path(path), list(rows), sealed
+        content = "".join(map(self.line, self.rows))
+        if not self.path.exists() or self.path.read_bytes() != content.encode():
+            write_text(self.path, content)
+
+    def line(self, row):
+        text = json.dumps(row, ensure_ascii=False)
+        if self.sealed:
+            text = f'{text[:-1]}, "crc": {zlib.crc32(text.encode())}}}'
+        return text + "\n"
 
     def write(self, **row):
         """Floats are rounded to six digits after the point."""
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-        line = json.dumps(rounded, ensure_ascii=False)
-        self.rows.append(json.loads(line))  # as a run that goes on would read it
+        self.rows.append(json.loads(json.dumps(rounded)))  # as a run that goes on would read it
         if not RANK:
             with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(self.line(rounded))
 
 
 def resumable(path, samples, batch_size, name, work):
@@ -114,10 +138,10 @@ def resumable(path, samples, batch_size, name, work):
     """
     from tqdm import tqdm
 
-    done = count_done(path, samples)
-    if done < len(samples):
-        done -= done % batch_size
-    log = Log(path, keep=done)
+    rows = sealed_rows(path, samples)
+    if len(rows) < len(samples):
+        rows = rows[: len(rows) - len(rows) % batch_size]
+    log, done = Log(path, rows, sealed=True), len(rows)
     shown = dict(total=len(samples), initial=done, desc=name, unit="sample")
     with tqdm(**shown, disable=RANK > 0 or done == len(samples)) as bar:
         for i in range(done, len(samples), batch_size):
@@ -133,17 +157,17 @@ def resumable(path, samples, batch_size, name, work):
     return log.rows
 
 
-def count_done(path, samples):
-    """How many rows at the beginning of the log `path` belong to these samples, in their order."""
-    done = 0
-    try:
-        for sample, line in zip(samples, Path(path).read_bytes().split(b"\n")):
-            if json.loads(line)["id"] != sample["id"]:
-                break
-            done += 1
-    except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or another file
-        pass
-    return done
+def sealed_rows(path, samples):
+    """The rows at the beginning of the log `path` that are whole, as they were written, and belong
+    to these samples, in their order."""
+    rows = []
+    lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
+    for sample, line in zip(samples, lines):
+        text, _, crc = line.rpartition(b', "crc": ')
+        if crc != b"%d}" % zlib.crc32(text + b"}") or parse(text + b"}")["id"] != sample["id"]:
+            break
+        rows.append(parse(text + b"}"))
+    return rows
 
 
 def begin(args, name, *inputs, ignore=(), only=None, log=None, **more):
@@ -197,10 +221,10 @@ def agrees(args, name, *flags):
 def read_config(path):
     """What `begin` wrote, a dict; empty when there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return {**parse(path.read_bytes())}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         stop(f"{path} cannot be read ({e}); remove it, and --restart")
 
 

@@ -9,8 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.running.errors import explain_out_of_memory, stop
-from support.running.files import lock
+from support.running.errors import explain_errors, stop
+from support.running.files import check_regular, lock
 from support.running.presets import settings_of
 from support.running.processes import program, start_processes
 
@@ -71,7 +71,7 @@ def flags(phase, doc, **extra):
     smaller = "a smaller --model"
     if getattr(args, "quantize", "nf4") == "none":
         smaller += ", or --quantize nf4"
-    explain_out_of_memory(" or ".join(flag_of(name) for name in sizes if name in settings), smaller)
+    explain_errors(" or ".join(flag_of(name) for name in sizes if name in settings), smaller)
     # Ctrl-C ends at once: nothing has begun that could be lost.
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(130))
     return args
@@ -144,6 +144,7 @@ def check_path(flag, value, kind):
     """
     path = Path(value)
     try:
+        check_regular(path)
         if kind == "new folder":
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()

@@ -63,7 +63,10 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
-        "iou_max": Setting(0.85, 0.85, "better predictions are discarded", low=0, high=1),
+        "iou_max": Setting(0.85, 0.85, "a box above it leaves no room to improve", low=0, high=1),
+        "right_boxes": Setting(
+            "drop", "keep", "what becomes of these: keep, as one step (ours)", ("drop", "keep")
+        ),
         "start": Setting(
             "student", "student", "step 0: the student's, or perturbed", ("student", "perturbed")
         ),
@@ -119,6 +122,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "grad_accum": Setting(8, 1, "forward passes per update"),
         "lora_rank": Setting(8, 32, "on all projections of the language model"),
         "lora_alpha": Setting(16, 64, "LoRA's scale is alpha / rank"),
+        "samples": Setting(0, 0, "how many of them, for Table 3; 0: all; ours", low=0),
     },
     "visrl.make_pairs": {
         **VISRL_ENGINE,
@@ -152,6 +156,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     "visrl.evaluate": {
         **VISRL_ENGINE,
         "batch_size": Setting(6, 128, "samples decoded at once; ours"),
+        "judge": Setting("base", "none", "the base scores answers too, 0..1", ("base", "none")),
     },
 }
 

@@ -34,7 +34,7 @@ def start_processes():
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     atexit.register(dist.destroy_process_group)
     if RANK:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 def device():

@@ -7,13 +7,14 @@ methods but SINGLE_PROMPT, no sentence of a trace, and no box of the model's own
 
 import functools
 import random
+from string import ascii_lowercase
 from types import SimpleNamespace
 
 from common import SINGLE_PROMPT, format_box, mrope_positions
 from toy import questions, world
 from toy.model import PATCH, vocabulary_words
 from toy.questions import FRAMES, RELATED, Question
-from toy.world import COLORS, KINDS, MARKS, SEEN, SIZES, SOURCES
+from toy.world import COLORS, KINDS, MARKS, SEEN, SIZES, SOURCES, SUPERLATIVES
 
 import numpy as np
 import torch
@@ -25,9 +26,27 @@ LEGIBLE = 2.4  # enlarged so much, a view shows marks
 # A step's batch has two halves, so that two processes can have one each
 PICTURES = 32  # in half a batch of stage 1
 ROWS, BUDGET = 17, 170  # conversations in half a batch, and about how many tokens each has
+WORDED = 32  # single questions in many wordings, in half a batch of the last stage
 CROPS = 20  # for the tower alone, beside those of the conversations
 LEVELS = 200, 400  # steps of stage 2 at which conversations become harder
 WORDS = [*COLORS, *KINDS, *SIZES, *MARKS]
+NAMES = {*WORDS, *FRAMES, *SUPERLATIVES}  # what most wordings have in the description alone
+# Requests of the last stage; "{}" is what to find
+OPENINGS = ("", "Please ", "Now ", "Hi! ", "Look at the picture. ", "Task: ", "One more: ")
+REQUESTS = ("find {}", "show me {}", "mark {}", "detect {}", "draw a box on {}", "select {}")
+REQUESTS += ("give the box of {}", "a box for {}", "which part is {}", "I look for {}")
+REQUESTS += ("can you see {}", "do you know {}", "would you get me {}", "{} is what I need")
+ENDINGS = (
+    "",
+    ".",
+    "?",
+    "?",
+    " in this picture.",
+    " and write its box.",
+    ", as JSON",
+    ". Box only.",
+)
+BOXES = ("find", "frame")  # the kinds of questions that are answered by a box
 ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
 
 
@@ -113,9 +132,9 @@ def token_labels(picture):
     return out
 
 
-def pictures_batch(pictures):
+def pictures_batch(pictures, labels=token_labels):
     """Pictures -> a dict of tensors: patches [n, patches, ...] and labels [n, tokens, ...]."""
-    rows = [{"patches": patches_of(p["image"]), **token_labels(p)} for p in pictures]
+    rows = [{"patches": patches_of(p["image"]), **labels(p)} for p in pictures]
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
@@ -152,6 +171,47 @@ def random_words(rng):
     return text + rng.choice((".", ""))
 
 
+def filler(rng, mean, words):
+    """About `mean` words in no order, maybe none; three in ten are made up."""
+    found = []
+    for _ in range(min(50, int(rng.expovariate(1 / mean)))):
+        word = rng.choice(words)
+        if rng.random() < 0.3:
+            word = "".join(rng.choices(ascii_lowercase, k=rng.randint(2, 8)))
+        found.append(word + rng.choice((*[""] * 6, ",", ".", ":", "?")))
+    return " ".join(found)
+
+
+def reword(rng, question):
+    """Puts a question in other words, as of the last stage: what is asked stays the one thing in
+    them that can be answered.
+    """
+    is_box = question.kind in BOXES
+    plain = [word for word in vocabulary_words() if word.lower().rstrip("s") not in NAMES]
+    way = rng.random()
+    if way < 0.1 or question.kind in ("words", "repeat", "again"):
+        before, after = "", ""
+    elif is_box and way < 0.25:
+        before, after = SINGLE_PROMPT.split("{text}")
+    elif is_box and way < 0.5:
+        request = rng.choice(OPENINGS) + rng.choice(REQUESTS) + rng.choice(ENDINGS)
+        before, after = request.split("{}")
+    else:
+        quote = rng.choice(("", "", '"', "'", "*"))
+        length = rng.choice((2, 12)) if is_box else 5
+        words = plain if rng.random() < 0.7 else vocabulary_words()
+        before = filler(rng, length, words) + rng.choice((": ", ". ", "\n", " ", " "))
+        after = rng.choice(("", ". ", " - ", "\n", "?", ", ", " "))
+        after += filler(rng, length, words) + rng.choice(("", "", ".", "?"))
+        if rng.random() < 0.25:
+            after += f"\n{quote}{question.text}{quote}"
+        before, after = before + quote, quote + after
+    question.before, question.after = before, after
+    if rng.random() < (0.5 if is_box else 0.2):
+        thought = filler(rng, 10, [word for word in plain if "think" not in word])
+        question.thought = f"<think>{thought}</think>" + rng.choice(("\n", "\n", ""))
+
+
 def next_question(rng, picture, level, said, repeats):
     """A Question about a picture, or None where chance found none. said: those with a box so far;
     repeats: whether one may ask to repeat something.
@@ -179,27 +239,34 @@ def next_question(rng, picture, level, said, repeats):
     return questions.about_object(rng, rng.choice(kinds), picture, refer_to)
 
 
-def conversation(rng, level, encode, answered):
-    """A chat of about BUDGET tokens: [(picture where it is shown first, else None, Question)]."""
+def conversation(rng, level, encode, answered, worded=False):
+    """A chat of about BUDGET tokens: [(picture where it is shown first, else None, Question)].
+
+    worded: a single question in one of many wordings, as in the last stage.
+    """
     turns, scene, length = [], None, 0
     while length < BUDGET:
         picture, scene = next_picture(rng, level, scene)
         said, asked, first = [], set(), True
         for _ in range(3 * (rng.randint(2, 7) if answered else 10)):
             question = next_question(rng, picture, level, said, answered)
-            if not question:
+            # The last stage is about what to find: half of the other questions are left out
+            if not question or worded and question.kind not in BOXES and rng.random() < 0.5:
                 continue
             key = repr([question.kind, question.object, question.frame])
             if question.kind not in ("words", "repeat", "again"):
                 if key in asked:  # in other words, it could be answered without looking
                     continue
                 asked.add(key)
-            if question.kind in ("find", "frame"):
+            if question.kind in BOXES:
                 said.append(question)
                 if rng.random() < (0.7 if first else 0.15):  # in which words it is asked
                     question.before, question.after = SINGLE_PROMPT.split("{text}")
             turns.append((picture if first else None, question))
             length += 40 * first + 8 + len(encode(question.text))
+            if worded:
+                reword(rng, question)
+                return turns
             length += len(encode(question.answer)) * answered
             first = False
             if length >= BUDGET or len(asked) >= 10:
@@ -212,16 +279,16 @@ def write(turns, encode, answered):
     shown = "<|vision_start|>" + "<|image_pad|>" * CELLS**2 + "<|vision_end|>"
     ids, labels, places = [], [], []
     for picture, q in turns:
-        ids += encode("<|im_start|>user\n" + shown * bool(picture)) + encode(q.before)
+        ids += encode("<|im_start|>user\n" + shown * bool(picture))
         # The last word of an expression is to know the object, whatever the question
         if q.expression:
             head = q.text[: q.text.index(q.expression) + len(q.expression)]
-            places.append((len(ids) + len(encode(head)) - 1, Question("named", "", "", q.object)))
-        ids += encode(q.text)
-        places.append((len(ids) - 1, q))
-        ids += encode(q.after) + encode("<|im_end|>\n")
+            place = len(ids) + len(encode(q.before + head)) - 1
+            places.append((place, Question("named", "", "", q.object)))
+        places.append((len(ids) + len(encode(q.before + q.text)) - 1, q))
+        ids += encode(q.before + q.text + q.after) + encode("<|im_end|>\n")
         if answered:
-            ids += encode("<|im_start|>assistant\n")
+            ids += encode("<|im_start|>assistant\n" + q.thought)
             answer = encode(q.answer + "<|im_end|>")
             labels += [-100] * (len(ids) - len(labels)) + answer
             ids += answer + encode("\n")
@@ -241,16 +308,17 @@ def hints(asked):
     return {name: torch.tensor(value) for name, value in out.items()}
 
 
-def chat_batch(rng, level, tokenizer, answered):
+def chat_batch(rng, level, tokenizer, answered, worded=False):
     """Conversations as a batch of tensors. answered: whether the questions are followed by their
-    answers. Without them a conversation holds three times as many.
+    answers. Without them a conversation holds three times as many. worded: beside half as many,
+    single questions as of `conversation`; then the answers are all that is taught.
     """
     encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
     shape = SimpleNamespace(rows=CELLS, columns=CELLS)
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids, labels, positions, pictures, last, asked, kinds = [], [], [], [], [], [], []
-    for row in range(ROWS):
-        turns = conversation(rng, level, encode, answered)
+    for row in range(ROWS // 2 + WORDED if worded else ROWS):
+        turns = conversation(rng, level, encode, answered, worded and row >= ROWS // 2)
         tokens, learnt, places = write(turns, encode, answered)
         images = [picture for picture, _ in turns if picture]
         pictures += images
@@ -261,6 +329,14 @@ def chat_batch(rng, level, tokenizer, answered):
         last += [[row, place] for place, _ in places]
         asked += [q for _, q in places]
         kinds += [q.kind for _, q in turns if answered]
+    batch = {
+        "ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "positions": pad_sequence(positions, batch_first=True).permute(2, 0, 1),
+        "kinds": kinds,
+    }
+    if worded:
+        return {**batch, "pictures": pictures_batch(pictures, lambda picture: {})}
     # Crops that nobody asks about: marks are small, and the tower needs many to tell them apart
     for i in range(CROPS):
         if i % 3 == 0:
@@ -268,11 +344,8 @@ def chat_batch(rng, level, tokenizer, answered):
         target = rng.choice(scene["objects"])
         pictures.append(questions.view(scene, questions.random_crop(rng, target["bbox"])))
     return {
+        **batch,
         "pictures": pictures_batch(pictures),
-        "ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        "positions": pad_sequence(positions, batch_first=True).permute(2, 0, 1),
-        "kinds": kinds,
         "last": torch.tensor(last),  # [questions, 2]: row and place of its last token
         "about": hints(asked),  # what that token is taught
     }
@@ -289,11 +362,12 @@ class Batches(torch.utils.data.Dataset):
         torch.set_num_threads(1)
         step, half = number
         rng = random.Random(f"0 {step} {half}")
-        tower_steps, question_steps, _ = self.steps
+        tower_steps, question_steps, answer_steps, _ = self.steps
         if step < tower_steps:
             level = 1 + (step > tower_steps // 2)
             pictures = [next_picture(rng, level, None)[0] for _ in range(PICTURES)]
             return {"pictures": pictures_batch(pictures)}
         step -= tower_steps
         level = sum(step >= begins for begins in LEVELS)
-        return chat_batch(rng, level, self.tokenizer, step >= question_steps)
+        worded = step >= question_steps + answer_steps
+        return chat_batch(rng, level, self.tokenizer, step >= question_steps, worded)

@@ -22,6 +22,14 @@ import torch
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 ASK = replace(SINGLE_SHOT, prompt="{text}")
+# 200 wordings that the base has not learnt
+BEGINNINGS = ("Could you localise {} for me", "I am searching for {} here", "Tell where {} lies")
+BEGINNINGS += ("Bounding rectangle of {}", "Highlight {}", "My question is about {}")
+BEGINNINGS += ("Crop target {}", "Zoom onto {}")
+QUOTES = ("{}", "'{}'", '"{}"', "<{}>", "**{}**")
+ENDS = ("?", ", thanks", " - coordinates only", ". Output one region", ", using numbers")
+WORDINGS = ["".join(parts) for parts in product(BEGINNINGS, ENDS)]
+WORDINGS = [text.format(quote) for text, quote in product(WORDINGS, QUOTES)]
 TURN = "<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\n"
 
 
@@ -173,6 +181,12 @@ def table(vlm, n):
     yield "find an object, crowded scene", "Acc@0.5", np.mean(ious >= 0.5), one
     for i, source in enumerate(SOURCES):
         yield f"  {source}", "Acc@0.5", np.mean(ious[i::3] >= 0.5), one
+
+    words = [WORDINGS[7 * i % len(WORDINGS)].format(e) for i, (_, e, _) in enumerate(finds)]
+    worded = [(image, text, box) for (image, _, box), text in zip(asks, words)]
+    yield "  the same in 200 unseen wordings", "mean IoU", find(vlm, worded)[1].mean(), one
+    bare = [(p["image"], e, target["box"]) for p, e, target in finds]
+    yield "  the bare expression", "mean IoU", find(vlm, bare)[1].mean(), one
 
     wholes, views = zip(*draw(n, lambda: scene_and_view(rng)))
     yield "find it, scene not crowded", "mean IoU", find(vlm, wholes)[1].mean(), one

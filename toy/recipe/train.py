@@ -3,7 +3,7 @@
     python -m toy.recipe.train      all of it; killed, the same command goes on
     torchrun --nproc-per-node 2 -m toy.recipe.train      in two processes: on two cores, quicker
 
-Everything is seeded by the number of the step. Two stages:
+Everything is seeded by the number of the step. Three stages:
 
 1. The vision tower alone. Each image token is taught the words of the object that it shows,
    against the words' own embeddings, and by linear heads, thrown away after: the object's box,
@@ -13,6 +13,8 @@ Everything is seeded by the number of the step. Two stages:
    the answer's words) before the last two layers, by more such heads: without it, words of size and
    place are learnt and colors are not. The first steps hold questions without answers, three times
    as many. Stage 1's loss goes on.
+3. The language model alone, by its answers alone: single questions in many wordings beside half as
+   many conversations, so that a request is followed whatever its wording.
 """
 
 import argparse
@@ -34,13 +36,14 @@ from toy.recipe.lessons import ANSWERS, CELLS, WORDS, Batches
 from toy.world import MARKS
 
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AttentionInterface
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 BASE = Path(__file__).resolve().parents[1] / "base"
-DECAY_STEPS = 2600  # the last ones, with falling rates
+DECAY_STEPS = 2600  # the last ones of stage 2, with falling rates
 SAVE_EVERY = 100  # steps; so often a line of the log and a checkpoint are written
 # Throw-away heads, name -> width: on the image tokens
 TOWER_HEADS = {"digits": 80, "box": 4, "frame": len(FRAMES) + 1, "frame_digits": 80, "frame_box": 4}
@@ -231,6 +234,9 @@ def chat_loss(parts, known, batch, features, deepstack):
         use_cache=False,
         output_hidden_states=True,
     )
+    if "about" not in batch:  # stage 3
+        text, exact = text_loss(model, known, out.last_hidden_state, batch)
+        return 0.0, text, [("text", text.item()), *zip(batch["kinds"], exact.tolist())]
     row, at = batch["last"].T
     layers = [F.rms_norm(x[row, at].float(), x.shape[-1:]) for x in out.hidden_states[-3:-1]]
     early, late = (last_loss(parts["last_heads"], final, batch["about"]) for final in layers)
@@ -249,7 +255,12 @@ def loss_of(batch, parts, known, dtype):
     device, model = processes.device(), parts["model"]
     batch, known = moved(batch, device), moved(known, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        features, deepstack = see(model.model.visual, batch["pictures"]["patches"])
+        is_last = "ids" in batch and "about" not in batch  # stage 3: the tower stays as it is
+        with torch.set_grad_enabled(not is_last):
+            features, deepstack = see(model.model.visual, batch["pictures"]["patches"])
+        if is_last:
+            _, text, log = chat_loss(parts, known, batch, features, deepstack)
+            return text, log
         words = model.get_input_embeddings().weight[known["words"]]
         dense, seen = tower_loss(words, parts["tower_heads"], features, batch["pictures"])
         log = [(f"tower {name}", value.item()) for name, value in seen.items()]
@@ -305,7 +316,9 @@ def orthogonal(matrices):
 
 
 def make_optimizers(parts):
-    """Muon for the matrices; AdamW for embeddings, norms, biases and heads, by their peak rate."""
+    """Muon for the matrices; AdamW for embeddings, norms, biases and heads, by their peak rate. A
+    third for stage 3: AdamW for the language model, whose matrices Muon would turn too far.
+    """
     matrices, rest = [], {2e-3: [], 1.5e-3: [], 5e-3: []}
     for name, p in parts.named_parameters():
         if p.ndim == 2 and "embed" not in name and "heads" not in name:
@@ -316,15 +329,20 @@ def make_optimizers(parts):
             rest[1.5e-3 if "language_model" in name else 2e-3].append(p)
     muon = Muon([{"params": matrices, "peak": 0.02}], lr=0.02)
     groups = [{"params": weights, "peak": rate} for rate, weights in rest.items()]
-    return muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    language = {"params": list(parts["model"].model.language_model.parameters()), "peak": 1e-3}
+    options = dict(betas=(0.9, 0.98), weight_decay=0.0)
+    return muon, torch.optim.AdamW(groups, **options), torch.optim.AdamW([language], **options)
 
 
 def rate_of(step, steps):
     """The learning rate as a share of its peak: rises over 50 steps of each stage, and falls over
-    the last DECAY_STEPS. Until it falls, a run may be made longer or shorter under way.
+    the last DECAY_STEPS of stage 2, and over stage 3.
     """
+    last = sum(steps[:3])
+    if step >= last:
+        return min(1, (step - last + 1) / 50, max(0.02, (sum(steps) - step) / steps[3]))
     since = step if step < steps[0] else step - steps[0]
-    return min(1, (since + 1) / 50, max(0.02, (sum(steps) - step) / DECAY_STEPS))
+    return min(1, (since + 1) / 50, max(0.02, (last - step) / DECAY_STEPS))
 
 
 def update(parts, optimizers, rate):
@@ -352,7 +370,7 @@ def restore(path, steps, parts, optimizers):
     if not path.exists():
         return 0
     saved = torch.load(path, weights_only=True, map_location="cpu")
-    if saved["steps"][:2] != steps[:2]:
+    if saved["steps"][:3] != steps[:3]:
         stop(f"--steps {steps}: {path} has {saved['steps']}; give the same, or another --out")
     parts.load_state_dict(saved["parts"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
@@ -364,10 +382,12 @@ def restore(path, steps, parts, optimizers):
 def read_flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     out = "of the log, of what a killed run goes on from, and of base/, the result (runs/toy_base)"
-    steps = "of stage 1, and of stage 2 without answers and with them (800 400 4800)"
+    steps = "of stage 1, of stage 2 without answers and with them, of stage 3 (800 400 4800 800)"
+    base = "a base that has gone through stages 1 and 2: stage 3 alone, from it"
     dtype = "of the products: bfloat16 is quicker on a CPU that has units for it (float32)"
     parser.add_argument("--out", type=Path, default="runs/toy_base", help=out)
-    parser.add_argument("--steps", type=int, nargs=3, default=[800, 400, 4800], help=steps)
+    parser.add_argument("--steps", type=int, nargs=4, default=[800, 400, 4800, 800], help=steps)
+    parser.add_argument("--base", type=Path, help=base)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
     args = parser.parse_args()
     check_path("--out", args.out, "new folder")
@@ -416,6 +436,9 @@ def main():
     optimizers = make_optimizers(parts)
     checkpoint = args.out / "checkpoint.pt"
     first, total = restore(checkpoint, args.steps, parts, optimizers), sum(args.steps)
+    if args.base and not first:
+        model.load_state_dict(load_file(args.base / "model.safetensors"), strict=False)
+        first = sum(args.steps[:3])
     halves = processes.share([0, 1])
     batches = draw_batches(args.steps, first, halves, tokenizer)
     history = defaultdict(list)
@@ -429,7 +452,8 @@ def main():
             (loss / 2).backward()
             for name, value in log:
                 history[name].append(value)
-        update(parts, optimizers, rate_of(step, args.steps))
+        is_last = step >= sum(args.steps[:3])
+        update(parts, optimizers[2:] if is_last else optimizers[:2], rate_of(step, args.steps))
         bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
         if (step + 1) % SAVE_EVERY and step + 1 < total:
             continue
@@ -437,7 +461,7 @@ def main():
         history.clear()
         save(checkpoint, step + 1, args.steps, parts, optimizers)
         if not processes.RANK:
-            with open(args.out / "log.jsonl", "a") as file:
+            with writing(args.out), open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": step + 1, **line}) + "\n")
     if not processes.RANK:
         write_base(args.out / "base", model, tokenizer)
