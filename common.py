@@ -162,8 +162,7 @@ class Loop:
     ends: Callable  # (text so far, t) -> whether step t is complete
     without_box: str = ""  # the instruction while no box is valid, where it is another one
     turn: str = "\n{picture}\n{continuation}\n"  # how both are injected: the same turn goes on
-    # (the last valid box, or None) -> the part of the image that the picture shows, a box in
-    # 0..1000. The boxes of a step are relative to it
+    # (the last valid box, or None) -> the part of the image that is shown, and that boxes refer to
     view: Callable = lambda last_box: WHOLE
     # (box, the last valid box) -> whether the box is refused, so that the last one stays
     refuses: Callable = lambda box, last_box: False
@@ -212,8 +211,7 @@ def read_box(text, last_box, loop):
 
 def feedback_pictures(image, boxes, loop=IVT):
     """What the model sees at each step of a trajectory with these boxes, T + 1 PIL images."""
-    later = [loop.feedback(image, last_valid(boxes[:t])) for t in range(1, len(boxes))]
-    return [image] + later
+    return [image, *(loop.feedback(image, last_valid(boxes[:t])) for t in range(1, len(boxes)))]
 
 
 # Sequences ----------------------------------------------------------------------------------------
@@ -230,8 +228,7 @@ class VLM:
 
     @property
     def base(self):  # LoRA lives inside the layers, so calling this runs the active adapter
-        wrapped = hasattr(self.model, "get_base_model")
-        return self.model.get_base_model() if wrapped else self.model
+        return getattr(self.model, "get_base_model", lambda: self.model)()
 
     @property
     def turn_ends(self):  # <|im_end|>, and what else the checkpoint lists: Qwen3-VL's has two
@@ -546,8 +543,7 @@ def rollout(
     prompt samples depends on its seed, T, N and max_tokens, not on its batch. first_texts: P texts
     of step 0 to go on from.
 
-    Each image is encoded once, each token goes through the model once, and a group's prompt is fed
-    once. Where a step gave no valid box, the last valid one is shown.
+    Each image is encoded once, each token and each group's prompt is fed once.
     """
     if max(temperatures) > 0 and not seeds:
         raise ValueError("sampling takes a seed for each prompt")
@@ -571,7 +567,7 @@ def rollout(
     for t in range(len(rows[0].boxes), steps + 1):
         last_boxes = [last_valid(row.boxes) for row in rows]
         if t > 0:
-            # Render and inject: the picture and the instruction join the same assistant turn
+            # Render the last valid box, and inject: picture and instruction join the same turn
             pictures = [loop.feedback(image, box) for image, box in zip(originals, last_boxes)]
             shown = encode_images(vlm, pictures)
             for row, image, text, last_box in zip(rows, shown, texts, last_boxes):
@@ -623,8 +619,7 @@ def trajectory_logprobs(vlm, trajectories):
     row = flat([[i] * len(t.target) for i, t in enumerate(trajectories)])  # [M]
     at_targets = hidden[row, flat([t.predictor for t in trajectories])]  # [M, D]
     target = flat([t.target for t in trajectories])  # [M]
-    # Computed again in the backward pass: of six trajectories of the paper preset, each copy of the
-    # logits would be 1.75 GB
+    # Computed again in the backward pass: logits of six of the paper's trajectories are 1.75 GB
     part = LOGITS_AT_ONCE // vlm.base.lm_head.out_features
     parts = []
     for h, y in zip(at_targets.split(part), target.split(part)):
@@ -663,10 +658,7 @@ def grpo_loss(logprob, ref_logprob, advantage, entropy, *, beta, entropy_weight,
     """
     policy = -(logprob * advantage).sum()
     difference = ref_logprob - logprob  # [M]
-    if kl == "paper":
-        distance = difference.abs().sum()
-    else:
-        distance = (difference.exp() - difference - 1).sum()
-    entropy = entropy.sum()
+    distance = difference.abs() if kl == "paper" else difference.exp() - difference - 1  # [M]
+    distance, entropy = distance.sum(), entropy.sum()
     loss = policy + beta * distance - entropy_weight * entropy
     return loss, policy, distance, entropy

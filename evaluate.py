@@ -95,8 +95,7 @@ def play(row):
     depends_on = [] if row.ordered else ["seed"]
     if row.steps:
         depends_on += ["feedback", "surroundings", "guard"]
-    size = {"samples": row.samples, "steps": row.steps}
-    return play_row(args, row, test, work, *depends_on, **size)
+    return play_row(args, row, test, work, *depends_on, samples=row.samples, steps=row.steps)
 
 
 # All rows, on the same samples --------------------------------------------------------------------

@@ -77,7 +77,8 @@ def validate(update):
     trajectories = sample_trajectories(mine)
     rewards = run.gather([reward(t.boxes, sample) for t, sample in zip(trajectories, mine)])
     mean = sum(rewards) / len(rewards)
-    run.log(update=update, val_reward=mean, val_iou=health.step_ious(trajectories, mine))
+    ious = health.step_ious(trajectories, mine)
+    run.log(update=update, val_reward=mean, val_iou=ious, val_rewards=rewards)
     page.write_validation(args, run.name, update, mine, trajectories, vlm.tokenizer)
     if mean > run.best[0]:
         run.best = mean, update

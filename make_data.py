@@ -40,7 +40,6 @@ from common import (
     written_boxes,
 )
 from support.data import sources, teacher
-from support.data.datasets import counted
 from support.data.samples import load_image
 from support.model.decoding import rollouts
 from support.model.loading import load_vlm
@@ -138,8 +137,8 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
     made = [{"id": row["id"], "traces": [], "rejected": []} for row in rows]
     options = dict(max_tokens=max_tokens, loop=loop, roll=roll)
     for t in range(max(len(row["boxes"]) for row in rows)):
-        going = [len(row["boxes"]) > t for row in rows]
-        todo = [i for i, row in enumerate(made) if going[i] and row["traces"] is not None]
+        left = [len(row["boxes"]) > t for row in rows]
+        todo = [i for i, row in enumerate(made) if left[i] and row["traces"] is not None]
         # The likeliest trace first; asked again, greedy decoding would repeat it
         for attempt, temperature in enumerate((0.0, 0.7, 0.7)):
             if not todo:
@@ -203,9 +202,7 @@ if __name__ == "__main__":
             dropped[row] += 1
         else:
             rows.append(row)
-    single = sum(len(row["boxes"]) == 1 for row in rows)
-    kept = f"{len(rows) - single} with room to improve, {single} right ones"
-    print(f"filter: of {len(train)} kept {kept}; dropped: {counted(dropped)}")
+    sources.show_kept(rows, dropped)
 
     # 5. Traces ------------------------------------------------------------------------------------
     # The teacher sees at each step what the student will see there, and knows the next box besides.

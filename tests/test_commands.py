@@ -229,7 +229,7 @@ def test_two_processes_do_what_one_does(whole, tmp_path):
     assert lines(out / "data/student.jsonl") == lines(one / "data/student.jsonl")
     for name in ("log/sft.jsonl", "log/grpo.jsonl"):
         for a, b in zip(lines(out / name), lines(one / name), strict=True):
-            a, b = ({**row, **row.pop("change", {})} for row in (a, b))
+            a, b = ({**row.pop("change", {}), **row} for row in (a, b))
             assert a.keys() == b.keys()
             for key in a:
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (name, key)

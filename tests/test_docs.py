@@ -28,7 +28,7 @@ TEST += "&& python -m pytest -q -n 2 --dist loadfile\n"
 PAPERS = """
 all: model Qwen/Qwen3-VL-4B-Instruct, quantize nf4, steps 2, feedback overlay
 make_data: train_samples 2400, val_samples 510, test_samples 505, iou_max 0.85, start student
-make_data: teacher vlm, max_tokens 160
+make_data: teacher vlm, right_boxes drop, max_tokens 160
 sft: lr 2e-05, epochs 10, batch_size 4, grad_accum 4, warmup 0.1, lora_rank 64, lora_alpha 128
 grpo: steps 2, lr 2e-06, max_tokens 160, group_size 6, temperature_first 1.0, temperature 0.7
 grpo: beta 0.04, entropy 0.01, kl paper, grad_accum 8

@@ -89,7 +89,7 @@ def test_teacher_traces_may_not_leak():
     assert fault("The box is too low. I move it up.", "the cat") is None
     assert fault("Number 23 is left.", "player 23") is None
     assert fault("Move it to 312.", "the cat") == "coordinates"
-    assert fault("", "the cat") == "empty"
+    assert fault("", "the cat") == fault("A <tool_call> is left.", "the cat") == "no words"
     assert fault("The ground truth is higher.", "the cat") == "leak"
     assert fault("It is too low. So I", "the cat") == "unfinished"
     assert fault("A. B. C. D. E.", "the cat") == "sentences"
@@ -118,7 +118,7 @@ def test_the_vlm_teacher_asks_again_and_sees_the_overlay(capsys):
     images = [picture(32, 32), picture(32, 32, 1)]
     made = make_data.vlm_traces(WORDS, images, rows, [10, 20], max_tokens=30, roll=answer)
     assert [row["traces"] for row in made] == [[good, good], [good, good]]
-    assert [row["rejected"] for row in made] == [["coordinates"], ["unfinished", "empty"]]
+    assert [row["rejected"] for row in made] == [["coordinates"], ["unfinished", "no words"]]
     assert "refused, coordinates: 'Go to 312.'\n" in capsys.readouterr().out
     # Only what was rejected is asked for again, with another seed
     assert [len(call[0]) for call in calls] == [2, 1, 2, 1, 1]

@@ -17,6 +17,7 @@ from tests.small import GOOD, one_line
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 # Flags --------------------------------------------------------------------------------------------
 EXTRA = {
@@ -202,6 +203,24 @@ def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeyp
         patch.setattr(files, "write_text", mock.Mock(side_effect=KeyboardInterrupt))
         plays("refined", "guard")  # killed before its configuration is written
     assert not (tmp_path / "log/evaluate_refined.jsonl").exists()  # no line of the other
+
+    (tmp_path / "sft").mkdir()
+    for content in (b"{}", b'{"r": 8}'):  # the same weights, another scale
+        (tmp_path / "sft/adapter_config.json").write_bytes(content)
+        made.clear()
+        play_row(args, Row("SFT", "sft", adapter="sft"), [GOOD], work)
+        assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["I/O error: No space left", "Error while serializing: IoError(28)"]
+)
+def test_a_full_disk_is_known_by_what_safetensors_says(words):
+    def save():
+        with files.writing("adapter"):
+            raise SafetensorError(words)
+
+    assert "adapter cannot be written" in one_line(save)
 
 
 # Ctrl-C and memory --------------------------------------------------------------------------------

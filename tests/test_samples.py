@@ -75,6 +75,8 @@ def test_images_are_opened_once(tmp_path, monkeypatch):
     for expected in (1, 1):  # one image of two samples; the second start opens none
         assert len(samples.read_side(args, "train")) == 2
         assert len(opened) == expected
+    (tmp_path / "data/train.checked").write_bytes(b"\xff")  # damaged: checked again
+    assert len(samples.read_side(args, "train")) == len(opened) == 2
     path.write_bytes(path.read_bytes()[:-30])  # another size, another time
     with pytest.raises(SystemExit, match="a.png cannot be used"):
         samples.read_side(args, "train")
@@ -95,19 +97,12 @@ def test_rows_of_another_shape_are_refused(tmp_path):
         files.write_jsonl(tmp_path / "data/sft.jsonl", rows)
         return samples.read_trajectories(args, tmp_path / "data")
 
-    assert [len(row["boxes"]) for row in read(good, one)] == [3, 1]
+    # Any length: that is counted in tokens, where a teacher's traces are looked at
+    assert [len(row["boxes"]) for row in read(good, {**one, "traces": ["a " * 2000]})] == [3, 1]
     wrong = [{"boxes": [box]}, [1], 7, None, "x", dict(good, boxes=["x"] * 3), dict(good, id=[])]
-    wrong += [
-        dict(good, boxes=[box]),
-        dict(one, traces=["a"] * 3),
-        dict(good, boxes=7),
-        {"id": "1"},
-    ]
-    wrong += [
-        dict(one, boxes=[[0, 0, 1, 1001]]),
-        dict(one, traces=[None]),
-        dict(one, traces=["<|"]),
-    ]
+    wrong += [dict(good, boxes=[box]), dict(one, traces=["a"] * 3), dict(good, boxes=7)]
+    wrong += [{"id": "1"}, dict(one, boxes=[[0, 0, 1, 1001]]), dict(one, boxes=[[5, 5, 5, 9]])]
+    wrong += [dict(one, traces=[None]), dict(one, traces=["<|"]), dict(one, traces="a")]
     for row in wrong:
         assert "sft.jsonl, line 2: no row of such a file" in one_line(read, good, row)
     assert "holds 2 boxes a trajectory" in one_line(

@@ -12,7 +12,7 @@ import shlex
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from support.data.samples import NO_WORDS
+from support.data.samples import is_words
 from support.running.errors import explained, stop
 from support.running.files import write_bytes
 
@@ -177,7 +177,7 @@ def usable(title, rows, texts=("expression",)):
 
 def fault_of(row, words):
     """Why a row is no sample, or None."""
-    if any(map(NO_WORDS.search, words)):
+    if not all(map(is_words, words)):
         return "without words, or with too many or special tokens"
     if not row["bbox"]:
         return "without one box"

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import os
 import re
 from multiprocessing.pool import ThreadPool
@@ -23,7 +24,7 @@ PROBLEMS_SHOWN = 20
 THREADS = 8
 WORDS = "1 to 2000 characters, without special tokens (<|...|>, <think>), surrogates and NUL"
 # Half a surrogate pair is no character; the tags are tokens that control the real Qwen3-VL
-NO_WORDS = re.compile(r"(?s)\A\s*\Z|\A.{2001}|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
+NO_WORDS = re.compile(r"\A\s*\Z|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
 
 
 def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, reader=None):
@@ -43,7 +44,7 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, r
     place_of_id = {}
     parsed = reader(path, lines) if reader else parse_lines(lines, fields)
     seen = stamp and stamp_of(parsed, path.parent)
-    known = seen and stamp.exists() and stamp.read_text() == seen
+    known = seen and stamp.exists() and stamp.read_bytes() == seen.encode()
     if not known:
         parsed = in_threads(image_check(path.parent), parsed, path.name)
     for count, (place, sample, found) in enumerate(parsed, 1):
@@ -137,9 +138,14 @@ def with_samples(path, samples, made_by, usable):
     return rows
 
 
+def is_words(text, most=2000):
+    """Whether this is a text of no more characters that is read as words alone."""
+    return isinstance(text, str) and len(text) <= most and not NO_WORDS.search(text)
+
+
 def is_box(box):
-    """Whether this is a list of four integers in 0..1000."""
-    return [type(v) for v in box] == [int] * 4 and 0 <= min(box) <= max(box) <= 1000
+    """Whether this is a valid box, four integers in 0..1000."""
+    return is_inside(box, 1000, 1000) and {*map(type, box)} == {int}
 
 
 def read_trajectories(args, data):
@@ -156,10 +162,10 @@ def read_trajectories(args, data):
 
 
 def is_trajectory(row):
-    """Whether a row has boxes, and a trace for each, in words."""
-    words = [isinstance(text, str) and not NO_WORDS.search(text) for text in row["traces"]]
-    words.append(isinstance(row["traces"], list))
-    return 1 < len(row["boxes"]) + 1 == len(words) and all([*map(is_box, row["boxes"]), *words])
+    """Whether a row has boxes, and a trace for each, in words; how long is for the teacher."""
+    boxes, traces = row["boxes"], row["traces"]
+    whole = isinstance(traces, list) and 0 < len(boxes) == len(traces)
+    return whole and all(map(is_box, boxes)) and all(is_words(text, math.inf) for text in traces)
 
 
 def parse_lines(lines, fields):
@@ -197,7 +203,7 @@ def check_sample(sample, fields):
         return None, problems
 
     for name in [name for name, kind in fields.items() if kind is str]:
-        if NO_WORDS.search(sample[name]):
+        if not is_words(sample[name]):
             problems.append(f"{name} is {sample[name][:60]!r}; write it in words, {WORDS}")
     width, height = sample["width"], sample["height"]
     if "bbox" in sample and not is_inside(sample["bbox"], width, height):

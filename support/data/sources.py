@@ -102,6 +102,14 @@ def show_student(samples, predictions):
         print("warning: the student hardly ever hits; is the truth in pixels, its box in 0..1000?")
 
 
+def show_kept(rows, dropped):
+    """Prints what the filter did. dropped: a Counter of reasons."""
+    right = sum(len(row["boxes"]) == 1 for row in rows)
+    kept = f"{len(rows) - right} with room to improve, {right} right ones"
+    total = len(rows) + dropped.total()
+    print(f"filter: of {total} kept {kept}; dropped: {datasets.counted(dropped)}")
+
+
 def write_trajectories(args, rows, start):
     """data/sft.jsonl, one of its trajectories, and what to run next. start: a time.time(). Exits
     when there are no rows."""

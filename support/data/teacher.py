@@ -5,9 +5,11 @@ The paper's teacher is a VLM (make_data.py, `vlm_traces`). For the toy preset, w
 small to write them, `template_trace` computes them from the boxes.
 """
 
+import math
 import re
 
 from common import iou, step_text
+from support.data.samples import is_words
 from support.running.errors import stop
 
 # The paper does not print the teacher's prompts either. At step 0 it reasons forward, whether the
@@ -38,8 +40,8 @@ def trace_fault(vlm, trace, expression, max_tokens):
     It must not hold what the student could not know: coordinates, or that the truth was told. The
     student has max_tokens for its trace, the tags and a box, here the longest.
     """
-    if not trace:
-        return "empty"
+    if not is_words(trace, math.inf):
+        return "no words"
     if len(vlm.encode(step_text(trace, [1000] * 4))) > max_tokens:
         return "too long"
     if not trace.endswith((".", "!", "?")):

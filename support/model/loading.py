@@ -6,12 +6,13 @@ import os
 import re
 import warnings
 
-from common import VLM
+from common import VLM, encode_images
 from support.running.errors import explained, stop
 from support.running.processes import device
 
 import torch
 import transformers
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -87,7 +88,11 @@ def load_vlm(args, name=None):
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     # Train mode throughout: there is no dropout to switch off, and on some CPUs bitsandbytes
     # repacks a 4-bit layer that runs in eval mode, after which its gradients are wrong.
-    return VLM(model.train(), tokenizer, image_processor, args.checkpointing == "on")
+    vlm = VLM(model.train(), tokenizer, image_processor, args.checkpointing == "on")
+    with loading(f"--model {name}", "generation_config.json and preprocessor_config.json"):
+        assert {*map(type, vlm.turn_ends)} == {int}, "eos_token_id is no token"
+        encode_images(vlm, [Image.new("RGB", (64, 64))])  # odd settings raise here, not later
+    return vlm
 
 
 def free_memory():

@@ -81,13 +81,15 @@ def show_gain(run, vlm, val, sample_trajectories, temperatures):
         adapters.add_adapter(vlm, run.adapter, "result")
     mine = run.share(val)
     first = val.index(mine[0]) if mine else 0  # its number is its seed, in any process
+    sampled = []
+    for adapter in ("reference", "result"):
+        with adapters.using(vlm, adapter):
+            trajectories = sample_trajectories(mine, temperatures=temperatures, first=first)
+        sampled.append(run.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)]))
+    greedy = {row["update"]: row["val_rewards"] for row in run.rows if "val_rewards" in row}
+    ways = {"greedy": (greedy[0], greedy[run.best[1]]), "sampled": sampled}
     change = {}
-    for way, heat in ("greedy", (0.0, 0.0)), ("sampled", temperatures):
-        rewards = []
-        for adapter in ("reference", "result"):
-            with adapters.using(vlm, adapter):
-                trajectories = sample_trajectories(mine, temperatures=heat, first=first)
-            rewards.append(run.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)]))
+    for way, rewards in ways.items():
         before, after = torch.tensor(rewards)  # [prompts] each
         change[way] = estimate(after - before)
         said = f"{before.mean():.3f}, then {after.mean():.3f}: {signed(change[way])}"

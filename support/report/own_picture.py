@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from common import denormalize_box
-from support.data.samples import NO_WORDS, WORDS, load_image
+from support.data.samples import WORDS, is_words, load_image
 from support.model.adapters import add_adapter
 from support.model.checkpoints import best_adapter
 from support.model.decoding import roll_in_parts, rollouts
@@ -36,7 +36,7 @@ def look_at(args, image, expression, loop):
     for number, (sample, trajectory) in enumerate(zip(samples, made), 1):
         show(sample, trajectory)
         line = {"boxes": trajectory.boxes, "texts": trajectory.texts}
-        path = args.out / f"figures/{number}_{Path(sample['image']).stem}.png"
+        path = args.out / f"figures/{number}_{Path(sample['image']).stem[:50]}.png"
         with drawing(path):
             write_strip(path, sample, UPRIGHT(sample, "/"), line, loop)
             print(f"drawn by {adapter}: {path}")
@@ -71,7 +71,7 @@ def own_samples(image, expression):
         except (KeyError, TypeError):
             stop(f"{image}, line {number}: expected {LINE}; found {str(line)[:80]}")
         where = f"{image}, line {number}" if is_list else f"--image {image}"
-        if not isinstance(words, str) or NO_WORDS.search(words):
+        if not is_words(words):
             stop(f"{where}: expression {repr(words)[:80]}; say what to find in {WORDS}")
         sample = {"id": path.name, "image": str(path), "expression": words}
         try:

@@ -106,7 +106,8 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
     if update == 0:
         write_jsonl(file, lines)
     lines_of = {}
-    for number, own in {0: read_jsonl(file, "python grpo.py"), update: lines}.items():
+    first = {0: read_jsonl(file, "python grpo.py")} if file.exists() else {}
+    for number, own in {**first, update: lines}.items():
         loop, drawn = loop_of(args), args.feedback != "again"
         lines_of[Row(f"{name}, update {number}", loop=loop, drawn=drawn)] = own
     with drawing(args.out / "report.html"):

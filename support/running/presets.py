@@ -63,14 +63,9 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
-        "iou_max": Setting(
-            0.85, 0.85, "better predictions leave no room to improve", low=0, high=1
-        ),
+        "iou_max": Setting(0.85, 0.85, "a box above it leaves no room to improve", low=0, high=1),
         "right_boxes": Setting(
-            "drop",
-            "keep",
-            "better predictions are dropped, or learnt from as trajectories of one step (ours)",
-            ("drop", "keep"),
+            "drop", "keep", "what becomes of these: keep, as one step (ours)", ("drop", "keep")
         ),
         "start": Setting(
             "student", "student", "step 0: the student's, or perturbed", ("student", "perturbed")
@@ -81,7 +76,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     "sft": {
         **TRAINING,
         "lr": Setting(2e-5, 2e-3, "peak learning rate", low=1e-9, high=1),
-        "epochs": Setting(10, 4, "passes over the trajectories"),
+        "epochs": Setting(10, 2, "passes over the trajectories"),
         "batch_size": Setting(4, 16, "trajectories per forward pass"),
         "grad_accum": Setting(4, 1, "forward passes per update"),
         "lora_rank": Setting(64, 32, "on all projections of the language model"),
@@ -90,19 +85,19 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     "grpo": {
         **ENGINE,
         "steps": Setting(2, 2, "T; 0 trains Table 1's single-step control", low=0, high=20),
-        "lr": Setting(2e-6, 3e-4, "learning rate; that it is constant is ours", low=1e-9, high=1),
+        "lr": Setting(2e-6, 5e-4, "learning rate; that it is constant is ours", low=1e-9, high=1),
         "group_size": Setting(6, 6, "N, trajectories per prompt", low=2, high=1000),
         "temperature_first": Setting(1.0, 1.0, "at step 0", low=0, high=10),
         "temperature": Setting(0.7, 0.7, "at the refinement steps", low=0, high=10),
-        "beta": Setting(0.04, 0.04, "weight of the KL term", low=0, high=100),
+        "beta": Setting(0.04, 0.01, "weight of the KL term", low=0, high=100),
         "guard": GUARD,
-        "entropy": Setting(0.01, 0.01, "lambda, weight of the entropy", low=0, high=100),
+        "entropy": Setting(0.01, 0.0, "lambda, weight of the entropy", low=0, high=100),
         "kl": Setting("paper", "paper", "mean |log pi - log ref|; k3 is ours", ("paper", "k3")),
-        "grad_accum": Setting(8, 8, "prompts per update: our reading of 8 accumulation steps"),
-        "updates": Setting(300, 30, "300 x 8 is one pass over 2,400 prompts; ours"),
+        "grad_accum": Setting(8, 16, "prompts per update: our reading of 8 accumulation steps"),
+        "updates": Setting(300, 20, "300 x 8 is one pass over 2,400 prompts; ours"),
         "batch_size": Setting(6, 6, "trajectories per forward pass; ours"),
         "prompts_at_once": Setting(2, 32, "prompts decoded together; ours"),
-        "val_every": Setting(25, 15, "updates between validations; ours"),
+        "val_every": Setting(25, 10, "updates between validations; ours"),
         "val_prompts": Setting(64, 128, "validation prompts; ours"),
         "save_every": Setting(5, 5, "updates between checkpoints; ours"),
     },
