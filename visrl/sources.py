@@ -11,13 +11,11 @@ from pathlib import Path
 
 from support.data.datasets import by_image, usable
 from support.data.foreign import own_samples
-from support.data.samples import VISRL_FIELDS, in_threads, read_side
+from support.data.samples import VISRL_FIELDS, header, in_threads, read_side
 from support.running.errors import explained, stop
-from support.running.files import check_regular, write_jsonl
+from support.running.files import write_jsonl
 from support.running.processes import RANK, barrier
 from toy import world
-
-from PIL import Image
 
 BOXED = {**VISRL_FIELDS, "bbox": list}
 SIDES = {"sft": BOXED, "train": VISRL_FIELDS, "test": VISRL_FIELDS}  # side -> what it needs
@@ -122,9 +120,7 @@ def conversation_rows(folder, path):
 def with_size(row):
     """A row with the size of its image, None where it cannot be read."""
     try:
-        check_regular(row["image"])
-        with Image.open(row["image"]) as image:
-            width, height = image.size
+        width, height, _ = header(row["image"])
     except Exception:  # Pillow's readers raise nearly anything at a damaged file
         width = height = None
     return {**row, "width": width, "height": height}

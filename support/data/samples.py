@@ -27,44 +27,44 @@ WORDS = "1 to 2000 characters, without special tokens (<|...|>, <think>), surrog
 NO_WORDS = re.compile(r"\A\s*\Z|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
 
 
-def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, reader=None):
+def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, rows=None):
     """The samples of a .jsonl file that `command` makes, every line and every image checked.
 
     fields: name -> type of what has to be there. An image is a path relative to the file, a bbox is
     float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. All problems end the
     program together, each with line, field, value and remedy. With `skip_bad` the good samples are
     returned, and the others listed in <file>.skipped. stamp: a file that says what images were
-    checked; they are opened again when one has another path, size or time. reader: (path, lines)
-    -> what `parse_lines` returns, for files of another form.
+    checked; they are opened again when one has another path, size or time. rows: (place, row) of
+    all that a file of another form holds, rows as of `parse_sample`.
     """
     path = Path(path)
-    lines = read_lines(path, command)
+    if rows is None:
+        rows = [(f"line {i}", line) for i, line in enumerate(read_lines(path, command), 1)]
     samples = []
     problems = []
     place_of_id = {}
-    parsed = reader(path, lines) if reader else parse_lines(lines, fields)
+    parsed = [parse_sample(row, fields) for _, row in rows]
     seen = stamp and stamp_of(parsed, path.parent)
     known = seen and stamp.exists() and stamp.read_bytes() == seen.encode()
     if not known:
         parsed = in_threads(image_check(path.parent), parsed, path.name)
-    for count, (place, sample, found) in enumerate(parsed, 1):
+    for (place, _), (sample, found) in zip(rows, parsed):
         if not found:
             name = sample["id"]
-            first = place_of_id.setdefault(name, (count, place))
-            if first[0] != count:
-                found = [f"id {name!r} is on {first[1]} too; give each sample its own"]
+            first = place_of_id.setdefault(name, place)
+            if first != place:
+                found = [f"id {name!r} is on {first} too; give each sample its own"]
         if not found:
             samples.append(sample)
         problems += [f"{path}, {place}: {sentence}" for sentence in found]
     if problems and not skip_bad:
-        remedy = "of --data: --skip-bad leaves such lines out, --images DIR is where images lie"
-        head = f"{len(problems)} problems in {path} ({remedy}):"
+        head = f"{len(problems)} problems in {path} (--skip-bad leaves such lines of --data out):"
         stop("\n".join([head, *problems[:PROBLEMS_SHOWN]]))
     if problems:
         skipped = path.with_name(path.name + ".skipped")
         write_text(skipped, "\n".join(problems) + "\n")
-        words = f"{count - len(samples)} of {count} samples skipped"
-        print(f"{path}: {words}; listed in {skipped}")
+        count = f"{len(rows) - len(samples)} of {len(rows)} samples skipped"
+        print(f"{path}: {count}; listed in {skipped}")
     if not samples:
         stop(f"{path} holds no samples; make it again: {command}")
     if seen and not known:
@@ -81,12 +81,12 @@ def in_threads(function, items, title):
 
 
 def stamp_of(parsed, folder):
-    """A hash of what the images of samples, as of `parse_lines`, were checked against; None where
+    """A hash of what the images of samples, as of `parse_sample`, were checked against; None where
     one is missing."""
     status = functools.cache(os.stat)  # many samples may be about one image
     digest = hashlib.sha256()
     try:
-        for _, sample, _ in parsed:
+        for sample, _ in parsed:
             file = status(os.path.join(folder, sample["image"]))
             size = sample["width"], sample["height"]
             digest.update(str((sample["image"], size, file.st_size, file.st_mtime_ns)).encode())
@@ -96,7 +96,7 @@ def stamp_of(parsed, folder):
 
 
 def image_check(folder):
-    """-> a function from an entry of `parse_lines` to the same, with what is wrong with the
+    """-> a function from what `parse_sample` returns to the same, with what is wrong with the
     image."""
 
     @functools.cache  # many samples may be about one image
@@ -107,11 +107,11 @@ def image_check(folder):
             return [str(e)]
         return []
 
-    def check(entry):
-        place, sample, problems = entry
+    def check(row):
+        sample, problems = row
         if sample:
             problems = problems + fault_of(sample["image"], sample["width"], sample["height"])
-        return place, sample, problems
+        return sample, problems
 
     return check
 
@@ -168,31 +168,17 @@ def is_trajectory(row):
     return whole and all(map(is_box, boxes)) and all(is_words(text, math.inf) for text in traces)
 
 
-def parse_lines(lines, fields):
-    """Lines (bytes) -> entries: place in the file, sample or None, what is wrong with it: sentences
-    with value and remedy; of its image nothing."""
-    entries = []
-    for number, line in enumerate(lines, 1):
-        sample, problems = parse_row(line)
-        if not problems:
-            sample, problems = check_sample(sample, fields)
-        entries.append((f"line {number}", sample, problems))
-    return entries
-
-
-def parse_row(line):
-    """A line (bytes), or what it holds -> (dict or None, what is wrong with it)."""
+def parse_sample(row, fields):
+    """One line (bytes), what it holds, or (a text) why it holds nothing -> (sample or None, what is
+    wrong with it: sentences with value and remedy; of its image nothing)."""
+    if isinstance(row, str):
+        return None, [row]
     try:
-        row = parse(line) if isinstance(line, bytes) else line  # UTF-8, as JSON is
+        sample = parse(row) if isinstance(row, bytes) else row  # UTF-8, as JSON is
     except ValueError as e:
-        return None, [f"not JSON ({e}); repair or remove the line: {line[:60]!r}"]
-    if not isinstance(row, dict):
-        return None, [f'{str(row)[:60]!r} is not a JSON object; see README, "Your own data"']
-    return row, []
-
-
-def check_sample(sample, fields):
-    """A dict -> (it, or None where a field is missing or of another type, what is wrong with it)"""
+        return None, [f"not JSON ({e}); repair or remove the line: {row[:60]!r}"]
+    if not isinstance(sample, dict):
+        return None, [f'{str(sample)[:60]!r} is not a JSON object; see README, "Your own data"']
     problems = []
     given = {name: kind for name, kind in OPTIONAL.items() if name in sample}
     for name, kind in {**fields, **given}.items():
@@ -220,6 +206,14 @@ def is_inside(bbox, width, height):
         return False
     x1, y1, x2, y2 = bbox
     return 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height  # NaN is in no range
+
+
+@functools.cache  # many samples may be about one image
+def header(path):
+    """Width and height as stored, and EXIF's orientation, of an image file."""
+    check_regular(path)
+    with Image.open(path) as image:
+        return *image.size, image.getexif().get(0x0112)
 
 
 def load_image(sample, folder, upright=False):

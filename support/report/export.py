@@ -3,10 +3,9 @@
     python -m support.report.export --out runs/mine
 
 Writes to swift/ under --out: train.jsonl, the trajectories that SFT learns from; test_<row>.jsonl,
-what each policy wrote on the test samples; images/, the pictures that it was shown. A line has
-`messages`, as many `images` as steps, and beside these `id`, `expression` and `solution`, the true
-box in 0..1000, for a reward there. Here a trajectory is one turn of the assistant; there a turn has
-a loss on all that stands in it, so that picture and instruction come in the user's turns.
+what each policy wrote on the test samples; images/. A line has `messages`, as many `images` as
+steps, and `solution`, the true box in 0..1000, for a reward. There a turn of the assistant has a
+loss on all that stands in it, so that picture and instruction come in turns of the user.
 """
 
 from pathlib import Path
@@ -33,38 +32,33 @@ def line_of(row, loop, data, stem):
     messages, images = [], []
     pictures = feedback_pictures(load_image(row, data), row["boxes"], loop)
     for t, (picture, text) in enumerate(zip(pictures, row["texts"])):
-        words = loop.prompt
-        if t > 0:
-            is_shown = last_valid(row["boxes"][:t])
-            words = loop.continuation if is_shown else loop.without_box or loop.continuation
-        path = Path(f"{stem}_{t}.jpg").resolve()
-        write_bytes(path, lambda file: picture.save(file, "jpeg", quality=95))
-        words = words.format(text=row["expression"])
-        messages.append({"role": "user", "content": f"<image>{words}"})
+        words = loop.continuation if last_valid(row["boxes"][:t]) else loop.without_box
+        words = (words or loop.continuation) if t else loop.prompt
+        images.append(f"{stem}_{t}.jpg")
+        write_bytes(Path(images[-1]), lambda file: picture.save(file, "jpeg", quality=95))
+        asked = "<image>" + words.format(text=row["expression"])
+        messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": text})
-        images.append(str(path))
     truth = normalize_box(row["bbox"], row["width"], row["height"])
-    named = {"id": row["id"], "expression": row["expression"], "solution": truth}
-    return {"messages": messages, "images": images, **named}
+    return {"id": row["id"], "messages": messages, "images": images, "solution": truth}
 
 
 if __name__ == "__main__":
     args = flags("evaluate", __doc__)
     agrees(args, "make_data", "feedback")
-    data, loop = args.out / "data", loop_of(args)
+    data, folder, loop = args.out / "data", (args.out / "swift").resolve(), loop_of(args)
     sets = {"train": read_trajectories(args, data)}
     for row in sets["train"]:
-        boxes = written_boxes(row["boxes"], loop)
-        row["texts"] = [step_text(*step) for step in zip(row["traces"], boxes)]
-    test, made_by = read_side(args, "test"), command(args, "python evaluate.py")
+        row["texts"] = list(map(step_text, row["traces"], written_boxes(row["boxes"], loop)))
+    test = read_side(args, "test")
     for name in POLICIES:
         path = args.out / f"log/evaluate_{name}.jsonl"
         if path.exists():
+            made_by = command(args, "python evaluate.py")
             sets[f"test_{name}"] = with_samples(path, test, made_by, lambda row: row["texts"])
     for name, rows in sets.items():
-        path = args.out / f"swift/{name}.jsonl"
         way = SINGLE_SHOT if name == "test_base" else loop
-        stem = path.parent / "images" / name
-        lines = [line_of(row, way, data, f"{stem}_{i}") for i, row in enumerate(rows, 1)]
-        write_jsonl(path, lines)
-        print(f"{len(lines)} lines in {path}")
+        stems = [f"{folder}/images/{name}_{i}" for i in range(1, len(rows) + 1)]
+        lines = [line_of(row, way, data, stem) for row, stem in zip(rows, stems)]
+        write_jsonl(folder / f"{name}.jsonl", lines)
+        print(f"{len(lines)} lines in {args.out}/swift/{name}.jsonl")
