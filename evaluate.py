@@ -1,7 +1,7 @@
 """Phase 3: what the trained models do on the test samples: the paper's tables (Section 4).
 
     python evaluate.py                  after the phases before; a missing policy's row is left out
-    python evaluate.py --ablations      adds rows in which another picture than the box is shown
+    python evaluate.py --ablations      adds rows: other pictures than the box, no guard
     python evaluate.py --image photo.jpg --expression "the cat on the left"     your own picture
     python evaluate.py --image my.jsonl                                         or many of them
 
@@ -31,7 +31,7 @@ from support.running.flags import Flag, command, flags
 args = flags(
     "evaluate",
     __doc__,
-    ablations=Flag("add rows with other pictures than the predicted box", kind="switch"),
+    ablations=Flag("add rows: other pictures than the predicted box, no guard", kind="switch"),
     predictions=Flag("write every trajectory of every row to this .jsonl", kind="new file"),
     image=Flag("your own picture, not the test samples; or a .jsonl of many", kind="file"),
     expression=Flag("what to find in it"),
@@ -56,7 +56,6 @@ ROWS = [
     # A best-of column rewards having several boxes: what do as many samples without a loop reach?
     Row(statistics.SAMPLED, "base_samples", SINGLE_SHOT, samples=T + 1),
     # Do new pixels help without any training? The question again, on the enlarged surroundings
-    Row("Base, asked again on the zoomed view", "base_closer", closer, **zoomed),
     GUARDED,
     Row(statistics.UNTRAINED, "base_ivt", **refined),
     Row(statistics.SFT, "sft", **refined, adapter="sft", command="sft.py"),
@@ -65,6 +64,8 @@ ROWS = [
     Row(statistics.GRPO, "grpo", **refined, adapter="grpo", command="grpo.py"),
     Row(statistics.WITHOUT_SFT, "base_grpo", **refined, adapter="base_grpo"),
 ]
+if args.ablations:  # without the guard it takes other objects that the view shows
+    ROWS.insert(3, Row("Base, asked again on the zoomed view", "base_closer", closer, **zoomed))
 if args.feedback == "again":  # the untrained loop is the control itself
     ROWS = [row for row in ROWS if row.name != statistics.UNTRAINED]
 

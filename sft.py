@@ -66,7 +66,7 @@ def examples(rows):
 # Training -----------------------------------------------------------------------------------------
 memory.try_largest(vlm, rows, examples, args)
 for chosen in run.epochs(rows, vlm, optimizer):
-    batch = examples(run.share(chosen))
+    batch = sorted(examples(run.share(chosen)), key=lambda t: len(t.ids))  # passes pad less
     # Every generated token weighs the same, whichever micro-batch or process it is in: divided by
     # the tokens of the whole update, accumulation equals one large batch.
     tokens = run.total(sum(len(t.target) for t in batch))
