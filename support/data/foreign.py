@@ -36,8 +36,7 @@ ASKED = re.compile(r"(?:describes|description)\s*:\s*(.+)|(?:locate|find|detect)
 
 def conversation(row):
     """LLaVA's and VLM-R1's rows: a sample for each request that is answered with one box."""
-    images = row.get("image")
-    images = images if isinstance(images, list) else [images]
+    images = row["image"] if isinstance(row.get("image"), list) else [row.get("image")]
     texts = [re.sub("</?(?:image|ref)>", "", turn["value"]) for turn in row["conversations"]]
     found = []
     for question, answer in zip(texts[::2], texts[1::2]):
@@ -50,31 +49,25 @@ def conversation(row):
 
 def swift(row):
     """ms-swift's grounding lines: their expressions and boxes are those of `objects`."""
-    objects = row.get("objects") or {"bbox": []}
-    images = [row["images"]] if isinstance(row["images"], str) else row["images"]
+    objects, images = row.get("objects") or {}, row["images"]
+    names, boxes = objects.get("ref", []), objects.get("bbox", [])
     units = {"real": {}, "norm1": {"units": "0..1"}}[objects.get("bbox_type", "real")]
-    names, boxes = objects.get("ref") or [], objects["bbox"]
-    # Nothing says which box is whose: they fill the tags of the texts, each list for itself
-    if len(names) != len(boxes):
-        names = list(dict.fromkeys(names))  # named in the question and in the answer
     found = []
-    for name, box, i in zip(names, boxes, objects.get("image_id") or [0] * len(boxes)):
-        if len(names) == len(boxes) and names.count(name) == 1:
-            found.append({"image": images[i], "expression": name, "bbox": box, **units})
+    for name, box in zip(names, boxes):  # nothing else says which box is whose
+        if len(names) == len(boxes) and names.count(name) == len(images) == 1:
+            found.append({"image": images[0], "expression": name, "bbox": box, **units})
     return found
 
 
 def coco(whole):
-    """Yields the annotations of COCO's instances.json, each with its image. The category is the
-    expression, `alone` says whether the image shows no other of it."""
-    images = {image["id"]: image for image in whole["images"]}
+    """Yields the annotations of COCO's instances.json, each with its image and category."""
+    images = {image["id"]: {**image, "image": image["file_name"]} for image in whole["images"]}
     names = {category["id"]: category["name"] for category in whole["categories"]}
     counts = Counter((row["image_id"], row["category_id"]) for row in whole["annotations"])
     for row in whole["annotations"]:
-        image, name = images[row["image_id"]], names[row["category_id"]]
-        alone = counts[row["image_id"], row["category_id"]] == 1 and not row.get("iscrowd")
-        own = {"image": image["file_name"], "expression": name, "units": "sizes", "alone": alone}
-        yield {**image, **row, **own}
+        image, category = pair = row["image_id"], row["category_id"]
+        alone = counts[pair] == 1 and not row.get("iscrowd")
+        yield {**images[image], **row, "expression": names[category], "alone": alone}
 
 
 OURS = ("our own lines", lambda row: [row])
@@ -82,7 +75,7 @@ FORMS = {  # the field that tells a form -> its name, its reader
     "img_path": ("lines with img_path", lambda row: [{**row, "image": row["img_path"]}]),
     "messages": ("ms-swift", swift),
     "conversations": ("conversations (LLaVA, VLM-R1)", conversation),
-    "alone": ("COCO's instances", lambda row: [row] if row["alone"] else []),
+    "alone": ("COCO's instances", lambda row: [{**row, "units": "sizes"}] * row["alone"]),
 }
 
 
@@ -92,43 +85,39 @@ def own_samples(args, fields=IVT_FIELDS):
     samples = []
     for number, path in enumerate(map(Path, args.data), 1):
         taken = {sample["id"] for sample in samples}
-        rows = own_rows(path, args, fields)
-        for sample in read_samples(path, MADE, fields, args.skip_bad, rows=rows):
-            if sample["id"] in taken:
-                sample["id"] += f" ({number})"
-            samples.append(sample)
+        found = read_samples(path, MADE, fields, args.skip_bad, rows=own_rows(path, args))
+        for sample in found:
+            sample["id"] += f" ({number})" * (sample["id"] in taken)
+        samples += found
     picture = functools.cache(lambda path: hashlib.sha256(Path(path).read_bytes()).digest())
     keys = {}
     for sample in sorted(samples, key=lambda sample: "key" not in sample):  # a given one wins
-        key = sample.get("key", sample["image"])
-        sample["key"] = keys.setdefault(picture(sample["image"]), key)
+        own = sample.get("key", sample["image"])
+        sample["key"] = keys.setdefault(picture(sample["image"]), own)
     return samples
 
 
-def own_rows(path, args, fields):
-    """Place and row of all that a file holds, as `read_samples` takes them: complete, with boxes in
-    pixels. Prints which forms they have, and warns of units and of turned photos."""
-    rows, counts, dropped, turned = [], Counter(), 0, set()
-    forms = FORMS if fields is IVT_FIELDS else {}
+def own_rows(path, args):
+    """Place and row of all that a file holds, for `read_samples`: complete, boxes in pixels."""
+    rows, counts, turned = [], Counter(), set()
     for number, row in enumerate(content(path), 1):
+        place = f"{'line' if isinstance(row, bytes) else 'row'} {number}"
         form, reader = OURS
         try:
             row = parse(row) if isinstance(row, bytes) else row
-            form, reader = next((forms[key] for key in forms if key in row), OURS)
+            form, reader = next((FORMS[key] for key in FORMS if key in row), OURS)
             found = reader(row)
             for i, sample in enumerate(found):
                 if form != OURS[0]:
                     sample = {key: sample[key] for key in KEPT if key in sample}
-                name = f"{path.stem}-{number}" + f".{i + 1}" * (i > 0)
-                sample = {"id": name, "source": path.stem, **sample}
+                sample = {"id": f"{path.stem}-{number}.{i + 1}", "source": path.stem, **sample}
                 found[i] = complete(sample, args.images or path.parent, turned)
         except Exception as e:  # whatever a damaged row makes of a reader
             fault = f"cannot be used as one of {form} ({type(e).__name__}: {e})"
             found = [f"{fault}; repair it, or give --images DIR: {str(row)[:60]!r}"]
-        counts[form] += 1
-        dropped += not found
-        rows += [(f"row {number}", sample) for sample in found]
-    print(f"{path}: {counted(counts)}; {dropped} dropped, whose words do not name one box")
+        counts[form if found else "dropped, whose words name no box or several"] += 1
+        rows += [(place, sample) for sample in found]
+    print(f"{path}: rows: {counted(counts)}")
     if turned:
         photos = f"{len(turned)} photos, such as {min(turned)}, are marked as turned or mirrored"
         print(f"warning: {photos}; boxes are taken for those of the pixels as stored")
@@ -154,12 +143,8 @@ def content(path):
 
 
 def complete(sample, folder, turned):
-    """A sample with the path of its image, and its size where it lacks it. turned: gets the photos
-    whose orientation no size settles."""
-    if type(sample["id"]) is int:
-        sample["id"] = str(sample["id"])
-    if not isinstance(sample.get("image"), str):
-        return sample
+    """A sample with its image's path and size. turned: gets photos that no size settles."""
+    sample["id"] = str(sample["id"])  # theirs are whole numbers
     path = sample["image"] = str(Path(folder, sample["image"]).resolve())
     width, height, orientation = header(path)
     hidden = "width" not in sample or width == height
@@ -177,8 +162,7 @@ def is_measured(sample):
 
 
 def in_pixels(sample, units):
-    """Turns the box of a sample into corners in pixels. What rounding lays beyond the image, up to
-    a hundredth of its side, is cut off."""
+    """Turns a box into corners in pixels. What rounding lays beyond the image is cut off."""
     box, sides = sample["bbox"], (sample["width"], sample["height"]) * 2
     if units == "sizes":
         box = [*box[:2], box[0] + box[2], box[1] + box[3]]

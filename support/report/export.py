@@ -10,35 +10,26 @@ loss on all that stands in it, so that picture and instruction come in turns of 
 
 from pathlib import Path
 
-from common import (
-    SINGLE_SHOT,
-    feedback_pictures,
-    last_valid,
-    normalize_box,
-    step_text,
-    written_boxes,
-)
+from common import feedback_pictures, normalize_box, step_text, written_boxes
 from support.data.samples import load_image, read_side, read_trajectories, with_samples
 from support.model.views import loop_of
 from support.running.files import agrees, write_bytes, write_jsonl
 from support.running.flags import command, flags
 
-POLICIES = ("base", "base_ivt", "sft", "grpo_single", "grpo", "base_grpo")
+POLICIES = ("base_ivt", "sft", "grpo_single", "grpo", "base_grpo")
 
 
 def line_of(row, loop, data, stem):
-    """A trajectory as a line. row: its sample, boxes, and texts, a step each; stem: path of its
-    pictures, without step and ending."""
+    """A trajectory as a line. row: sample, boxes, texts; stem: of the paths of its pictures."""
     messages, images = [], []
-    pictures = feedback_pictures(load_image(row, data), row["boxes"], loop)
-    for t, (picture, text) in enumerate(zip(pictures, row["texts"])):
-        words = loop.continuation if last_valid(row["boxes"][:t]) else loop.without_box
-        words = (words or loop.continuation) if t else loop.prompt
+    for t, picture in enumerate(feedback_pictures(load_image(row, data), row["boxes"], loop)):
+        is_shown = any(row["boxes"][:t])
+        words = loop.continuation if is_shown else loop.without_box or loop.continuation
+        words = (words if t else loop.prompt).format(text=row["expression"])
         images.append(f"{stem}_{t}.jpg")
-        write_bytes(Path(images[-1]), lambda file: picture.save(file, "jpeg", quality=95))
-        asked = "<image>" + words.format(text=row["expression"])
-        messages.append({"role": "user", "content": asked})
-        messages.append({"role": "assistant", "content": text})
+        write_bytes(Path(images[t]), lambda file: picture.save(file, "jpeg", quality=95))
+        messages.append({"role": "user", "content": f"<image>{words}"})
+        messages.append({"role": "assistant", "content": row["texts"][t]})
     truth = normalize_box(row["bbox"], row["width"], row["height"])
     return {"id": row["id"], "messages": messages, "images": images, "solution": truth}
 
@@ -50,15 +41,13 @@ if __name__ == "__main__":
     sets = {"train": read_trajectories(args, data)}
     for row in sets["train"]:
         row["texts"] = list(map(step_text, row["traces"], written_boxes(row["boxes"], loop)))
-    test = read_side(args, "test")
+    test, made_by = read_side(args, "test"), command(args, "python evaluate.py")
     for name in POLICIES:
         path = args.out / f"log/evaluate_{name}.jsonl"
         if path.exists():
-            made_by = command(args, "python evaluate.py")
             sets[f"test_{name}"] = with_samples(path, test, made_by, lambda row: row["texts"])
     for name, rows in sets.items():
-        way = SINGLE_SHOT if name == "test_base" else loop
-        stems = [f"{folder}/images/{name}_{i}" for i in range(1, len(rows) + 1)]
-        lines = [line_of(row, way, data, stem) for row, stem in zip(rows, stems)]
+        stem = f"{folder}/images/{name}"
+        lines = [line_of(row, loop, data, f"{stem}_{i}") for i, row in enumerate(rows, 1)]
         write_jsonl(folder / f"{name}.jsonl", lines)
         print(f"{len(lines)} lines in {args.out}/swift/{name}.jsonl")
