@@ -12,8 +12,7 @@ Table 1 of the paper scores "the best predicted box" of a trajectory, which take
 to choose: `best of steps` here. A user can choose the first step, the last, or by a rule that does
 without the truth. Accuracies and IoUs have 95 percent bootstrap intervals; differences are paired.
 
-Reads data/test.jsonl and the adapters. Writes results.md, results.json (every number), report.html
-(tables, curves, every trajectory), figures/lead.png, log/evaluate_*.jsonl under --out.
+Writes results.md, results.json, report.html, figures/lead.png, log/evaluate_*.jsonl under --out.
 """
 
 import time

@@ -19,8 +19,7 @@ traces from the boxes, since no small model can write them; `--teacher vlm` is t
 `--right-boxes keep` makes trajectories of one step of the rest of 3: shown none but its mistakes, a
 small model forgets what it got right, and its step 0 falls; `--right-boxes drop` is the paper's.
 
-Writes data/{train,val,test}.jsonl, data/images/, data/student.jsonl, data/sft.jsonl (and, for a VLM
-teacher, data/traces.jsonl) under --out.
+Writes {train,val,test,student,sft}.jsonl (a VLM teacher: and traces.jsonl) and images/ to data/.
 """
 
 import random
