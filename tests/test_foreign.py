@@ -1,6 +1,7 @@
 """Files of other trainers as --data (forms.json says where its rows are from), and the way back."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,8 +36,7 @@ def test_each_form_is_told_and_read(tmp_path, capsys, form):
     for sample, (_, bbox) in zip(samples, form["samples"]):
         assert sample["bbox"] == pytest.approx(bbox)
         assert [sample["width"], sample["height"]] == size
-        assert sample["image"] == str(tmp_path / name)
-        assert sample["source"] == form["file"].split(".")[0]
+        assert sample["image"] == str(tmp_path / name) and sample["source"] in form["file"]
     printed = capsys.readouterr().out
     assert f"rows: {form['printed']}\n" in printed and "warning" not in printed
 
@@ -104,35 +104,29 @@ def test_faults_of_foreign_rows_are_named(tmp_path):
             read(tmp_path, {"a.png": (20, 10)}, {"s.json": [row]})
     with pytest.raises(SystemExit, match="s.jsonl, line 2: cannot be used .*TypeError"):
         read(tmp_path, {}, {"s.jsonl": [OWN, 3]})
-    coco = {**FORMS[-1]["rows"], "images": []}
     with pytest.raises(SystemExit, match=r"s.json is not as COCO's .*\(KeyError: 397133\); repair"):
-        read(tmp_path, {}, {"s.json": coco})
+        read(tmp_path, {}, {"s.json": {**FORMS[-1]["rows"], "images": []}})
 
 
 @pytest.mark.slow
 def test_a_foreign_form_goes_through_all_phases_and_out(tmp_path):
-    [row, _] = FORMS[1]["rows"]
-    truth = "[9, 9, 60, 50]"
+    text = json.dumps(FORMS[1]["rows"][0]).replace("lady", "star")
+    text = re.sub(r"\[103.*?\]", "[9, 9, 60, 50]", text)
     for name, seeds in (("a", range(8)), ("b", range(8, 16))):
-        rows = []
+        rows = [re.sub(r"train2014.*?jpg", f"{i}.png", text) for i in seeds]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
         for i in seeds:
             picture(90, 70, seed=i).save(tmp_path / f"{i}.png")
-            asked, told = row["conversations"]
-            turns = [{**asked, "value": asked["value"].replace("lady", "star")}]
-            rows.append({"image": f"{i}.png", "conversations": [*turns, {**told, "value": truth}]})
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     few = " --data a.jsonl b.jsonl --train-samples 10 --val-samples 2 --test-samples 4"
     phases = {**SMALL, "make_data": SMALL["make_data"] + few, "out": "-m support.report.export"}
     for phase in ("make_data", "sft", "grpo", "evaluate", "out"):
         status, printed = run([*phases[phase].split(), "--out", "run"], tmp_path)
         assert status == 0, printed
-    last = {}
-    for file in ("train", "test_grpo"):
+    for file in ("test_grpo", "train"):
         for line in lines(tmp_path / f"run/swift/{file}.jsonl"):
-            last[file] = texts = [turn["content"] for turn in line["messages"]]
+            texts = [turn["content"] for turn in line["messages"]]
             assert "the star with the blue shirt" in texts[0]
-            assert line["solution"] == [100, 128, 666, 714]
             assert [text.count("<image>") for text in texts] == [1, 0] * len(line["images"])
-            sizes = [Image.open(path).size for path in line["images"]]
-            assert sizes == [(90, 70)] * len(sizes) and len(sizes) in (1, 3)
-    assert '{"bbox_2d": [100, 128, 666, 714]}' in last["train"][-1]
+            assert {Image.open(path).size for path in line["images"]} == {(90, 70)}
+            assert len(line["images"]) in (1, 3) and line["solution"] == [100, 128, 666, 714]
+    assert '{"bbox_2d": [100, 128, 666, 714]}' in texts[-1]

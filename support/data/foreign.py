@@ -155,9 +155,8 @@ def complete(sample, folder, turned):
 
 def is_measured(sample):
     """Whether a sample has four numbers as its box, and an image of some size."""
-    if not isinstance(sample, dict) or not isinstance(sample.get("bbox"), list):
-        return False
-    numbers = [*sample["bbox"], sample.get("width"), sample.get("height")]
+    box = isinstance(sample, dict) and sample.get("bbox")
+    numbers = [*box, sample["width"], sample["height"]] if isinstance(box, list) else []
     return [type(v) in (int, float) for v in numbers] == [True] * 6 and min(numbers[4:]) > 0
 
 

@@ -3,9 +3,8 @@
     python -m support.report.export --out runs/mine
 
 Writes to swift/ under --out: train.jsonl, the trajectories that SFT learns from; test_<row>.jsonl,
-what each policy wrote on the test samples; images/. A line has `messages`, as many `images` as
-steps, and `solution`, the true box in 0..1000, for a reward. There a turn of the assistant has a
-loss on all that stands in it, so that picture and instruction come in turns of the user.
+what each policy wrote in the loop on the test samples; images/. `solution` is the true box in
+0..1000, for a reward. Pictures and instructions come in turns of the user, which have no loss there.
 """
 
 from pathlib import Path
@@ -15,8 +14,6 @@ from support.data.samples import load_image, read_side, read_trajectories, with_
 from support.model.views import loop_of
 from support.running.files import agrees, write_bytes, write_jsonl
 from support.running.flags import command, flags
-
-POLICIES = ("base_ivt", "sft", "grpo_single", "grpo", "base_grpo")
 
 
 def line_of(row, loop, data, stem):
@@ -42,7 +39,7 @@ if __name__ == "__main__":
     for row in sets["train"]:
         row["texts"] = list(map(step_text, row["traces"], written_boxes(row["boxes"], loop)))
     test, made_by = read_side(args, "test"), command(args, "python evaluate.py")
-    for name in POLICIES:
+    for name in ("base_ivt", "sft", "grpo_single", "grpo", "base_grpo"):
         path = args.out / f"log/evaluate_{name}.jsonl"
         if path.exists():
             sets[f"test_{name}"] = with_samples(path, test, made_by, lambda row: row["texts"])
