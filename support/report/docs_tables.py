@@ -1,12 +1,16 @@
 """The generated tables of README.md and docs/tables/, from finished runs on the toy.
 
     python -m support.report.docs_tables --runs runs/seed0 runs/seed1 runs/seed2
+    python -m support.report.docs_tables --variants runs/perturbed runs/again
+    python -m support.report.docs_tables --visrl runs/visrl0 runs/visrl1 runs/visrl2
 
-Each run was made with its own `--seed` in every phase, and evaluated with `--ablations`. Start this
-on the machine that made the runs: its processor and its libraries are named above each table.
+Each run was made with its own `--seed` in every phase; those of --runs were evaluated with
+`--ablations`. Start this on the machine that made the runs: its processor and its libraries are
+named above each table.
 
 Reads results.json and log/*.config.json of each run. Writes docs/tables/seeds.md (a column a run),
-docs/tables/main.md (the first run) and the table of README.md (the mean of all).
+docs/tables/main.md (the first run) and the table of README.md (the mean of all); or
+docs/tables/variants.md (each run's loops) or docs/tables/visrl.md.
 """
 
 import argparse
@@ -23,16 +27,17 @@ from support.running.errors import stop
 from support.running.files import read_config, write_text
 from support.running.flags import ROOT
 
+ABLATIONS = "python evaluate.py --ablations"
 ROWS = (BASE, UNTRAINED, SFT, SINGLE, GRPO, GUARDED)
 BLOCK = re.compile(r"(<!-- table: seeds -->\n).*?(<!-- end -->)", re.S)
 INTERVAL_OF_A_MEAN = re.compile(r"(?<![-+.\d])(\d\.\d{3}) \[[^]-]*\]")
 
 
-def read_results(folder):
+def read_results(folder, part="findings", command="python evaluate.py"):
     path = folder / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if not results.get("ablations"):
-        stop(f"{path} has no ablations; first run: python evaluate.py --ablations --out {folder}")
+    if not results.get(part):
+        stop(f"{path} has no {part}; first run: {command} --out {folder}")
     return results
 
 
@@ -106,12 +111,48 @@ def seeds_table(runs):
     return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
+def variants_table(runs):
+    """A line for each loop of each run, {its name: results}."""
+    rows = []
+    for run, results in runs.items():
+        for name, own in (results["table2"] | results["ablations"]).items():
+            sharp = results["table1"].get(name, {}).get("last step")
+            ends = [f"{own[key][0]:.3f}" for key in ("first", "last")]
+            sharp = f"{sharp['Acc@0.9'][0]:.3f}" if sharp else ""
+            rows.append([run, name, *ends, cell(own["delta"], "+"), sharp])
+    return markdown_table(["run", "row", "step 0", "last step", "change", "Acc@0.9, last"], rows)
+
+
+def visrl_table(runs):
+    """Shares and findings, a column per run."""
+    rows = []
+    for what, words in (("answers", "right answers"), ("boxes", "right boxes, IoU > 0.5")):
+        for name in runs[0][what]:
+            rows.append([f"{name}: {words}", *(cell(run[what][name]) for run in runs)])
+    found = [{words: f"{text}: {says}" for words, text, says in run["findings"]} for run in runs]
+    rows += [[words, *(own[words] for own in found)] for words in found[0]]
+    return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
+
+
+def write_others(variants, visrl, root=ROOT):
+    """docs/tables/variants.md and visrl.md, of those that are given."""
+    if variants:
+        runs = {folder.name: read_results(folder) for folder in variants}
+        head = f"# Variants of the loop\n\n{machine()}; T = 2, greedy. {INTERVALS}\n\n"
+        table = head + "\n".join(variants_table(runs))
+        write_text(root / "docs/tables/variants.md", table)
+    if visrl:
+        runs = [read_results(folder, command="python -m visrl.evaluate") for folder in visrl]
+        head = f"# VisRL\n\n{machine()}; {runs[0]['n']} test samples a seed. {INTERVALS}\n\n"
+        write_text(root / "docs/tables/visrl.md", head + "\n".join(visrl_table(runs)))
+
+
 def write_all(folders, root=ROOT):
     for folder in folders[1:]:
         differing = sorted(settings(folder) ^ settings(folders[0]))
         if differing:  # a mean of the two would say nothing
             stop(f"{folder} is not as {folders[0]}, but for the seed: {', '.join(differing)}")
-    runs = [read_results(folder) for folder in folders]
+    runs = [read_results(folder, "ablations", ABLATIONS) for folder in folders]
     made = f"{machine()}; {runs[0]['n']} test samples a seed, T = {runs[0]['steps']}, greedy."
     head = f"# Each seed\n\n{made} {INTERVALS}\n\n"
     write_text(root / "docs/tables/seeds.md", head + "\n".join(seeds_table(runs)))
@@ -128,5 +169,10 @@ def write_all(folders, root=ROOT):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="folders, one a seed")
-    write_all(parser.parse_args().runs)
+    parser.add_argument("--runs", nargs="+", type=Path, help="folders, one a seed")
+    parser.add_argument("--variants", nargs="+", type=Path, help="folders, one a variant")
+    parser.add_argument("--visrl", nargs="+", type=Path, help="folders of VisRL, one a seed")
+    args = parser.parse_args()
+    if args.runs:
+        write_all(args.runs)
+    write_others(args.variants, args.visrl)

@@ -382,11 +382,11 @@ def restore(path, steps, parts, optimizers):
 def read_flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     out = "of the log, of what a killed run goes on from, and of base/, the result (runs/toy_base)"
-    steps = "of stage 1, of stage 2 without answers and with them, of stage 3 (800 400 4800 800)"
+    steps = "of stage 1, of stage 2 without answers and with them, of stage 3 (800 400 4800 1600)"
     base = "a base that has gone through stages 1 and 2: stage 3 alone, from it"
     dtype = "of the products: bfloat16 is quicker on a CPU that has units for it (float32)"
     parser.add_argument("--out", type=Path, default="runs/toy_base", help=out)
-    parser.add_argument("--steps", type=int, nargs=4, default=[800, 400, 4800, 800], help=steps)
+    parser.add_argument("--steps", type=int, nargs=4, default=[800, 400, 4800, 1600], help=steps)
     parser.add_argument("--base", type=Path, help=base)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
     args = parser.parse_args()
