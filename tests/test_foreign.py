@@ -37,8 +37,7 @@ def test_each_form_is_told_and_read(tmp_path, capsys, form):
         assert sample["bbox"] == pytest.approx(bbox)
         assert [sample["width"], sample["height"]] == size
         assert sample["image"] == str(tmp_path / name) and sample["source"] in form["file"]
-    printed = capsys.readouterr().out
-    assert f"rows: {form['printed']}\n" in printed and "warning" not in printed
+    assert capsys.readouterr().out.endswith(f"rows: {form['printed']}\n")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,6 @@ def test_orientation_that_no_size_settles_is_counted(tmp_path, capsys):
 
 
 def test_a_picture_with_two_names_stays_on_one_side(tmp_path):
-    """And so do pictures that share one; ids of several files stay apart."""
     for i in range(9):
         picture(20, 10, seed=i % 8).save(tmp_path / f"{i}.png")  # 8 shows what 0 does
     rows = [{**OWN, "id": i, "image": f"{i}.png"} for i in range(9)]

@@ -4,7 +4,7 @@
 
 Writes to swift/ under --out: train.jsonl, the trajectories that SFT learns from; test_<row>.jsonl,
 what each policy wrote in the loop on the test samples; images/. `solution` is the true box in
-0..1000, for a reward. Pictures and instructions come in turns of the user, which have no loss there.
+0..1000, for a reward. Pictures and instructions are turns of the user, without a loss there.
 """
 
 from pathlib import Path
