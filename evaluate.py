@@ -54,7 +54,6 @@ ROWS = [
     Row(statistics.BASE, "base", SINGLE_SHOT),
     # A best-of column rewards having several boxes: what do as many samples without a loop reach?
     Row(statistics.SAMPLED, "base_samples", SINGLE_SHOT, samples=T + 1),
-    # Do new pixels help without any training? The question again, on the enlarged surroundings
     GUARDED,
     Row(statistics.UNTRAINED, "base_ivt", **refined),
     Row(statistics.SFT, "sft", **refined, adapter="sft", command="sft.py"),

@@ -13,9 +13,9 @@ Where the paper is silent: log-probabilities are taken at temperature 1; nothing
 sampled, as the checkpoint's own top_p and top_k would; AdamW at a constant rate, gradients clipped
 to norm 1; the loss is a mean over all tokens of the update, so that a longer trajectory weighs
 more; "gradient accumulation over 8 steps" is 8 prompts per update. The result is the adapter with
-the best greedy reward on the first --val-prompts validation samples (64 of the paper's 510), the
-one that it started from included. The single-step control is a training of its own; the paper's
-figures fit the loop's policy, stopped at step 0, as well. The toy has its own rate and updates.
+the best reward on the first --val-prompts validation samples, sampled like the rollouts, the one
+that it started from included. The single-step control is a training of its own; the paper's figures
+fit the loop's policy, stopped at step 0, as well. The toy has its own rate and updates.
 
 Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ for --init
 base): a PEFT adapter, the best by validation reward; log/<name>.jsonl, <name>.checkpoint and, at
@@ -60,21 +60,21 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 roll = rollouts(args, vlm)
 
 
-def sample_trajectories(prompts, group_size=1, temperatures=(0.0, 0.0), first=0):
+def sample_trajectories(prompts, first, group_size=1):
     """Trajectories of the current policy, `group_size` for each prompt. first: the number of the
-    first prompt in the run, which seeds what is sampled (not greedy)."""
+    first prompt in the run, which seeds what is sampled."""
+    temperatures = (args.temperature_first, args.temperature)
     options = dict(loop=loop, group_size=group_size, temperatures=temperatures)
     options |= dict(max_tokens=args.max_tokens)
     seeds = [args.seed * 1_000_003 + first + i for i in range(len(prompts))]
-    # Validation decodes as many trajectories together as a rollout does
     at_once = args.prompts_at_once * args.group_size // group_size
     return roll_in_parts(roll, vlm, prompts, data, at_once, args.steps, seeds=seeds, **options)
 
 
 def validate(update):
-    """The mean greedy reward, before this update; the best adapter so far is the run's result."""
+    """The mean reward, before this update; the best adapter so far is the run's result."""
     mine = run.share(val)
-    trajectories = sample_trajectories(mine)
+    trajectories = sample_trajectories(mine, first=val.index(mine[0]) if mine else 0)
     rewards = run.gather([reward(t.boxes, sample) for t, sample in zip(trajectories, mine)])
     mean = sum(rewards) / len(rewards)
     ious = health.step_ious(trajectories, mine)
@@ -86,7 +86,6 @@ def validate(update):
 
 
 # Training -----------------------------------------------------------------------------------------
-temperatures = (args.temperature_first, args.temperature)
 memory.try_largest_rollout(vlm, train, args, data, loop)
 for update in run.updates(args.updates, vlm, optimizer):
     if update % args.val_every == 0:
@@ -98,7 +97,7 @@ for update in run.updates(args.updates, vlm, optimizer):
     prompts = run.stream(train, args.grad_accum)
     mine = run.share(prompts)
     first = update * args.grad_accum + RANK * len(mine)
-    trajectories = sample_trajectories(mine, args.group_size, temperatures, first)
+    trajectories = sample_trajectories(mine, first, args.group_size)
     owners = [sample for sample in mine for _ in range(args.group_size)]
 
     # Reward ---------------------------------------------------------------------------------------
@@ -147,5 +146,5 @@ for update in run.updates(args.updates, vlm, optimizer):
     health.warn(run)
 
 validate(args.updates)
-health.show_gain(run, vlm, val, sample_trajectories, temperatures)
+health.show_gain(run)
 run.finish(then="python grpo.py --steps 0" if run.name == "grpo" else "python evaluate.py")

@@ -1,9 +1,8 @@
 """The health of GRPO: what its log has of a batch of rollouts, and when to warn."""
 
-from common import box_iou, reward
-from support.model import adapters
+from common import box_iou
 from support.report.statistics import estimate, signed
-from support.running.processes import barrier, gather
+from support.running.processes import gather
 
 import torch
 
@@ -71,27 +70,13 @@ def rollout_facts(rewards, trajectories, owners, gaps):
     }
 
 
-def show_gain(run, vlm, val, sample_trajectories, temperatures):
-    """Says what a GRPO did: the reward of the same validation prompts by the policy that training
-    began with (the reference) and by its result, greedy and as it samples. GRPO may make what is
-    sampled steadier before the greedy answer moves. The last line of the log has the differences.
+def show_gain(run):
+    """Says what a GRPO did: the reward of the same validation prompts, sampled with the same seeds,
+    before training and by its result. The last line of the log has the difference.
     """
-    barrier()  # the result is whole
-    with adapters.using(vlm, "reference"):  # afterwards the policy, whose state is saved
-        adapters.add_adapter(vlm, run.adapter, "result")
-    mine = run.share(val)
-    first = val.index(mine[0]) if mine else 0  # its number is its seed, in any process
-    sampled = []
-    for adapter in ("reference", "result"):
-        with adapters.using(vlm, adapter):
-            trajectories = sample_trajectories(mine, temperatures=temperatures, first=first)
-        sampled.append(run.gather([reward(t.boxes, s) for t, s in zip(trajectories, mine)]))
-    greedy = {row["update"]: row["val_rewards"] for row in run.rows if "val_rewards" in row}
-    ways = {"greedy": (greedy[0], greedy[run.best[1]]), "sampled": sampled}
-    change = {}
-    for way, rewards in ways.items():
-        before, after = torch.tensor(rewards)  # [prompts] each
-        change[way] = estimate(after - before)
-        said = f"{before.mean():.3f}, then {after.mean():.3f}: {signed(change[way])}"
-        run.bar.write(f"validation reward, {way}: {said}")
+    rewards = {row["update"]: row["val_rewards"] for row in run.rows if "val_rewards" in row}
+    before, after = (torch.tensor(rewards[update]) for update in (0, run.best[1]))  # [prompts] each
+    change = estimate(after - before)
+    said = f"{before.mean():.3f}, then {after.mean():.3f}: {signed(change)}"
+    run.bar.write(f"reward on {len(before)} validation prompts: {said}")
     run.log(update=run.count, change=change)

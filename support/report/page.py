@@ -312,8 +312,8 @@ STYLES = 8  # of lines, in page.css
 LEFT, END, TOP, BOTTOM = 40, 350, 8, 170  # of the plot, in a picture of 360 x 200
 TITLES = {  # a metric of the logs -> what stands over its chart, where its name does not say it
     "iou": "Mean IoU of each step, sampled",
-    "val_iou": "Mean IoU of each step, greedy, on the validation samples",
-    "val_reward": "Mean reward, greedy, on the validation samples",
+    "val_iou": "Mean IoU of each step, sampled, on the validation samples",
+    "val_reward": "Mean reward, sampled, on the validation samples",
     "reward_std": "Deviation of the reward within a group",
     "no_signal": "Share of groups whose rewards are all equal",
     "valid": "Share of steps with a valid box",

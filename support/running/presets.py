@@ -97,8 +97,8 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "updates": Setting(300, 20, "300 x 8 is one pass over 2,400 prompts; ours"),
         "batch_size": Setting(6, 6, "trajectories per forward pass; ours"),
         "prompts_at_once": Setting(2, 32, "prompts decoded together; ours"),
-        "val_every": Setting(25, 10, "updates between validations; ours"),
-        "val_prompts": Setting(64, 128, "validation prompts; ours"),
+        "val_every": Setting(25, 20, "updates between validations; ours"),
+        "val_prompts": Setting(64, 510, "validation prompts; ours"),
         "save_every": Setting(5, 5, "updates between checkpoints; ours"),
     },
     "evaluate": {
