@@ -75,7 +75,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     },
     "sft": {
         **TRAINING,
-        "lr": Setting(2e-5, 2e-3, "peak learning rate", low=1e-9, high=1),
+        "lr": Setting(2e-5, 4e-3, "peak learning rate", low=1e-9, high=1),
         "epochs": Setting(10, 2, "passes over the trajectories"),
         "batch_size": Setting(4, 8, "trajectories per forward pass"),
         "grad_accum": Setting(4, 2, "forward passes per update"),
