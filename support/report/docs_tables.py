@@ -1,7 +1,6 @@
 """The generated tables of README.md and docs/tables/, from finished runs on the toy.
 
     python -m support.report.docs_tables --runs runs/seed0 runs/seed1 runs/seed2
-    python -m support.report.docs_tables --variants runs/perturbed runs/again
     python -m support.report.docs_tables --visrl runs/visrl0 runs/visrl1 runs/visrl2
 
 Each run was made with its own `--seed` in every phase; those of --runs were evaluated with
@@ -9,8 +8,8 @@ Each run was made with its own `--seed` in every phase; those of --runs were eva
 named above each table.
 
 Reads results.json and log/*.config.json of each run. Writes docs/tables/seeds.md (a column a run),
-docs/tables/main.md (the first run) and the table of README.md (the mean of all); or
-docs/tables/variants.md (each run's loops) or docs/tables/visrl.md.
+docs/tables/main.md (the first run) and the table of README.md (the mean of all); of --visrl
+docs/tables/visrl.md.
 """
 
 import argparse
@@ -111,18 +110,6 @@ def seeds_table(runs):
     return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
-def variants_table(runs):
-    """A line for each loop of each run, {its name: results}."""
-    rows = []
-    for run, results in runs.items():
-        for name, own in (results["table2"] | results["ablations"]).items():
-            sharp = results["table1"].get(name, {}).get("last step")
-            ends = [f"{own[key][0]:.3f}" for key in ("first", "last")]
-            sharp = f"{sharp['Acc@0.9'][0]:.3f}" if sharp else ""
-            rows.append([run, name, *ends, cell(own["delta"], "+"), sharp])
-    return markdown_table(["run", "row", "step 0", "last step", "change", "Acc@0.9, last"], rows)
-
-
 def visrl_table(runs):
     """Shares and findings, a column per run."""
     rows = []
@@ -134,17 +121,10 @@ def visrl_table(runs):
     return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
-def write_others(variants, visrl, root=ROOT):
-    """docs/tables/variants.md and visrl.md, of those that are given."""
-    if variants:
-        runs = {folder.name: read_results(folder) for folder in variants}
-        head = f"# Variants of the loop\n\n{machine()}; T = 2, greedy. {INTERVALS}\n\n"
-        table = head + "\n".join(variants_table(runs))
-        write_text(root / "docs/tables/variants.md", table)
-    if visrl:
-        runs = [read_results(folder, command="python -m visrl.evaluate") for folder in visrl]
-        head = f"# VisRL\n\n{machine()}; {runs[0]['n']} test samples a seed. {INTERVALS}\n\n"
-        write_text(root / "docs/tables/visrl.md", head + "\n".join(visrl_table(runs)))
+def write_visrl(folders, root=ROOT):
+    runs = [read_results(folder, command="python -m visrl.evaluate") for folder in folders]
+    head = f"# VisRL\n\n{machine()}; {runs[0]['n']} test samples a seed. {INTERVALS}\n\n"
+    write_text(root / "docs/tables/visrl.md", head + "\n".join(visrl_table(runs)))
 
 
 def write_all(folders, root=ROOT):
@@ -170,9 +150,9 @@ def write_all(folders, root=ROOT):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--runs", nargs="+", type=Path, help="folders, one a seed")
-    parser.add_argument("--variants", nargs="+", type=Path, help="folders, one a variant")
     parser.add_argument("--visrl", nargs="+", type=Path, help="folders of VisRL, one a seed")
     args = parser.parse_args()
     if args.runs:
         write_all(args.runs)
-    write_others(args.variants, args.visrl)
+    if args.visrl:
+        write_visrl(args.visrl)
