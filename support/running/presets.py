@@ -146,7 +146,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         **VISRL,
         **TRAINING,
         "iteration": Setting(1, 1, "whose pairs are learnt from", high=99),
-        "lr": Setting(5e-6, 5e-4, "peak learning rate", low=1e-9, high=1),
+        "lr": Setting(5e-6, 1e-4, "peak learning rate", low=1e-9, high=1),
         "beta": Setting(0.1, 0.1, "nearness to the reference", low=0, high=100),
         "nll": Setting(0.0, 1.0, "weight of the chosen path's mean -log pi; ours", low=0, high=100),
         "epochs": Setting(5, 2, "passes over the pairs"),
