@@ -62,3 +62,16 @@ def test_runs_that_differ_in_more_than_the_seed_and_unfinished_ones_are_refused(
     (tmp_path / "a/results.json").unlink()
     with pytest.raises(SystemExit, match="python evaluate.py --ablations --out"):
         docs_tables.write_all(folders[:1], tmp_path)
+
+
+def test_the_table_of_visrl_has_a_column_for_each_run(tmp_path):
+    for seed in (0, 1):
+        results = {"n": 9, "seed": seed, "findings": [["it looks", f"+0.{seed}", "holds"]]}
+        results |= {"answers": {"SFT": [seed, 0, 1]}, "boxes": {}}
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}/results.json").write_text(json.dumps(results))
+    docs_tables.write_visrl([tmp_path / "0", tmp_path / "1"], tmp_path)
+    table = (tmp_path / "docs/tables/visrl.md").read_text()
+    assert "9 test samples a seed" in table and "| seed 0 | seed 1 |" in table
+    assert "| SFT: right answers | 0.000 [0.000, 1.000] | 1.000 [0.000, 1.000] |" in table
+    assert "| it looks | +0.0: holds | +0.1: holds |" in table
