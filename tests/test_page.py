@@ -195,12 +195,12 @@ def test_of_many_samples_those_are_shown_that_change_most(monkeypatch):
 
 
 def test_curves_of_a_log(tmp_path):
-    rows = [{"update": 0, "val_reward": 0.5, "val_iou": [0.4, 0.5]}]
+    rows = [{"update": 0, "val_reward": 0.5, "val_iou": [0.4, 0.5], "val_rewards": [0.5] * 9}]
     for i in range(1, 31):
         rows.append({"update": i, "reward": float(i), "kl": 0.1, "name": "x"})
     write_jsonl(tmp_path / "grpo.jsonl", rows)
     with open(tmp_path / "grpo.jsonl", "a") as file:  # a phase that was killed
-        file.write('[1]\n{"upd')
+        file.write('{"update": 30, "change": [1, 0, 2]}\n[1]\n{"upd')
     write_jsonl(tmp_path / "sft.jsonl", [{"update": 1, "epoch": 1, "loss": float("nan")}])
     write_jsonl(tmp_path / "evaluate_base.jsonl", [{"id": "1"}])
     (tmp_path / "empty.jsonl").touch()

@@ -310,6 +310,7 @@ def outcome(first, final):
 # Charts -------------------------------------------------------------------------------------------
 STYLES = 8  # of lines, in page.css
 LEFT, END, TOP, BOTTOM = 40, 350, 8, 170  # of the plot, in a picture of 360 x 200
+UNDRAWN = ("epoch", "val_rewards", "change")  # of a log: no curves over the updates
 TITLES = {  # a metric of the logs -> what stands over its chart, where its name does not say it
     "iou": "Mean IoU of each step, sampled",
     "val_iou": "Mean IoU of each step, sampled, on the validation samples",
@@ -356,7 +357,7 @@ def log_charts(path):
             if isinstance(value, list):
                 lines = {f"step {t}": v for t, v in enumerate(value)}
             for name, v in lines.items():
-                if type(v) in (int, float) and math.isfinite(v) and key != "epoch":
+                if type(v) in (int, float) and math.isfinite(v) and key not in UNDRAWN:
                     metrics.setdefault(key, {}).setdefault(name, []).append([update, v])
     charts = {}
     for key, series in metrics.items():
