@@ -82,10 +82,11 @@ def test_a_picture_with_two_names_stays_on_one_side(tmp_path):
         picture(20, 10, seed=i % 8).save(tmp_path / f"{i}.png")  # 8 shows what 0 does
     rows = [{**OWN, "id": i, "image": f"{i}.png"} for i in range(9)]
     more = [{**rows[1], "key": "b"}, {**rows[2], "key": "b"}, {**rows[3], "id": "new"}]
+    more += [{**rows[2], "id": "x", "key": "c"}, {**rows[4], "key": "c"}]  # b and c are one
     samples = read(tmp_path, {}, {"own.jsonl": rows, "more.jsonl": more})
     keys = {sample["id"]: sample.get("key", sample["image"]) for sample in samples}
     assert keys["0"] == keys["8"] != keys["1"] == keys["2"] == keys["1 (2)"] == keys["2 (2)"]
-    assert len(keys) == 12 and keys["3"] == keys["new"]
+    assert len(keys) == 14 and keys["3"] == keys["new"] != keys["1"] == keys["4"] == keys["x"]
 
 
 def test_faults_of_foreign_rows_are_named(tmp_path):
@@ -94,6 +95,8 @@ def test_faults_of_foreign_rows_are_named(tmp_path):
         ({"messages": [], "objects": {}}, "cannot be used as one of ms-swift .KeyError: 'images'"),
         (listed, r"bbox is \[0, 0, 30, 5\]; expected four finite .* 20 x 10"),
         ({**listed, "bbox": None}, "bbox is 'None'; expected list"),
+        ({**OWN, "bbox": [0, 0, 5, 10**400]}, "bbox is .*expected four finite"),
+        ({**OWN, "width": 10**400}, "bbox is|image .* cannot be used"),
         ({**listed, "img_path": "b.png"}, "cannot be used .*No such file.*--images DIR"),
         ({"expression": 3}, "cannot be used as one of our own lines .KeyError: 'image'"),
         ("x", "cannot be used as one of our own lines .TypeError"),

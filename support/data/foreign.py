@@ -89,11 +89,21 @@ def own_samples(args, fields=IVT_FIELDS):
         for sample in found:
             sample["id"] += f" ({number})" * (sample["id"] in taken)
         samples += found
-    picture = functools.cache(lambda path: hashlib.sha256(Path(path).read_bytes()).digest())
-    keys = {}
-    for sample in sorted(samples, key=lambda sample: "key" not in sample):  # a given one wins
-        own = sample.get("key", sample["image"])
-        sample["key"] = keys.setdefault(picture(sample["image"]), own)
+    digest = functools.cache(lambda path: hashlib.sha256(Path(path).read_bytes()).digest())
+    same = {}  # a picture or a key -> the key that it is taken for
+
+    def key_of(name):
+        while name in same:
+            name = same[name]
+        return name
+
+    for sample in samples:
+        picture = key_of(digest(sample["image"]))
+        key = key_of(sample.get("key", sample["image"]))
+        if picture != key:
+            same[picture] = key
+    for sample in samples:
+        sample["key"] = key_of(digest(sample["image"]))
     return samples
 
 
@@ -154,10 +164,12 @@ def complete(sample, folder, turned):
 
 
 def is_measured(sample):
-    """Whether a sample has four numbers as its box, and an image of some size."""
+    """Whether a sample has four numbers as its box, and an image of some size; none huge."""
     box = isinstance(sample, dict) and sample.get("bbox")
     numbers = [*box, sample["width"], sample["height"]] if isinstance(box, list) else []
-    return [type(v) in (int, float) for v in numbers] == [True] * 6 and min(numbers[4:]) > 0
+    if [type(v) in (int, float) for v in numbers] != [True] * 6:
+        return False
+    return max(map(abs, numbers)) < 1e9 and min(numbers[4:]) > 0
 
 
 def in_pixels(sample, units):
