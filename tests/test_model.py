@@ -461,6 +461,10 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
     args = argparse.Namespace(steps=2, max_tokens=7, batch_size=3, grad_accum=4, group_size=6)
     memory.try_largest(vlm, rows, examples, args)
     assert probed == ["square"] * 3 and weight.grad is None
+    rows[2]["boxes"] = [GOOD["bbox"]] * 99  # so many pictures
+    memory.try_largest(vlm, rows, examples, args)
+    assert probed[3:] == ["small"] * 3
+    del rows[2]["boxes"]
     assert re.search(r"forward and backward, 3 x \d+ tokens", capsys.readouterr().out)
     args.batch_size, args.val_prompts = 2, 8
     memory.try_largest_rollout(vlm, rows, args, tmp_path, IVT)

@@ -1,5 +1,7 @@
 """Memory: the largest batch before any work, and image tokens that are kept."""
 
+from dataclasses import replace
+
 from common import build_trajectory, encode_images, trajectory_logprobs
 from support.data.samples import load_image
 from support.running.errors import working_on
@@ -40,7 +42,7 @@ def try_largest(vlm, rows, examples, args, kept=None):
     kept: batches whose image tokens are held together (default: those of an update)."""
 
     def size(row):
-        return image_token_count(vlm, row), len(str(row))
+        return image_token_count(vlm, row) * len(row.get("boxes", "1")), len(str(row))
 
     largest = max(rows, key=size)
     batch = examples([largest] * args.batch_size)
@@ -62,7 +64,8 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     count = args.steps + 1
     images = encode_images(vlm, [load_image(largest, data)]) * count
     longest = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
-    trajectory = build_trajectory(vlm, images, largest["expression"], [longest] * count, loop)
+    told = replace(loop, without_box="")  # as after a box: the longer instruction
+    trajectory = build_trajectory(vlm, images, largest["expression"], [longest] * count, told)
     prompts = args.grad_accum // WORLD
     pictures = prompts + prompts * args.group_size * args.steps
     pictures = max(pictures, args.val_prompts // WORLD * count)  # those of a validation
