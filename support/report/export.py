@@ -33,7 +33,7 @@ def line_of(row, loop, data, stem):
 
 if __name__ == "__main__":
     args = flags("evaluate", __doc__)
-    agrees(args, "make_data", "feedback")
+    agrees(args, "make_data", "feedback", "surroundings")
     data, folder, loop = args.out / "data", (args.out / "swift").resolve(), loop_of(args)
     sets = {"train": read_trajectories(args, data)}
     for row in sets["train"]:
