@@ -24,8 +24,9 @@ from typing import NamedTuple
 
 # Threads that wait soon sleep, beside other programs. OpenMP reads this when torch is loaded
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Ctrl-C while libraries load, some of which would swallow it; not for who imports this elsewhere
-if sys.argv[0] == "-m" or os.path.abspath(sys.argv[0]).startswith(f"{os.path.dirname(__file__)}/"):
+# Ctrl-C while libraries load, some of which would swallow it; not for who imports this elsewhere,
+# nor for programs of an environment (.venv) within this folder
+if os.path.abspath(sys.argv[0]).removeprefix(sys.prefix).startswith(os.path.dirname(__file__)):
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
 
 import torch

@@ -245,6 +245,11 @@ def test_ctrl_c_while_libraries_load_says_nothing(tmp_path):
         start, environment = [sys.executable, *script], {"PYTHONPATH": str(tmp_path)}
         ran = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True)
         assert (ran.returncode, ran.stdout, ran.stderr) == (130, b"", b"")
+    prefix = f"{ROOT}/.venv"  # whose pytest or notebook is to know what was interrupted
+    program = f"import sys; sys.prefix, sys.argv = {prefix!r}, ['{prefix}/bin/pytest']"
+    start = [sys.executable, "-c", f"{program}; import common"]
+    ran = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True)
+    assert b"KeyboardInterrupt" in ran.stderr
 
 
 def test_ctrl_c_waits_for_the_batch_and_a_second_one_ends_at_once(monkeypatch):
