@@ -68,10 +68,13 @@ def test_the_table_of_visrl_has_a_column_for_each_run(tmp_path):
     for seed in (0, 1):
         results = {"n": 9, "seed": seed, "findings": [["it looks", f"+0.{seed}", "holds"]]}
         results |= {"answers": {"SFT": [seed, 0, 1]}, "boxes": {}}
+        if not seed:  # the second run lacks a row
+            results["answers"]["KTO"] = [0, 0, 0]
         (tmp_path / f"{seed}").mkdir()
         (tmp_path / f"{seed}/results.json").write_text(json.dumps(results))
     docs_tables.write_visrl([tmp_path / "0", tmp_path / "1"], tmp_path)
     table = (tmp_path / "docs/tables/visrl.md").read_text()
     assert "9 test samples a seed" in table and "| seed 0 | seed 1 |" in table
     assert "| SFT: right answers | 0.000 [0.000, 1.000] | 1.000 [0.000, 1.000] |" in table
+    assert "| KTO: right answers | 0.000 [0.000, 0.000] |  |" in table
     assert "| it looks | +0.0: holds | +0.1: holds |" in table

@@ -111,13 +111,13 @@ def seeds_table(runs):
 
 
 def visrl_table(runs):
-    """Shares and findings, a column per run."""
+    """Shares and findings of the first run, a column per run."""
     rows = []
     for what, words in (("answers", "right answers"), ("boxes", "right boxes, IoU > 0.5")):
         for name in runs[0][what]:
-            rows.append([f"{name}: {words}", *(cell(run[what][name]) for run in runs)])
+            rows.append([f"{name}: {words}", *(cell(run[what].get(name)) for run in runs)])
     found = [{words: f"{text}: {says}" for words, text, says in run["findings"]} for run in runs]
-    rows += [[words, *(own[words] for own in found)] for words in found[0]]
+    rows += [[words, *(own.get(words, "") for own in found)] for words in found[0]]
     return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
 
@@ -152,6 +152,8 @@ if __name__ == "__main__":
     parser.add_argument("--runs", nargs="+", type=Path, help="folders, one a seed")
     parser.add_argument("--visrl", nargs="+", type=Path, help="folders of VisRL, one a seed")
     args = parser.parse_args()
+    if not args.runs and not args.visrl:
+        parser.error("give --runs or --visrl")
     if args.runs:
         write_all(args.runs)
     if args.visrl:
