@@ -15,7 +15,7 @@ to norm 1; the loss is a mean over all tokens of the update, so that a longer tr
 more; "gradient accumulation over 8 steps" is 8 prompts per update. The result is the adapter with
 the best reward on the first --val-prompts validation samples, sampled like the rollouts, the one
 that it started from included. The single-step control is a training of its own; the paper's figures
-fit the loop's policy, stopped at step 0, as well. The toy has its own rate and updates.
+fit the loop's policy, stopped at step 0, as well. The toy has its own rate, prompts and weights.
 
 Reads data/{train,val}.jsonl, sft/. Writes grpo/ (grpo_single/ for --steps 0, base_grpo/ for --init
 base): a PEFT adapter, the best by validation reward; log/<name>.jsonl, <name>.checkpoint and, at
@@ -62,7 +62,7 @@ roll = rollouts(args, vlm)
 
 def sample_trajectories(prompts, first, group_size=1):
     """Trajectories of the current policy, `group_size` for each prompt. first: the number of the
-    first prompt in the run, which seeds what is sampled."""
+    first prompt in the run, or of the validation, which seeds what is sampled."""
     temperatures = (args.temperature_first, args.temperature)
     options = dict(loop=loop, group_size=group_size, temperatures=temperatures)
     options |= dict(max_tokens=args.max_tokens)

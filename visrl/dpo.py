@@ -100,7 +100,8 @@ def examples(pairs):
 
 @torch.no_grad()
 def drift(pairs):
-    """KTO's z_0: the KL of policy and reference, estimated at answers to other questions; []."""
+    """KTO's z_0, []: the KL of policy and reference, estimated at answers to other questions of the
+    batch (of a single pair: at its own)."""
     others = pairs[1:] + pairs[:1]
     batch = examples(
         [{**a, "chosen": b["chosen"], "rejected": b["rejected"]} for a, b in zip(pairs, others)]

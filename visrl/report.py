@@ -157,7 +157,7 @@ def sections(results):
 # The page -----------------------------------------------------------------------------------------
 def page(args, results, samples, lines_of, pairs):
     """report.html of the run: tables, curves, what each row looks at and answers, and the pairs
-    with their scores; returns its path."""
+    with their scores."""
     lines = {}
     [base_lines] = [own for row, own in lines_of.items() if row.name == BASE]
     for row, rows in lines_of.items():
@@ -175,7 +175,7 @@ def page(args, results, samples, lines_of, pairs):
             sides[Row(side, drawn=False)] = [pair_line(args, row, row[side]) for row in rows]
         groups.append(group(name, rows, sides, 1, shown="chosen"))
     share, base = (results["answers"][name][0] for name in (shown, BASE))
-    return write_page(
+    write_page(
         args.out / "report.html",
         title=f"{args.out.name}: of {results['n']} test questions, {shown} (model "
         f"{results['model']}) answers a share of {share:.3f}; {BASE}: {base:.3f}",

@@ -72,7 +72,8 @@ def rollout_facts(rewards, trajectories, owners, gaps):
 
 def show_gain(run):
     """Says what a GRPO did: the reward of the same validation prompts, sampled with the same seeds,
-    before training and by its result. The last line of the log has the difference.
+    before training and by its result. The last line of the log has the difference, which is none
+    below zero: the result was chosen by these rewards.
     """
     rewards = {row["update"]: row["val_rewards"] for row in run.rows if "val_rewards" in row}
     before, after = (torch.tensor(rewards[update]) for update in (0, run.best[1]))  # [prompts] each
