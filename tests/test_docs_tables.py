@@ -17,7 +17,7 @@ def make_run(folder, seed, value, lr=0.1):
     called = {"wrong object": estimate}
     traces = [{"boxes": {"wrong object": called, "right": called}, "balanced": estimate}]
     others = (f"{GRPO}, no overlay", f"{GRPO}, a box elsewhere", f"{GUARDED}, a view elsewhere")
-    results = {"n": 5, "seed": seed, "steps": 2}
+    results = {"n": 5, "seed": seed, "steps": 2, "findings": [["it looks", "+0.1", "holds"]]}
     results["table1"] = {name: ways if name in loops else {"its only box": box} for name in ROWS}
     row = {"delta": estimate, "turns": {"ECR": estimate, "EIR": estimate}, "traces": traces}
     results["table2"] = dict.fromkeys(loops, row)
@@ -49,6 +49,7 @@ def test_the_tables_are_of_all_runs_and_only_their_place_in_the_readme_changes(
     assert f"| {SFT} | {changes} |" in readme
     seeds = (tmp_path / "docs/tables/seeds.md").read_text()
     assert "| +0.400 [+0.300, +0.500] * | +0.500 [+0.400, +0.600] * |" in seeds
+    assert seeds.endswith("| it looks | +0.1: holds | +0.1: holds |\n")
     main = (tmp_path / "docs/tables/main.md").read_text()
     assert main.startswith("# Seed 0") and "**Table 2.**" in main and "| 0.500 |" in main
 

@@ -84,6 +84,13 @@ def mean_table(runs):
     return markdown_table(head, rows)
 
 
+def by_seed(rows, runs):
+    """A table with a column per run, and below the rows the verdicts."""
+    found = [{words: f"{text}: {says}" for words, text, says in run["findings"]} for run in runs]
+    rows += [[words, *(own.get(words, "") for own in found)] for words in found[0]]
+    return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
+
+
 def seeds_table(runs):
     """A line per question, a column per run, with the run's own interval."""
     rows = []
@@ -107,7 +114,7 @@ def seeds_table(runs):
             question = f'{name}: of the boxes that are {words}, called "wrong object" at step 1'
             ask(question, *traces, "boxes", box, "wrong object")
         ask(f"{name}: balanced accuracy at step 1, chance 0.333", *traces, "balanced")
-    return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
+    return by_seed(rows, runs)
 
 
 def visrl_table(runs):
@@ -116,9 +123,7 @@ def visrl_table(runs):
     for what, words in (("answers", "right answers"), ("boxes", "right boxes, IoU > 0.5")):
         for name in runs[0][what]:
             rows.append([f"{name}: {words}", *(cell(run[what].get(name)) for run in runs)])
-    found = [{words: f"{text}: {says}" for words, text, says in run["findings"]} for run in runs]
-    rows += [[words, *(own.get(words, "") for own in found)] for words in found[0]]
-    return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
+    return by_seed(rows, runs)
 
 
 def write_visrl(folders, root=ROOT):
