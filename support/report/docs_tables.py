@@ -85,8 +85,11 @@ def mean_table(runs):
 
 
 def by_seed(rows, runs):
-    """A table with a column per run, and below the rows the verdicts."""
-    found = [{words: f"{text}: {says}" for words, text, says in run["findings"]} for run in runs]
+    """A table with a column per run, and below the rows the verdicts, with one number at most."""
+    found = [{} for _ in runs]
+    for own, run in zip(found, runs):
+        for words, text, says in run["findings"]:
+            own[words] = f"{text}: {says}" if text.count("[") < 2 else says
     rows += [[words, *(own.get(words, "") for own in found)] for words in found[0]]
     return markdown_table(["", *(f"seed {run['seed']}" for run in runs)], rows)
 
