@@ -69,7 +69,7 @@ def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
     place = content.index(torch.ones(3).numpy().tobytes())
     content[place] ^= 1
     Path("c").write_bytes(content)
-    assert "(AssertionError: damaged); move it away" in one_line(checkpoints.load_checkpoint, "c")
+    assert "(ValueError: damaged); move it away" in one_line(checkpoints.load_checkpoint, "c")
     for other in ([1, 2], 7, None, {"a": 1}, {"update": "1", "finished": False}):
         torch.save(other, "c")
         assert "no checkpoint of this code" in one_line(checkpoints.load_checkpoint, "c")
@@ -222,6 +222,24 @@ def test_logits_that_are_no_numbers_stop_with_the_samples_words(vlm, temperature
     asked = [picture(32, 32)] * 2, ["the square", "the circle"], 0
     options = dict(max_tokens=3, temperatures=(temperature,) * 2, seeds=[1, 2], group_size=2)
     assert "no numbers for 'the circle'" in one_line(decoding.play, one, *asked, **options)
+
+
+def test_a_checkpoint_with_tensors_of_another_shape_is_refused(vlm, tmp_path):
+    one = VLM(copy.deepcopy(vlm.model), vlm.tokenizer, vlm.image_processor)
+    adapters.new_adapter(one, 4, 8)
+    own = adapters.adapter_state(one.model, one.model.active_adapter)
+    optimizer = torch.optim.AdamW([p for p in one.model.parameters() if p.requires_grad])
+    sum(p.sum() for p in optimizer.param_groups[0]["params"]).backward()
+    optimizer.step()
+    good = dict(adapter=own, optimizer=optimizer.state_dict(), logged=[], update=1, finished=False)
+    other = copy.deepcopy(good)
+    other["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+    for name, state in ("good", good), ("other", other):
+        checkpoints.save_checkpoint(tmp_path / name, **state)
+    args = dict(model=one.model, optimizer=optimizer)
+    assert checkpoints.load_checkpoint(tmp_path / "good", **args)["update"] == 1
+    said = one_line(checkpoints.load_checkpoint, tmp_path / "other", **args)
+    assert "shapes of the optimizer" in said
 
 
 def test_a_foreign_or_damaged_adapter_is_refused_in_one_line(vlm, tmp_path):

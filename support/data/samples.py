@@ -8,7 +8,7 @@ import re
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from support.running.errors import explained, out_of_memory, say_once, stop
+from support.running.errors import explained, out_of_memory, say_once, stop, verify
 from support.running.files import check_regular, parse, read_jsonl, read_lines, write_text
 from support.running.flags import command
 
@@ -134,7 +134,7 @@ def with_samples(path, samples, made_by, usable):
         with explained(fault, f"move the file away, then run: {made_by}"):
             if row["id"] in sample_of:
                 rows.append({**row, **sample_of[row["id"]]})
-                assert usable(row), "other values"
+                verify(usable(row), "other values")
     return rows
 
 

@@ -4,7 +4,7 @@ import zipfile
 from pathlib import Path
 
 from support.model.adapters import adapter_state
-from support.running.errors import explained, say_once
+from support.running.errors import explained, say_once, verify
 from support.running.files import write_bytes
 from support.running.processes import RANK
 
@@ -28,10 +28,11 @@ def load_checkpoint(path, restart=False, model=None, optimizer=None):
         return None
     with explained(f"{path} is no checkpoint of this code", "move it away, or --restart"):
         # A flipped byte, which torch.load passes over: its format is zip, with checksums
-        assert not zipfile.ZipFile(path).testzip(), "damaged"
+        verify(not zipfile.ZipFile(path).testzip(), "damaged")
         # weights_only: a checkpoint is data, and loading it runs no code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert (type(state["update"]), type(state["finished"])) == (int, bool), "other values"
+        known = type(state["update"]), type(state["finished"])
+        verify(known == (int, bool), "other values")
         if optimizer:
             restore(state, model, optimizer)
         return state
@@ -42,10 +43,11 @@ def restore(state, model, optimizer):
     set_peft_model_state_dict(model, state["adapter"], model.active_adapter)
     optimizer.load_state_dict(state["optimizer"])
     # Both pass over what is missing, the optimizer over shapes too
-    assert adapter_state(model, model.active_adapter).keys() == state["adapter"].keys(), "keys"
+    own = adapter_state(model, model.active_adapter)
+    verify(own.keys() == state["adapter"].keys(), "keys")
     for p in filter(lambda p: p.requires_grad, model.parameters()):
-        assert optimizer.state[p]["exp_avg"].shape == p.shape, "shapes of the optimizer"
-    assert isinstance(state["logged"], list), "no log"
+        verify(optimizer.state[p]["exp_avg"].shape == p.shape, "shapes of the optimizer")
+    verify(isinstance(state["logged"], list), "no log")
 
 
 def say_if_unfinished(adapter):

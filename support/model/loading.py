@@ -7,7 +7,7 @@ import re
 import warnings
 
 from common import VLM, encode_images
-from support.running.errors import explained, stop
+from support.running.errors import explained, stop, verify
 from support.running.processes import device
 
 import torch
@@ -90,7 +90,7 @@ def load_vlm(args, name=None):
     # repacks a 4-bit layer that runs in eval mode, after which its gradients are wrong.
     vlm = VLM(model.train(), tokenizer, image_processor, args.checkpointing == "on")
     with loading(f"--model {name}", "generation_config.json and preprocessor_config.json"):
-        assert {*map(type, vlm.turn_ends)} == {int}, "eos_token_id is no token"
+        verify({*map(type, vlm.turn_ends)} == {int}, "eos_token_id is no token")
         encode_images(vlm, [Image.new("RGB", (64, 64))])  # odd settings raise here, not later
     return vlm
 

@@ -30,6 +30,12 @@ def explained(fault, remedy):
         stop(f"{fault} ({reason}); {remedy}")
 
 
+def verify(right, words):
+    """A ValueError where it is not right; an assert would go with `python -O`."""
+    if not right:
+        raise ValueError(words)
+
+
 def working_on(samples):
     """To be called before each piece of work, with the samples that it is about."""
     at_work[:] = samples
