@@ -46,9 +46,8 @@ IVT_PROMPT = (
     "<think> </think> about where it is, then report its bbox coordinates in JSON format."
 )
 CORRECTION = (
-    "The red box is your last prediction. Think inside <think> </think>, then report the corrected "
-    "bbox coordinates in JSON format. Examine the box: is it on the wrong object, shifted, too "
-    "large or too small? How well does the red box lie around {text}?"
+    "The red box is your last prediction. Examine it: think inside <think> </think>, then report the "
+    "corrected bbox coordinates in JSON format. How well does the red box lie around {text}?"
 )
 NO_BOX = (  # as long as no step has given a valid box, and nothing is drawn
     "Your last prediction is no box, so the image shows none. Think inside <think> </think>, then "
@@ -414,9 +413,9 @@ def pad_pieces(vlm, pieces, images, offsets):
 class Context:
     """B growing sequences over one cache: what it holds of each, and where each of them stands."""
 
-    def __init__(self, vlm, count):
+    def __init__(self, vlm, count, new_cache):
         self.vlm = vlm
-        self.cache = DynamicCache(config=vlm.base.config.text_config)
+        self.cache = new_cache()
         self.mask = torch.zeros(count, 0, dtype=torch.long, device=vlm.base.device)  # [B, cached]
         self.offsets = [0] * count  # the next M-RoPE position of each row; padding does not move it
         self.cached = [0] * count  # how many tokens of each row are in the cache
@@ -535,6 +534,7 @@ def rollout(
     top_k=0,
     seeds=None,
     first_texts=None,
+    new_cache=DynamicCache,
 ):
     """Runs N = group_size trajectories for each of P (image, text) pairs; returns P * N of them.
 
@@ -557,7 +557,7 @@ def rollout(
     prompts = zip(encode_images(vlm, images), texts, first_texts or [None] * len(images))
     for image, text, first_text in prompts:
         rows += [begin(vlm, image, text, loop, first_text) for _ in range(group_size)]
-    context = Context(vlm, len(images))
+    context = Context(vlm, len(images), new_cache)
     first = rows[::group_size]  # of each group: its prompt is fed once
     hidden = context.catch_up(first, [row.images for row in first])  # [P, D]
     context.repeat(group_size)

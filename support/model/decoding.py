@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 from tqdm import tqdm
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 MERGED_BYTES = 2**30  # of the weights that are copied while LoRA is part of them
 
@@ -92,6 +94,37 @@ def project(x, weight, bias, loras):
     return out
 
 
+ROOM = 64  # tokens
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, kept where there is room for those of tokens to come."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """As of DynamicLayer, whose torch.cat copies the whole cache for every token."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys = appended(self.keys, key_states)
+        self.values = appended(self.values, value_states)
+        return self.keys, self.values
+
+
+def appended(held, new):
+    """held [B, heads, cached, width], new [B, heads, K, width] -> [B, heads, cached + K, width].
+
+    The result is the beginning of a longer tensor, as `held` is from the second time on: behind it
+    there is room for the next tokens."""
+    count, total = held.shape[2], held.shape[2] + new.shape[2]
+    if count == 0 or total * held.shape[3] > held.stride(1):  # numbers from one head to the next
+        longer = held.new_empty(*held.shape[:2], total + ROOM, held.shape[3])
+        longer[:, :, :count] = held
+        held = longer
+    held = held.as_strided((*held.shape[:2], total, held.shape[3]), held.stride())
+    held[:, :, count:] = new
+    return held
+
+
 no_room = float("inf")  # trajectories x pictures x pixels that unpacked weights left no room for
 
 
@@ -103,7 +136,8 @@ def play(vlm, images, texts, steps, *, group_size=1, **options):
     tried.
     """
     global no_room
-    roll = partial(rollout, vlm, images, texts, steps, group_size=group_size, **options)
+    options |= dict(group_size=group_size, new_cache=partial(Cache, None, RoomyLayer))
+    roll = partial(rollout, vlm, images, texts, steps, **options)
     rows = len(images) * group_size
     size = rows * (steps + 1) * max(image.width * image.height for image in images)
     if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:

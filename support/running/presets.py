@@ -23,7 +23,7 @@ GUARD = Setting("off", "off", "refuse a box far from the one before; ours", ("of
 ENGINE = {  # of all phases that play the loop
     "engine": Setting("plain", "plain", "what decodes (speed/README.md); ours", ("plain", "vllm")),
     "vllm": Setting("", "", "further arguments of vllm.LLM, JSON; ours"),
-    "max_tokens": Setting(160, 80, "per step"),
+    "max_tokens": Setting(160, 64, "per step"),
 }
 VISRL = {  # of all phases of the second paper
     "steps": None,  # a box and its crop, no T
@@ -60,7 +60,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     },
     "make_data": {
         **ENGINE,
-        "train_samples": Setting(2400, 3000, "training samples, a third from each source"),
+        "train_samples": Setting(2400, 2400, "training samples, a third from each source"),
         "val_samples": Setting(510, 510, "validation samples, a third from each source"),
         "test_samples": Setting(505, 505, "test samples: 169 + 168 + 168"),
         "iou_max": Setting(0.85, 0.85, "a box above it leaves no room to improve", low=0, high=1),
@@ -77,7 +77,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         **TRAINING,
         "lr": Setting(2e-5, 4e-3, "peak learning rate", low=1e-9, high=1),
         "epochs": Setting(10, 2, "passes over the trajectories"),
-        "batch_size": Setting(4, 8, "trajectories per forward pass"),
+        "batch_size": Setting(4, 4, "trajectories per forward pass"),
         "grad_accum": Setting(4, 2, "forward passes per update"),
         "lora_rank": Setting(64, 32, "on all projections of the language model"),
         "lora_alpha": Setting(128, 64, "LoRA's scale is alpha / rank"),
