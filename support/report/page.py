@@ -349,7 +349,7 @@ def ious_by_step(results):
 
 
 def result_chart(results):
-    title = "Mean IoU by step, with 95 percent intervals; below: at the last step, best first"
+    title = "Mean IoU by step, with 95 percent intervals; the best at the last step first"
     series = ious_by_step(results)
     return chart(title, "step", series) if series else ""
 
