@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,24 +19,28 @@ OWN = {"image": "a.png", "expression": "x", "bbox": [0, 0, 5, 5]}
 
 def read(folder, sizes, files, boxes=None):
     """The samples of files (name -> rows) about blank images (name -> size)."""
+    write(folder, sizes, files)
+    paths = [folder / name for name in files]
+    return own_samples(SimpleNamespace(data=paths, images=None, boxes=boxes, skip_bad=False))
+
+
+def write(folder, sizes, files):
     for name, size in sizes.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size).save(folder / name)
     for name, rows in files.items():
         rows = rows if name.endswith("l") else [rows]
         (folder / name).write_text("\n".join(map(json.dumps, rows)))
-    paths = [folder / name for name in files]
-    return own_samples(SimpleNamespace(data=paths, images=None, boxes=boxes, skip_bad=False))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=[form["file"] for form in FORMS])
 def test_each_form_is_told_and_read(tmp_path, capsys, form):
     samples = read(tmp_path, form["sizes"], {form["file"]: form["rows"]}, form["boxes"])
-    assert [sample["expression"] for sample in samples] == [words for words, _ in form["samples"]]
-    name, size = next(iter(form["sizes"].items()))
-    for sample, (_, bbox) in zip(samples, form["samples"]):
+    assert [sample["expression"] for sample in samples] == [words for words, *_ in form["samples"]]
+    for sample, (_, bbox, *image) in zip(samples, form["samples"]):
+        name = (image or list(form["sizes"]))[0]
         assert sample["bbox"] == pytest.approx(bbox)
-        assert [sample["width"], sample["height"]] == size
+        assert [sample["width"], sample["height"]] == form["sizes"][name]
         assert sample["image"] == str(tmp_path / name) and sample["source"] in form["file"]
     assert capsys.readouterr().out.endswith(f"rows: {form['printed']}\n")
 
@@ -47,6 +52,7 @@ def test_each_form_is_told_and_read(tmp_path, capsys, form):
         ([[100, 100, 900, 1000], [5, 5, 50, 50]], (1600, 1200), "0..1000"),
         ([[100, 100, 900, 1000], [5, 5, 50, 50]], (640, 480), "0..1000"),
         ([[30, 20, 10, 10], [5, 5, 50, 40], [40, 30, 20, 10]], (64, 48), "sizes"),
+        ([[0.3, 0.2, 0.1, 0.1], [0, 0, 1, 1], [0.5, 0.5, 0.2, 0.1]], (64, 48), "sizes-0..1"),
         ([[1, 2, 30, 40]], (64, 48), None),
         ([[900, 100, 1300, 400], [1, 2, 3, 4]], (1600, 1200), None),
     ],
@@ -63,6 +69,43 @@ def test_units_that_look_like_others_are_warned_of(tmp_path, capsys, boxes, size
         assert f"such as {boxes[0]} of 0, an image of" in printed and f"--boxes {units}" in printed
         assert len(read(tmp_path, {}, files, units)) == len(boxes)
         assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "boxes, units",
+    [
+        ([[30, 20, 60, 40], [5, 5, 50, 40]], "pixels"),
+        ([[0.3, 0.2, 0.5, 0.5], [0, 0, 1, 1]], "sizes-0..1"),
+        ([[30, 20, 10, 10], [5, 5, 50, 40]], None),
+    ],
+)
+def test_boxes_of_coco_that_are_no_sizes_are_warned_of(tmp_path, capsys, boxes, units):
+    parts = {"categories": [{"id": i, "name": f"{i}"} for i in (1, 2)]}
+    parts["images"] = [{"id": 3, "file_name": "a.png"}]
+    named = [{"image_id": 3, "category_id": i, "bbox": box} for i, box in enumerate(boxes, 1)]
+    files = {"coco.json": {**parts, "annotations": named}}
+    if not units:
+        assert read(tmp_path, {"a.png": (64, 48)}, files)[0]["bbox"] == [30, 20, 40, 30]
+    else:
+        with (
+            pytest.raises(SystemExit, match="row 1: bbox is")
+            if units == "pixels"
+            else nullcontext()
+        ):
+            read(tmp_path, {"a.png": (64, 48)}, files)
+        assert f"What settles it: --boxes {units}, or --boxes sizes," in capsys.readouterr().out
+        assert len(read(tmp_path, {}, files, units)) == 2
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_boxes_are_what_the_flag_says(tmp_path):
+    """Of all that a row does not say itself; an own line has no field for it."""
+    norm1 = {"images": ["a.png"], "messages": [], "objects": {"ref": ["x"], "bbox": [[0, 0, 1, 1]]}}
+    norm1["objects"]["bbox_type"] = "norm1"
+    rows = [{**OWN, "bbox": [0, 0, 500, 500], "units": "0..1"}, norm1]
+    samples = read(tmp_path, {"a.png": (20, 10)}, {"s.jsonl": rows}, "0..1000")
+    assert [sample["bbox"] for sample in samples] == [[0, 0, 10, 5], [0, 0, 20, 10]]
+    assert not any("units" in sample for sample in samples)
 
 
 def test_orientation_that_no_size_settles_is_counted(tmp_path, capsys):
@@ -105,8 +148,35 @@ def test_faults_of_foreign_rows_are_named(tmp_path):
             read(tmp_path, {"a.png": (20, 10)}, {"s.json": [row]})
     with pytest.raises(SystemExit, match="s.jsonl, line 2: cannot be used .*TypeError"):
         read(tmp_path, {}, {"s.jsonl": [OWN, 3]})
+    (tmp_path / "s.jsonl").write_text(f"{json.dumps(OWN)}\n{{'image': 1}}\n")
+    args = SimpleNamespace(data=[tmp_path / "s.jsonl"], images=None, boxes=None, skip_bad=False)
+    with pytest.raises(SystemExit, match="s.jsonl, line 2: not JSON .*; repair or remove the line"):
+        own_samples(args)
     with pytest.raises(SystemExit, match=r"s.json is not as COCO's .*\(KeyError: 397133\); repair"):
         read(tmp_path, {}, {"s.json": {**FORMS[-1]["rows"], "images": []}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("boxes", [None, "0..1000", "0..1"])
+def test_each_form_goes_through_make_data(tmp_path, boxes):
+    forms = [form for form in FORMS if form["boxes"] == boxes]
+    files = {form["file"]: form["rows"] for form in forms}
+    write(tmp_path, {name: size for form in forms for name, size in form["sizes"].items()}, files)
+    # Sides are split by picture and balanced over the files: the first fills val and test
+    others = [{**OWN, "image": f"{i}.png", "bbox": [0, 0, 1, 1]} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, others)))
+    for i in range(3):
+        picture(20, 10, seed=i).save(tmp_path / f"{i}.png")
+    argv = f"make_data.py --data a.jsonl {' '.join(files)}" + f" --boxes {boxes}" * bool(boxes)
+    argv += f" --train-samples {len(files) + 1} --val-samples 1 --test-samples 1 --max-tokens 40"
+    status, printed = run([*argv.split(), "--out", "run"], tmp_path)
+    assert status == 0, printed
+    made = lines(tmp_path / "run/data/train.jsonl")
+    assert sorted(row["source"] for row in made) == sorted(["a", *(Path(f).stem for f in files)])
+    words = {words for form in forms for words, *_ in form["samples"]}
+    assert {row["expression"] for row in made} <= {"x", *words}
+    status, printed = run("make_data.py --boxes 0..1 --out other".split(), tmp_path)
+    assert status == 1 and printed.endswith("--data; give --data FILE, or leave it out\n")
 
 
 @pytest.mark.slow

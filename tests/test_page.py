@@ -88,15 +88,19 @@ def test_the_file_has_everything(tmp_path):
     # Step t was shown the last valid box; an answer of its own was shown none
     steps = refined["lines"][2]["steps"]
     assert [step.get("seen") for step in steps] == [None, HALF, HALF]
-    assert [step["name"] for step in steps[:2]] == ["step 0: IoU 0.50", "step 1: no valid box"]
+    said = 'box before: trace says "shift or resize", truth "shift or resize", IoU 0.50'
+    assert [s["name"] for s in steps[:2]] == ["step 0: IoU 0.50", f"step 1: no valid box\n{said}"]
+    assert "true box 0.0, 0.0, 250.0, 500.0 in 0..1000" in test["samples"][0]["facts"]
     assert not any("seen" in step for step in samples["lines"][0]["steps"])
     pictures = data["pictures"].values()
     assert len(pictures) == 6 and all(p.startswith("data:image/png;base64,") for p in pictures)
     assert re.findall("<details open><summary>(.*?)<", text) == ["Table 1", "Table 2"]
     assert "<details><summary>Table 1, differences" in text
     # What the run is, a line a method with its interval, and the verdicts
-    assert "<h1>run: on 6 test samples, refined (m) names a box and looks again 2 times" in text
-    assert "refined <b>0.583 [" in text and "<b>? not settled:</b> SFT &lt; GRPO <small>+" in text
+    assert "<h1>run, 6 test samples: best is “refined”, mean IoU 0.583. refined looks" in text
+    assert re.findall(r"</svg> (\w+) <b>0\.\d{3} \[", text) == ["refined", "base"]
+    assert text.count("<b>? not settled:</b> SFT &lt; GRPO <small>+") == text.count("SFT &lt; GRPO")
+    assert re.search(r'"line s1" d="M[\d.]+ [\d.]+H', text)  # of a single box a level
 
 
 def test_no_address_leads_outside(tmp_path):
@@ -249,6 +253,7 @@ def test_the_page_in_a_browser(tmp_path):
             assert run("location.hash") == ""  # loaded again, it begins at its first screen
             run("document.querySelectorAll('#changes button')[3].click()")
             assert run(SHOWN).startswith("thing 5") and run("scrollY") > 0
+            assert run("document.querySelector('.panel p').getBoundingClientRect().bottom") <= 800
             choose(run, "method", "base")
             assert run(PANELS) == 1 and run(SHOWN).startswith("thing 5")
             choose(run, "method", f"refined{HOSTILE}")
@@ -276,6 +281,11 @@ def test_the_page_in_a_browser(tmp_path):
             assert run("document.querySelector('[name=beside]').value") == "samples"
             assert run("getComputedStyle(document.body).backgroundColor") != light
             assert run("document.documentElement.scrollWidth") <= 390
+            # The methods stay where they are while a table scrolls
+            run("document.querySelector('[open] .wide').scrollLeft = 200")
+            cells = [f"document.querySelector('[open] td{i}')" for i in ("", " + td")]
+            lefts = [run(f"{cell}.getBoundingClientRect().left") for cell in cells]
+            assert lefts[0] == 16 and lefts[1] < 16 + run(f"{cells[0]}.offsetWidth")
         with tab(send, address + "#id=nobody&order=constructor&method=none") as (run, ask):
             assert run(LISTED) == 6 and run(SHOWN).startswith("thing 0")
 

@@ -32,6 +32,12 @@ FINDINGS = (  # the paper's: in words, of what, and the differences above zero i
     ("Looking beats plain DPO on answers", "answers", [(RL2, PLAIN)]),
     ("A second iteration raises answers (Figure 4)", "answers", [(f"{RL2}, iteration 2", RL2)]),
 )
+ABOUT = (  # the words of the page
+    "No box: one answer to the whole image; else the model names a box, then answers to what its "
+    "crop shows. Base: the model untrained; SFT: trained on given boxes and answers; RL1: then by "
+    "DPO on better and worse boxes of its own; RL2: and on its answers. IoU: the area that two "
+    "boxes share over the area that they cover. [low, high]: 95 percent interval."
+)
 PARTS = {  # a file of pairs -> what of the pipeline is missing (Table 6)
     "pairs_no_controller": "without the diversity controller",
     "pairs_no_box_critic": "without the box critic",
@@ -174,13 +180,14 @@ def page(args, results, samples, lines_of, pairs):
         for side in ("chosen", "rejected"):
             sides[Row(side, drawn=False)] = [pair_line(args, row, row[side]) for row in rows]
         groups.append(group(name, rows, sides, 1, shown="chosen"))
-    share, base = (results["answers"][name][0] for name in (shown, BASE))
+    share = {row.name: results["answers"][row.name][0] for row in lines_of if row.box == "own"}
+    best = max(share, key=share.get)
     write_page(
         args.out / "report.html",
-        title=f"{args.out.name}: of {results['n']} test questions, {shown} (model "
-        f"{results['model']}) answers a share of {share:.3f}; {BASE}: {base:.3f}",
+        title=f"{args.out.name}, {results['n']} test questions: best is “{best}”, with a share of "
+        f"{share[best]:.3f} right answers; {shown}: {share[shown]:.3f}; {BASE}: {share[BASE]:.3f}",
         chart=stages_chart(results),
-        findings=results["findings"],
+        about=ABOUT,
         tables=sections(results),
         curves=log_curves(args.out / "log"),
         groups=groups,

@@ -21,6 +21,7 @@ UNITS = {
     "sizes": "[x1, y1, width, height] in pixels",
     "0..1": "[x1, y1, x2, y2] as shares of width and height",
     "0..1000": "[x1, y1, x2, y2] in thousandths of width and height",
+    "sizes-0..1": "[x1, y1, width, height] as shares of width and height",
 }
 OWN_FLAGS = {
     "data": Flag("your own samples: files to split, in a form of docs/your_gpu.md", kind="files"),
@@ -48,14 +49,19 @@ def conversation(row):
 
 
 def swift(row):
-    """ms-swift's grounding lines: their expressions and boxes are those of `objects`."""
+    """ms-swift's grounding lines: their expressions and boxes are those of `objects`, whose
+    image_id numbers the image that a box lies in, from 0; of several it has to."""
     objects, images = row.get("objects") or {}, row["images"]
     names, boxes = objects.get("ref", []), objects.get("bbox", [])
+    places = objects.get("image_id") or [0] * len(boxes) * (len(images) == 1)
     units = {"real": {}, "norm1": {"units": "0..1"}}[objects.get("bbox_type", "real")]
-    found = []
-    for name, box in zip(names, boxes):  # nothing else says which box is whose
-        if len(names) == len(boxes) and names.count(name) == len(images) == 1:
-            found.append({"image": images[0], "expression": name, "bbox": box, **units})
+    if not len(names) == len(boxes) == len(places):  # nothing else says which box is whose
+        return []
+    found, whose = [], list(zip(names, places))
+    for (name, place), box in zip(whose, boxes):
+        if whose.count((name, place)) == 1:
+            words = {"image": images[place], "expression": name}
+            found.append({**words, "bbox": box, **units})
     return found
 
 
@@ -70,7 +76,7 @@ def coco(whole):
         yield {**images[image], **row, "expression": names[category], "alone": alone}
 
 
-OURS = ("our own lines", lambda row: [row])
+OURS = ("our own lines", lambda row: [{key: row[key] for key in row if key != "units"}])
 FORMS = {  # the field that tells a form -> its name, its reader
     "img_path": ("lines with img_path", lambda row: [{**row, "image": row["img_path"]}]),
     "messages": ("ms-swift", swift),
@@ -115,6 +121,10 @@ def own_rows(path, args):
         form, reader = OURS
         try:
             row = parse(row) if isinstance(row, bytes) else row
+        except ValueError:
+            rows.append((place, row))  # told with the other problems
+            continue
+        try:
             form, reader = next((FORMS[key] for key in FORMS if key in row), OURS)
             found = reader(row)
             for i, sample in enumerate(found):
@@ -123,8 +133,9 @@ def own_rows(path, args):
                 sample = {"id": f"{path.stem}-{number}.{i + 1}", "source": path.stem, **sample}
                 found[i] = complete(sample, args.images or path.parent, turned)
         except Exception as e:  # whatever a damaged row makes of a reader
-            fault = f"cannot be used as one of {form} ({type(e).__name__}: {e})"
-            found = [f"{fault}; repair it, or give --images DIR: {str(row)[:60]!r}"]
+            fault = f"cannot be used as one of {form} ({type(e).__name__}: {e}); repair it"
+            remedy = ", or give --images DIR" * isinstance(e, OSError)
+            found = [f"{fault}{remedy}: {str(row)[:60]!r}"]
         counts[form if found else "dropped, whose words name no box or several"] += 1
         rows += [(place, sample) for sample in found]
     print(f"{path}: rows: {counted(counts)}")
@@ -132,10 +143,13 @@ def own_rows(path, args):
         photos = f"{len(turned)} photos, such as {min(turned)}, are marked as turned or mirrored"
         print(f"warning: {photos}; boxes are taken for those of the pixels as stored")
     measured = [row for _, row in rows if is_measured(row)]
-    if not args.boxes:
-        warn_of_units(path, [sample for sample in measured if "units" not in sample])
+    unsaid = [sample for sample in measured if sample.get("units") != "0..1"]
+    if unsaid and not args.boxes:
+        warn_of_units(path, unsaid)
+    for sample in unsaid:
+        sample["units"] = args.boxes or sample.get("units", "pixels")
     for sample in measured:
-        in_pixels(sample, sample.pop("units", args.boxes))
+        in_pixels(sample, sample.pop("units"))
     return rows
 
 
@@ -175,10 +189,10 @@ def is_measured(sample):
 def in_pixels(sample, units):
     """Turns a box into corners in pixels. What rounding lays beyond the image is cut off."""
     box, sides = sample["bbox"], (sample["width"], sample["height"]) * 2
-    if units == "sizes":
+    if ".." in units:
+        box = [v * side / float(units.rpartition("..")[2]) for v, side in zip(box, sides)]
+    if "sizes" in units:
         box = [*box[:2], box[0] + box[2], box[1] + box[3]]
-    elif units in ("0..1", "0..1000"):
-        box = [v * side / float(units[3:]) for v, side in zip(box, sides)]
     for i, (v, side) in enumerate(zip(box, sides)):
         if -side / 100 <= v <= side * 1.01:
             box[i] = min(max(v, 0), side)
@@ -186,18 +200,24 @@ def in_pixels(sample, units):
 
 
 def warn_of_units(path, samples):
-    """One warning where boxes whose form leaves their units open do not look like pixels."""
+    """One warning where boxes do not look like pixels or, in COCO's form, like sizes in pixels.
+    samples: those whose row does not say what its box is in."""
     boxes, sides = [s["bbox"] for s in samples], [(s["width"], s["height"]) for s in samples]
+    taken = samples[0].get("units", "pixels")
     below = sum(x2 < x1 or y2 < y1 for x1, y1, x2, y2 in boxes)
-    beyond = sum(box[2] > w * 1.01 or box[3] > h * 1.01 for box, (w, h) in zip(boxes, sides))
+    ends = [(x1 + x2, y1 + y2) if taken == "sizes" else (x2, y2) for x1, y1, x2, y2 in boxes]
+    beyond = sum(x > w * 1.01 or y > h * 1.01 for (x, y), (w, h) in zip(ends, sides))
+    most, leave = max(map(max, boxes)), beyond > len(boxes) / 10
     likely = None
     if all(0 <= v <= 1 for box in boxes for v in box):
-        likely = "0..1"
+        likely = "sizes-0..1" if taken == "sizes" or below > len(boxes) / 2 else "0..1"
+    elif taken == "sizes":
+        likely = "pixels" if leave and not below else None
     elif below > len(boxes) / 2:
         likely = "sizes"
-    elif max(map(max, boxes)) <= 1000 and (max(map(max, sides)) > 1000 or beyond > len(boxes) / 10):
+    elif most <= 1000 and (max(map(max, sides)) > 1000 or leave):
         likely = "0..1000"
-    if boxes and likely:
+    if likely:
         example = "{} of {}, an image of {} x {}".format(boxes[0], samples[0]["id"], *sides[0])
         print(f"warning: {path}: boxes look like {UNITS[likely]}, such as {example}")
-        print(f"  What settles it: --boxes {likely}, or --boxes pixels, as which they are taken")
+        print(f"  What settles it: --boxes {likely}, or --boxes {taken}, as which they are taken")

@@ -8,7 +8,7 @@ from support.data.foreign import OWN_FLAGS, own_samples
 from support.data.samples import read_side
 from support.running.errors import stop
 from support.running.files import begin, write_jsonl
-from support.running.flags import Flag, command
+from support.running.flags import Flag, command, flag_of
 from support.running.processes import RANK, barrier, minutes
 
 import torch
@@ -38,8 +38,11 @@ def begin_data(args, data):
 
 
 def begin_files(args, data, names, ignore=()):
-    """Ends the program when the last of data/<names>.jsonl is made already. With --restart all of
-    them go, to be made anew. ignore: flags that do not change them."""
+    """Ends the program with a flag that needs --data, and when the last of data/<names>.jsonl is
+    made already. With --restart all of them go, to be made anew. ignore: flags that do not change
+    them."""
+    if given := [flag_of(name) for name in OWN_FLAGS if getattr(args, name) and not args.data]:
+        stop(f"{given[0]} is about the files of --data; give --data FILE, or leave it out")
     files = [data / f"{name}.jsonl" for name in names]
     if args.restart and not RANK:  # first: killed here, no run goes on with another's samples
         for file in reversed(files):  # the last tells that all is made

@@ -2,7 +2,9 @@
 // The script inside a page (page.py): trajectories as pictures with boxes, and what chooses them.
 // What comes from data is set as text or as the value of an attribute, never as markup.
 
-const { groups, pictures } = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const named = (list, name) => list.find((item) => item.name === name);
+const { groups, pictures } = JSON.parse(byId("data").textContent);
 const fields = byId("controls").elements;
 let rows = []; // of the list: {sample, i, line}
 let at = 0; // the one whose steps are shown
@@ -16,14 +18,6 @@ function make(name, attributes, ...children) {
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   element.append(...children);
   return element;
-}
-
-function byId(id) {
-  return document.getElementById(id);
-}
-
-function named(list, name) {
-  return list.find((item) => item.name === name);
 }
 
 // Pictures ----------------------------------------------------------------------------------------
@@ -58,23 +52,21 @@ function card({ sample, line }, choose) {
   const box = line.steps.findLast((step) => step.box)?.box;
   const words = make("b", {}, line.words);
   const button = make("button", {}, picture(sample, { seen, box }, 170), words, sample.text);
-  button.addEventListener("click", choose);
+  button.addEventListener("click", () => {
+    choose();
+    byId("detail").scrollIntoView({ block: "nearest" }); // its words too, where there is room
+  });
   return button;
 }
 
 function trajectory(sample, method, i) {
   const line = method.lines[i];
-  const panels = line.steps.map((step) =>
-    make(
-      "figure",
-      { class: "panel" },
-      picture(sample, step, 280),
-      make("figcaption", {}, step.name),
-      make("p", {}, step.text),
-    ),
-  );
+  const panels = line.steps.map((step) => {
+    const words = [make("figcaption", {}, step.name), make("p", {}, step.text)];
+    return make("figure", { class: "panel" }, picture(sample, step, 280), ...words);
+  });
   const head = make("h3", {}, `${method.name} `, make("span", { class: "quiet" }, line.words));
-  return [head, make("div", { class: "strip" }, ...panels)];
+  return [head, make("div", { class: "strip", tabindex: 0 }, ...panels)];
 }
 
 // The view: what the controls say, and the sample; the address keeps it ---------------------------
@@ -126,11 +118,10 @@ function show(place) {
   list.scrollLeft = list.children[at].offsetLeft - list.offsetLeft - 200; // not the page
   const { methods } = named(groups, fields.group.value);
   const chosen = [fields.method, fields.beside].map(({ value }) => named(methods, value));
-  const shown = chosen.filter((method) => method);
   byId("detail").append(
     make("h3", {}, sample.text),
     make("p", { class: "quiet" }, sample.facts),
-    ...shown.flatMap((method) => trajectory(sample, method, i)),
+    ...chosen.filter(Boolean).flatMap((method) => trajectory(sample, method, i)),
   );
   const view = [...new FormData(byId("controls")), ["id", sample.id]];
   // Replaced: going back leads to the page before, not through every sample that was looked at
@@ -138,9 +129,7 @@ function show(place) {
   if (started) history.replaceState(null, "", `#${query}`);
 }
 
-function address() {
-  return Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-}
+const address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 
 // The largest gains and losses of what is shown first
 function showChanges() {
@@ -152,17 +141,13 @@ function showChanges() {
   section.hidden = !gains.length && !losses.length;
   section.querySelector("span").textContent = method.name;
   for (const row of [...gains, ...losses.reverse()]) {
-    const choose = () => {
-      browse({ id: row.sample.id });
-      byId("trajectories").scrollIntoView();
-    };
-    section.querySelector(".strip").append(card(row, choose));
+    section.querySelector(".strip").append(card(row, () => browse({ id: row.sample.id })));
   }
 }
 
 function onKey(event) {
   // In a field, and where something scrolls sideways, the keys have another meaning
-  const taken = event.target.closest("input, select, .wide");
+  const taken = event.target.closest("input, select, .wide, .strip:focus");
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (taken || !step || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();

@@ -21,14 +21,15 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from common import WHOLE, box_iou, last_valid
+from common import WHOLE, box_iou, last_valid, normalize_box
 from support.data.samples import load_image
 from support.model.views import loop_of
+from support.report.claims import claim_of, geometry_of, trace_of
 from support.report.health import HEALTHY
 from support.report.pictures import drawing, write_strip
 from support.report.rows import Row, log_line
 from support.report.statistics import RIGHT, SAME, by_change, main_row, signed
-from support.report.tables import cell, report, results_of_run, summary, write_results
+from support.report.tables import FINDINGS, cell, report, results_of_run, summary, write_results
 from support.running.files import parse, read_jsonl, write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
 
@@ -37,6 +38,13 @@ from PIL import Image
 HERE = Path(__file__).parent
 PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
 SAMPLES = 1000  # of a group, at most
+ABOUT = (
+    "IoU: the area that two boxes share over the area that they cover; Acc@0.5: share of boxes "
+    "with 0.5 or more. Base: the model untrained; single-shot: one answer; IVT: it sees its box "
+    "drawn, and names another; zoomed and guarded: it sees the surroundings of its box enlarged, "
+    "and a far box is refused; SFT: trained on given texts; GRPO: then by reward. T: the last "
+    "step; [low, high]: 95 percent interval."
+)
 SIGNS = {"holds": "✓", "DOES NOT HOLD": "✗", "NOT SETTLED": "?"}
 OPEN = ("Table 1", "Table 2", "Answers and boxes")  # what the papers have too
 
@@ -74,7 +82,6 @@ def write_evaluation(args, results, samples, lines_of):
         args.out / "report.html",
         title=headline(args.out.name, results),
         chart=result_chart(results),
-        findings=results["findings"],
         tables=report(results),
         curves=log_curves(args.out / "log"),
         groups=[group("test", samples, lines_of, args.steps, shown=results["shown"])],
@@ -83,12 +90,12 @@ def write_evaluation(args, results, samples, lines_of):
 
 
 def headline(name, results):
-    """What an evaluation is, and what came out, in one sentence."""
-    shown = results["shown"]
-    words = f"{name}: on {results['n']} test samples, {shown} ({results['model']}) names a box"
-    if shown in results["table2"]:
-        row = results["table2"][shown]
-        words += f" and looks again {results['steps']} times; mean IoU goes from "
+    """What came out of an evaluation: the best row, and what the loop does in the one shown."""
+    words = f"{name}, {results['n']} test samples"
+    for best, ious in [*ious_by_step(results).items()][:1]:
+        words += f": best is “{best}”, mean IoU {ious[-1][1]:.3f}"
+    if row := results["table2"].get(results["shown"]):
+        words += f". {results['shown']} looks again {results['steps']} times: from "
         words += f"{row['first'][0]:.3f} to {row['last'][0]:.3f}, by {signed(row['delta'])}"
     return words
 
@@ -123,29 +130,29 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
 
 
 # The file -----------------------------------------------------------------------------------------
-def write_page(path, *, title, groups, data, chart="", findings=(), tables=(), curves=()):
+def write_page(path, *, title, groups, data, about=ABOUT, chart="", tables=(), curves=()):
     """Writes a page whole, or not at all, and returns its path.
 
-    title: a sentence. groups: of `group`; the first one's gains and losses are shown first. chart:
-    of `chart`. findings: of analysis.findings. tables: sections, as of tables.report. curves:
+    title, about: a sentence, and what its words mean. groups: of `group`; the first one's gains
+    and losses are shown first. chart: of `chart`. tables: sections, as of tables.report. curves:
     (heading, charts) pairs. data: the folder that the images' paths start from.
     """
     if RANK:
         return path
-    verdicts = ["<h2>The paper's findings here</h2>"] if findings else []
-    for sentence, words, verdict in findings:
-        said = f"<b>{SIGNS[verdict]} {verdict.lower()}:</b> {escape(sentence)}"
-        verdicts.append(f"<p>{said} <small>{escape(words)}</small></p>")
-    folded = []
+    verdicts, folded = [], []
     for heading, charts in curves:
         body = f'<div class="charts">{"".join(charts)}</div>'
         folded.append(fold(heading, body, is_open=not tables))
     for name, text, head, rows in tables:
-        body = f'<p class="quiet">{escape(text)}</p>{table(head, rows)}'
-        folded.append(fold(name, body, is_open=name in OPEN))
+        text = f"<p><small>{escape(text)}</small></p>"
+        if name == FINDINGS:
+            verdicts = [f"<h2>{name}</h2>", *(said(*row) for row in rows), text]
+        else:
+            folded.append(fold(name, text + table(head, rows), is_open=name in OPEN))
     pictures = addresses(groups, data, Path(path).parent)
     parts = {
         "title": escape(title),
+        "about": escape(about),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "chart": chart,
         "verdicts": "".join(verdicts),
@@ -159,15 +166,21 @@ def write_page(path, *, title, groups, data, chart="", findings=(), tables=(), c
     return path
 
 
+def said(finding, words):
+    verdict, sentence = finding.split(": ", 1)
+    sign = f"<b>{SIGNS[verdict]} {verdict.lower()}:</b>"
+    return f"<p>{sign} {escape(sentence)} <small>{escape(words)}</small></p>"
+
+
 def fold(title, body, is_open):
     return f"<details{' open' * is_open}><summary>{escape(title)}</summary>{body}</details>"
 
 
 def table(head, rows):
-    lines = []
+    lines = ""
     for tag, cells in [("th", head), *(("td", row) for row in rows)]:
-        lines.append("".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells))
-    lines = "".join(f"<tr>{line}</tr>" for line in lines)
+        line = "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells)
+        lines += f"<tr>{line}</tr>"
     return f'<div class="wide" tabindex="0"><table>{lines}</table></div>'
 
 
@@ -175,9 +188,7 @@ def to_json(value):
     """JSON that no browser takes for markup: it holds neither <, > and & nor a character beyond
     ASCII."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
+    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"})
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -248,6 +259,7 @@ def sample_record(sample):
     record["facts"] = " · ".join(filter(None, facts))
     if "bbox" in sample:
         record["truth"] = [round(1000 * v / size, 1) for v, size in zip(sample["bbox"], sizes * 2)]
+        record["facts"] += " · true box {}, {}, {}, {} in 0..1000".format(*record["truth"])
     return record
 
 
@@ -262,9 +274,7 @@ def line_record(row, sample, line, steps):
     joined = (" → " if row.ordered else ", ").join(f"{value:.2f}" for value in ious)
     words = [line.get("words") or joined and f"IoU {joined}"]
     record = {"steps": records, "outcome": [], "first": ious[0] if ious else 0}
-    ends = line.get("ends")
-    if row.ordered and len(ious) > 1:
-        ends = ious[0], ious[-1]
+    ends = (ious[0], ious[-1]) if row.ordered and len(ious) > 1 else line.get("ends")
     if ends:
         record["gain"] = ends[1] - ends[0]
         record["outcome"] = outcome(*ends)
@@ -283,8 +293,12 @@ def step_record(row, sample, line, t):
         name += ": no valid box"
     elif box and "bbox" in sample:
         name += f": IoU {box_iou(box, sample):.2f}"
-    record = {"text": line["texts"][t], "name": name, "box": box}
     last_box = last_valid(line["boxes"][:t]) if row.ordered else None
+    if last_box and row.drawn and "bbox" in sample and (trace := trace_of(line["texts"][t])):
+        truth = normalize_box(sample["bbox"], sample["width"], sample["height"])
+        name += f'\nbox before: trace says "{claim_of(trace) or "nothing"}", '
+        name += f'truth "{geometry_of(last_box, truth)}", IoU {box_iou(last_box, sample):.2f}'
+    record = {"text": line["texts"][t], "name": name, "box": box}
     view = row.loop.view(last_box) if row.loop else WHOLE
     if "view" in line:
         view = line["view"][t]
@@ -319,12 +333,11 @@ TITLES = {  # a metric of the logs -> what stands over its chart, where its name
     "no_signal": "Share of groups whose rewards are all equal",
     "valid": "Share of steps with a valid box",
     "sampler_gap": "Gap in log pi between what sampled and what is trained",
-    "tokens": "Generated tokens",
 }
 
 
-def result_chart(results):
-    """IoU by step, from the numbers of an evaluation; of a row with one box a point."""
+def ious_by_step(results):
+    """Each row's name -> its points [step, mean IoU, low, high], the best at its last one first."""
     series = {}
     for name, ways in results["table1"].items():
         if name in results["table2"]:
@@ -332,7 +345,12 @@ def result_chart(results):
             series[name] = [[t, *value] for t, value in enumerate(ious)]
         elif "its only box" in ways:
             series[name] = [[0, *ways["its only box"]["mean IoU"]]]
-    title = "Mean IoU by step, with 95 percent intervals; below: at the last step"
+    return dict(sorted(series.items(), key=lambda row: -row[1][-1][1]))
+
+
+def result_chart(results):
+    title = "Mean IoU by step, with 95 percent intervals; the best at the last step first"
+    series = ious_by_step(results)
     return chart(title, "step", series) if series else ""
 
 
@@ -389,10 +407,11 @@ def chart(title, x, series, healthy=()):
         marks.append(f'<text class="end" x="{LEFT - 5}" y="{to_y(value) + 3}">{value:.4g}</text>')
     for value in ticks(first, last, least=1):
         marks.append(f'<text class="middle" x="{to_x(value)}" y="{BOTTOM + 14}">{value:.4g}</text>')
+    end = to_x(max(point[0] for point in points))
     for i, (name, own) in enumerate(series.items()):
         aside = 2 * i if len(own[0]) > 2 else 0  # intervals would hide each other
         places = [(to_x(point[0]) + aside, *map(to_y, point[1:])) for point in own]
-        marks += [f'<path class="{kind} s{i % STYLES}" d="{d}"/>' for kind, d in paths(places)]
+        marks += [f'<path class="{kind} s{i % STYLES}" d="{d}"/>' for kind, d in paths(places, end)]
         sign = f'<svg viewBox="0 0 30 10"><path class="line s{i % STYLES}" d="M0 5H30"/></svg>'
         value = cell(own[-1][1:]) if len(own[0]) > 2 else f"{own[-1][1]:.4g}"
         keys.append(f"<li>{sign} {escape(name)} <b>{value}</b></li>")
@@ -401,10 +420,11 @@ def chart(title, x, series, healthy=()):
     return f'<figure class="chart">{caption}{plot}<ul>{"".join(keys)}</ul></figure>'
 
 
-def paths(places):
-    """The line, the dots and the intervals through places (x, y) or (x, y, low, high) of a plot:
-    (kind, path) pairs."""
-    yield "line", "M" + "L".join(f"{x} {y}" for x, y, *_ in places)
+def paths(places, end):
+    """The line, the dots and the intervals through places (x, y) or (x, y, low, high) of a plot, or
+    at the height of a single place, to compare with, as far as `end`: (kind, path) pairs."""
+    line = "M" + "L".join(f"{x} {y}" for x, y, *_ in places)
+    yield "line", line + f"H{end}" * (len(places) == 1)
     if len(places) < 20:
         yield "dot", "".join(f"M{x} {y}h0" for x, y, *_ in places)
     yield "bar", "".join(f"M{x} {ends[0]}V{ends[1]}" for x, _, *ends in places if ends)

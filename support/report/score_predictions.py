@@ -13,7 +13,7 @@ from pathlib import Path
 
 from support.data.samples import read_side
 from support.report.analysis import LISTS, results_of
-from support.report.page import group, result_chart, write_page
+from support.report.page import group, headline, result_chart, write_page
 from support.report.pictures import drawing
 from support.report.rows import Row
 from support.report.tables import report, summary, write_results
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     with drawing(folder / "report.html"):
         write_page(
             folder / "report.html",
-            title=f"{folder.name} · {len(samples)} test samples",
+            title=headline(folder.name, results),
             tables=report(results),
             chart=result_chart(results),
             groups=[group("test", samples, lines_of, args.steps, shown=shown)],

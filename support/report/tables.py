@@ -22,7 +22,8 @@ VERDICTS = (
     "A finding holds when its whole interval lies on the side it claims, does not hold when the "
     "whole interval lies on the other side, and is not settled in between."
 )
-MAIN = ("Table 1", "Table 2", "The paper's findings here")
+FINDINGS = "The paper's findings here"
+MAIN = ("Table 1", "Table 2", FINDINGS)
 MAIN_WAYS = ("its only box", "best of steps", "last step")  # of Table 1
 
 
@@ -90,7 +91,7 @@ def plain(name, head, rows):
 def summary_of_findings(results):
     """The verdicts, a line each."""
     lines = [f"{verdict}: {sentence}: {words}" for sentence, words, verdict in results["findings"]]
-    return ["The paper's findings here", *lines] if lines else []
+    return [FINDINGS, *lines] if lines else []
 
 
 def means(estimates):
@@ -182,7 +183,7 @@ def table2(results):
 def verdicts(results, more=""):
     rows = [[f"{verdict}: {sentence}", words] for sentence, words, verdict in results["findings"]]
     text = f"{VERDICTS} {more}".strip()
-    return "The paper's findings here", text, ("finding", "differences"), rows
+    return FINDINGS, text, ("finding", "differences"), rows
 
 
 def turns(results):
