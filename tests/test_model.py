@@ -56,8 +56,8 @@ def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a full disk
     try:
-        with pytest.raises(SystemExit, match="c cannot be written .*make room"):
-            checkpoints.save_checkpoint("c", update=2, weight=torch.ones(100_000))
+        said = one_line(checkpoints.save_checkpoint, "c", update=2, weight=torch.ones(100_000))
+        assert "c cannot be written (OSError: [Errno 27] File too large); what was saved" in said
         log = files.Log("log")
         with pytest.raises(SystemExit, match="log cannot be written"):
             for _ in range(3):
@@ -137,30 +137,33 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(vlm, tmp_path):
         (remove("config.json"), "look at its config.json"),
         (write("config.json", "[]"), "look at its config.json"),
         (change("config.json", model_type="qwen2"), "model_type is qwen2"),
-        (change("config.json", text_config=taller), r"11 weights .* no value .*layers\.2\."),
+        (change("config.json", text_config=taller), r"11 weights .* no value: .*layers\.2\."),
         (change("config.json", text_config=wider), "6 weights .* another shape"),
         (cut(weights, 50_000), r"look at its config.json and \*.safetensors"),
-        (remove(sizes), f"look at its {sizes}"),
-        (change(sizes, size={"shortest_edge": "a"}), f"look at its {sizes}"),
-        (change(sizes, patch_size=None), r"image processor has .*\(14, 2, 2\), .* \(8, 2, 2\)"),
-        (change(sizes, image_mean="x"), f"look at its .*{sizes}"),
-        (change("generation_config.json", eos_token_id=[[1]]), "look at its generation_config"),
+        (remove(sizes), r"look at its \(pre\)processor_config"),
+        (change(sizes, size={"shortest_edge": "a"}), r"look at its \(pre\)processor_config"),
+        (change(sizes, patch_size=None), r"frames \(14, 2, 2\), in config.json \(8, 2, 2\)"),
+        (change(sizes, image_mean="x"), r"look at its \(pre\)processor_config"),
+        (
+            change("generation_config.json", eos_token_id=[[1]]),
+            "look at its .* and generation_config",
+        ),
         (change("generation_config.json", eos_token_id="x"), "eos_token_id is no token"),
         (write("tokenizer.json", "{"), "look at its tokenizer.json"),
-        (remove("chat_template.jinja"), f"look at its {template}"),
-        (write(template, "{% broken"), f"look at its {template}"),
-        (write(template, "{{ raise_exception('no') }}"), f"look at its {template}"),
-        (write(template, "{{ ''.__class__.__mro__ }}"), f"look at its {template}"),
+        (remove(template), f"look at its .*{template}"),
+        (write(template, "{% broken"), f"look at its .*{template}"),
+        (write(template, "{{ raise_exception('no') }}"), f"look at its .*{template}"),
+        (write(template, "{{ ''.__class__.__mro__ }}"), f"look at its .*{template}"),
         (
             write(template, "{% for m in messages %}{{ m.content }}{% endfor %}"),
-            "chat template makes",
+            "expected a picture",
         ),
-        (write(template, own + "<think>\n"), "chat template makes .*no <think>"),
-        (write(template, own + own), "chat template makes .*once"),
+        (write(template, own + "<think>\n"), "no <think> .* makes .*<think>"),
+        (write(template, own + own), "expected a picture and words, once"),
         (change("config.json", quantization_config=ready), "quantised already, .*--quantize none"),
         (change("config.json", quantization_config=3), "look at its config.json"),
         (change("config.json", model_type="qwen2_5_vl"), "model_type is qwen2_5_vl"),
-        (foreign.save_pretrained, "tokenizer has no .*image_pad"),
+        (foreign.save_pretrained, r"no token <\|im_end\|>; a Qwen3-VL is expected"),
     ]
     for damage, words in cases:
         folder = damaged(whole, damage)

@@ -17,7 +17,6 @@ from tests.small import GOOD, one_line
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 # Flags --------------------------------------------------------------------------------------------
 EXTRA = {
@@ -210,17 +209,6 @@ def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeyp
         made.clear()
         play_row(args, Row("SFT", "sft", adapter="sft"), [GOOD], work)
         assert len(made) == 1
-
-
-@pytest.mark.parametrize(
-    "words", ["I/O error: No space left", "Error while serializing: IoError(28)"]
-)
-def test_a_full_disk_is_known_by_what_safetensors_says(words):
-    def save():
-        with files.writing("adapter"):
-            raise SafetensorError(words)
-
-    assert "adapter cannot be written" in one_line(save)
 
 
 # Ctrl-C and memory --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ FIELDS = {"id": str, "source": str, "image": str, "width": int, "height": int}
 OPTIONAL = {"key": str, "bbox": list}
 IVT_FIELDS = {**FIELDS, "expression": str, "bbox": list}
 VISRL_FIELDS = {**FIELDS, "question": str, "answer": str}
+SEEN = ("image", "width", "height")  # of a sample, when its image is opened
 PROBLEMS_SHOWN = 20
 THREADS = 8
 WORDS = "1 to 2000 characters, without special tokens (<|...|>, <think>), surrogates and NUL"
@@ -50,10 +51,9 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, r
         parsed = in_threads(image_check(path.parent), parsed, path.name)
     for (place, _), (sample, found) in zip(rows, parsed):
         if not found:
-            name = sample["id"]
-            first = place_of_id.setdefault(name, place)
+            first = place_of_id.setdefault(sample["id"], place)
             if first != place:
-                found = [f"id {name!r} is on {first} too; give each sample its own"]
+                found = [f"id {sample['id']!r} is on {first} too; give each sample its own"]
         if not found:
             samples.append(sample)
         problems += [f"{path}, {place}: {sentence}" for sentence in found]
@@ -88,32 +88,25 @@ def stamp_of(parsed, folder):
     try:
         for sample, _ in parsed:
             file = status(os.path.join(folder, sample["image"]))
-            size = sample["width"], sample["height"]
-            digest.update(str((sample["image"], size, file.st_size, file.st_mtime_ns)).encode())
+            seen = *map(sample.get, SEEN), file.st_size, file.st_mtime_ns
+            digest.update(str(seen).encode())
     except (OSError, ValueError, TypeError):  # not there, no path, no sample
         return None
     return digest.hexdigest()
 
 
 def image_check(folder):
-    """-> a function from what `parse_sample` returns to the same, with what is wrong with the
-    image."""
+    """-> what `parse_sample` returns -> the same, with what is wrong with the image."""
 
     @functools.cache  # many samples may be about one image
-    def fault_of(image, width, height):
+    def fault_of(*seen):
         try:
-            load_image({"image": image, "width": width, "height": height}, folder)
+            load_image(dict(zip(SEEN, seen)), folder)
         except ValueError as e:
             return [str(e)]
         return []
 
-    def check(row):
-        sample, problems = row
-        if sample:
-            problems = problems + fault_of(sample["image"], sample["width"], sample["height"])
-        return sample, problems
-
-    return check
+    return lambda row: (row[0], row[1] + (fault_of(*map(row[0].get, SEEN)) if row[0] else []))
 
 
 def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
@@ -188,8 +181,8 @@ def parse_sample(row, fields):
     if problems:
         return None, problems
 
-    for name in [name for name, kind in fields.items() if kind is str]:
-        if not is_words(sample[name]):
+    for name, kind in fields.items():
+        if kind is str and not is_words(sample[name]):
             problems.append(f"{name} is {sample[name][:60]!r}; write it in words, {WORDS}")
     width, height = sample["width"], sample["height"]
     if "bbox" in sample and not is_inside(sample["bbox"], width, height):
@@ -245,8 +238,7 @@ def decode(image, size, upright):
         raise ValueError(f"it has {pixels} pixels, which exceeds limit of {Image.MAX_IMAGE_PIXELS}")
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
-    turned = image.size == size[::-1] and image.size != size
-    if upright or (turned and image.getexif().get(0x0112) in (5, 6, 7, 8)):  # EXIF's orientation
+    if upright or image.size != size and image.getexif().get(0x0112) in (5, 6, 7, 8):  # turned
         image = ImageOps.exif_transpose(image)
     if image.size != size and not upright:
         own, said = ("{} x {}".format(*pair) for pair in (image.size, size))

@@ -26,7 +26,9 @@ def explained(fault, remedy):
     except Exception as e:
         if out_of_memory(e):
             raise
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        # torch.save hides the system's own word
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
         stop(f"{fault} ({reason}); {remedy}")
 
 
