@@ -29,14 +29,13 @@ NO_WORDS = re.compile(r"\A\s*\Z|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
 
 
 def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, rows=None):
-    """The samples of a .jsonl file that `command` makes, every line and every image checked.
+    """The samples of a .jsonl file that `command` makes, every line and every image checked; all
+    problems end the program together, each with line, field, value and remedy.
 
     fields: name -> type of what has to be there. An image is a path relative to the file, a bbox is
-    float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. All problems end the
-    program together, each with line, field, value and remedy. With `skip_bad` the good samples are
-    returned, and the others listed in <file>.skipped. stamp: a file that says what images were
-    checked; they are opened again when one has another path, size or time. rows: (place, row) of
-    all that a file of another form holds, rows as of `parse_sample`.
+    float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. skip_bad: the good
+    samples are returned, the others listed in <file>.skipped. stamp: a file that says what images
+    were checked, by path, size and time. rows: (place, row) of all that a file of another form has.
     """
     path = Path(path)
     if rows is None:
@@ -73,16 +72,14 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, r
 
 
 def in_threads(function, items, title):
-    """Yields the results of a function of each item, in their order. Pillow decodes beside other
-    threads."""
+    """Yields a function's results of each item, in their order; Pillow decodes beside threads."""
     bar = dict(total=len(items), desc=f"checking {title}", unit="sample", leave=False, delay=2)
     with ThreadPool(THREADS) as pool:
         yield from tqdm(pool.imap(function, items, chunksize=16), **bar)
 
 
 def stamp_of(parsed, folder):
-    """A hash of what the images of samples, as of `parse_sample`, were checked against; None where
-    one is missing."""
+    """A hash of what the images of samples (as of `parse_sample`) were checked against, or None."""
     status = functools.cache(os.stat)  # many samples may be about one image
     digest = hashlib.sha256()
     try:
@@ -110,16 +107,14 @@ def image_check(folder):
 
 
 def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
-    """The samples of one side of a run, such as "train" or "test". made_by: the script for a
-    message."""
+    """The samples of one side of a run, such as "train". made_by: the script for a message."""
     path = args.out / f"data/{side}.jsonl"
     return read_samples(path, command(args, made_by), fields, stamp=path.with_suffix(".checked"))
 
 
 def with_samples(path, samples, made_by, usable):
-    """The rows of a .jsonl file that `made_by` makes, each with all that its sample says. Rows of
-    other samples are of an earlier run, and left out. usable: row -> bool; exits with the first
-    that is not."""
+    """The rows of a .jsonl file that `made_by` makes, each with all that its sample says; those of
+    other samples are of an earlier run, and left out. usable: row -> whether it can be used."""
     sample_of = {sample["id"]: sample for sample in samples}
     rows = []
     for number, row in enumerate(read_jsonl(path, made_by), 1):
@@ -214,9 +209,7 @@ def load_image(sample, folder, upright=False):
 
     Grey, palette and CMYK images are converted, 16-bit ones scaled, transparency is laid on white.
     A photo that a camera marked as rotated is turned only if the annotated size says so; with
-    `upright` always, and its size need not be known. Raises ValueError that names file and reason:
-    animations, floating-point images, files larger than Pillow's limit against decompression bombs,
-    truncated or foreign ones, what is no file, pictures longer than Qwen3-VL takes.
+    `upright` always, and its size need not be known. Raises ValueError that names file and reason.
     """
     path = Path(folder) / sample["image"]
     try:

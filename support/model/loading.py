@@ -107,8 +107,7 @@ def free_memory():
 
 
 def loading(what, files):
-    """Around the libraries' own loading: all that fails, from damage to no network, is explained,
-    with the files to look at."""
+    """`explained` around the libraries' own loading, with the files to look at."""
     return explained(f"{what} cannot be loaded", f"look at its {files}, or get it again")
 
 

@@ -19,11 +19,8 @@ LINE = '{"image": "photo.jpg", "expression": "the cat on the left"}'
 
 
 def look_at(args, image, expression, loop):
-    """Runs the loop on image files, each with an expression; prints every step, with boxes in
-    pixels, and draws it, figures/<number>_<name>.png under --out.
-
-    image, expression: as of `own_samples`. Takes the GRPO adapter of the run, else its SFT adapter.
-    """
+    """Runs the loop on image files, each with an expression, by the run's best adapter; prints
+    every step, with boxes in pixels, and draws it, figures/<number>_<name>.png under --out."""
     samples = own_samples(image, expression)
     adapter = best_adapter(args.out)
     if not adapter:

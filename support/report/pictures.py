@@ -48,10 +48,8 @@ def font_for(text, font):
 
 def write_strip(path, sample, image, line, loop):
     """Writes a trajectory as a PNG: a panel per step, 1000 pixels wide in all; long words are cut.
-
-    Each panel is the picture that the model gets before the step, its own last box drawn into it;
-    outlined on it are the truth, where the sample has one, and the new box.
-    """
+    A panel is the picture that the model gets before the step, its own last box drawn into it;
+    outlined on it are the truth, where the sample has one, and the new box."""
     boxes = line["boxes"]
     width = min(320, (1000 - GAP) // len(boxes) - GAP)
     truth = None
@@ -77,8 +75,7 @@ def write_strip(path, sample, image, line, loop):
 
 
 def together(words, panels, width, keys):
-    """(picture, caption, text) triples side by side, under the words and what each color means
-    (keys)."""
+    """(picture, caption, text) triples side by side, under the words and what each color means."""
     sheet_width = max(700, len(panels) * (width + GAP) + GAP)
     words = textwrap.wrap(words, sheet_width // 9)[:4]
     top = 50 + 20 * len(words)

@@ -19,8 +19,7 @@ from support.running.processes import (
 
 
 def writing(path):
-    """Around every write: a full disk or a forbidden folder ends with a message, and the last
-    whole file stays."""
+    """Around every write, so that a full disk or a forbidden folder ends with a message."""
     remedy = "what was saved is whole; make room, or allow writing; the same command goes on"
     return explained(f"{path} cannot be written", remedy)
 
@@ -141,8 +140,7 @@ def resumable(path, samples, batch_size, name, work):
 
 
 def sealed_rows(path, samples):
-    """The rows at the beginning of the log `path` that are whole, as they were written, and belong
-    to these samples, in their order."""
+    """The first rows of a log that are whole, as they were written, and of these samples."""
     rows = []
     lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
     for sample, line in zip(samples, lines):
