@@ -105,8 +105,7 @@ def analyse(samples, lines_of, pairs):
 
 
 def findings(right, good):
-    """The paper's findings as hypotheses on these rows: a list of `judged`. good: name of a file of
-    pairs -> its `right_pairs`."""
+    """The paper's findings, a list of `judged`. good: a file of pairs -> its `right_pairs`."""
     found = []
     for sentence, what, pairs in FINDINGS:
         rows = right[what]
@@ -189,8 +188,7 @@ def page(args, results, samples, lines_of, pairs):
 
 
 def stages_chart(results):
-    """Right answers after each stage of the training, and iteration (Figure 4): all questions, and
-    those of each source."""
+    """Right answers after each stage and iteration (Figure 4): all questions, and each source's."""
     answers = results["answers"]
     stages = [name for name in answers if name in (BASE, SFT, RL1, RL2) or "iteration" in name]
     series = {"all": [[t, *answers[name]] for t, name in enumerate(stages)]}

@@ -84,10 +84,7 @@ class Row:
 # The engine ---------------------------------------------------------------------------------------
 def player(args, trainee=None):
     """A function that plays loops as `rollout` does, on a vLLM that starts when it is needed.
-
-    trainee: see support/model/decoding.py, `rollouts`. Exits without vLLM, and where it would play
-    another policy than the one that is trained.
-    """
+    trainee: see support/model/decoding.py, `rollouts`."""
     import_vllm()
     if args.quantize != "none":
         stop("--engine vllm takes --quantize none: in 4 bits it would play another policy")
@@ -161,9 +158,8 @@ def start(args, vlm):
 
 @contextmanager
 def without_main():
-    """Inside, a process that is started anew does not run this program again, as Python would have
-    it do: the phases are plain scripts, and vLLM starts a process for each further GPU. It runs
-    the package's empty file instead."""
+    """Inside, a process that is started anew does not run this program again: the phases are plain
+    scripts, and vLLM starts a process for each further GPU. It runs the package's empty file."""
     main = sys.modules["__main__"]
     before = main.__spec__, getattr(main, "__file__", None)
     main.__spec__, main.__file__ = None, str(Path(__file__).with_name("__init__.py"))
@@ -174,11 +170,9 @@ def without_main():
 
 
 def hand_over(engine, vlm):
-    """The LoRARequest of the adapter that is active in vlm, None where there is none.
-
-    It is saved when its weights are not those that were saved last: other tensors, or changed in
-    place since. What was saved before of this name goes.
-    """
+    """The LoRARequest of the adapter that is active in vlm, None where there is none. It is saved
+    when its weights are other tensors than those saved last, or changed in place since; these
+    go."""
     from vllm.lora.request import LoRARequest
 
     layer = next((m for m in vlm.model.modules() if isinstance(m, LoraLayer)), None)
@@ -234,10 +228,9 @@ def vllm_rollout(
 ):
     """What `rollout` returns for these arguments: P * N trajectories, played by an Engine.
 
-    vlm: the model, of which tokenizer, image processor and active adapter are used. encode: it also
-    encodes the pictures, for an update; otherwise the ImageTokens have no values. Greedy, both ways
-    give the same up to rounding; sampled, the same distribution, from other random numbers: what a
-    prompt samples depends on its seed, T and N, not on its batch (up to rounding).
+    vlm: its tokenizer, image processor and active adapter are used. encode: it also encodes the
+    pictures, for an update. Greedy, both ways give the same up to rounding; sampled, the same
+    distribution, from other random numbers, which depend on a prompt's seed, T and N alone.
     """
     if max(temperatures) > 0 and not seeds:
         raise ValueError("sampling takes a seed for each prompt")
@@ -309,8 +302,7 @@ def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora, **cut
 
 
 def take(vlm, row, output, loop):
-    """Appends what vLLM has written to a row, up to where the step ends; the rest is dropped.
-    Returns whether it has ended."""
+    """Appends what vLLM has written to a row, up to where the step ends -> whether it has ended."""
     made = row.trajectory
     t = len(made.boxes)
     placeholder = vlm.base.config.image_token_id

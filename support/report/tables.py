@@ -1,8 +1,5 @@
-"""The results of an evaluation, put together, and their report: for the terminal, in Markdown
-(results.md), and for the page.
-
-A report is a list of sections: (name, text, head, rows), a table and what stands over it.
-"""
+"""The results of an evaluation and their report: for the terminal, in Markdown (results.md), for
+the page. It is a list of sections: (name, text, head, rows), a table and what stands over it."""
 
 import json
 import re
@@ -116,8 +113,7 @@ def cells(values, sign=""):
 
 
 def report(results):
-    """The sections that have rows: Tables 1 and 2 and the verdicts first, then what goes beyond
-    them."""
+    """The sections that have rows: Tables 1 and 2 and the verdicts, then what goes beyond them."""
     sections = [
         table1(results),
         differences(results),
