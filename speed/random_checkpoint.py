@@ -38,10 +38,7 @@ VISION = dict(
 
 
 def save_random(folder):
-    """Writes the checkpoint in bfloat16, and returns how many weights it has.
-
-    Its tokenizer is the toy's, and its image processor as the real one.
-    """
+    """Writes the checkpoint in bfloat16 -> how many weights it has. Its tokenizer is the toy's."""
     tokenizer = make_tokenizer()
     processor = make_image_processor()
     processor.patch_size = 16

@@ -114,9 +114,8 @@ def to_repeat(rng):
 
 
 def own_frames(finds, boxes):
-    """Of the model's own boxes, each drawn as a frame of some color, (items of those that hold
-    the object, of those that do not).
-    """
+    """Of the model's own boxes, each drawn as a frame: (items of those that hold the object, of
+    others)."""
     rng = random.Random("own 1")  # of its own: how many it draws hangs on what the model found
     right, wrong = [], []
     for (picture, expression, target), box in zip(finds, boxes):
