@@ -123,14 +123,8 @@ def with_size(row):
 
 
 # Sides --------------------------------------------------------------------------------------------
-def equal_shares(samples, size):
-    """source -> how many of `size` samples are wanted of it, the same of each, rounded up."""
-    sources = sorted({sample["source"] for sample in samples})
-    return {source: -(-size // len(sources)) for source in sources}
-
-
 def in_proportion(counts, size):
-    """source -> how many of `size` samples are wanted of it, in the proportions of its count."""
+    """source -> how many of `size` samples are wanted of it, in proportion to its count."""
     total = sum(counts.values())
     return {source: -(-count * size // total) for source, count in counts.items()}
 
@@ -189,5 +183,6 @@ def make_sides(args, data):
     else:
         per_source = sum(-(-size // len(TOY_SOURCES)) for size in sizes.values())
         samples = toy_samples(data, per_source, args.seed)
-    wanted = {side: equal_shares(samples, size) for side, size in sizes.items()}
+    equal = {sample["source"]: 1 for sample in samples}
+    wanted = {side: in_proportion(equal, size) for side, size in sizes.items()}
     return split(samples, wanted, args.seed)

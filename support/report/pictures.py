@@ -98,17 +98,10 @@ def together(words, panels, width, keys):
 
 
 def panel(image, boxes, width, height):
-    """The image, as large as fits, with outlined boxes on it: (color, box in 0..1000).
-
-    A small one grows by a whole multiple, so that its pixels stay sharp, unless that leaves a third
-    of the room empty.
-    """
+    """The image, as large as fits, with outlined boxes on it: (color, box in 0..1000)."""
     scale = min(width / image.width, height / image.height)
-    whole = int(scale)
-    if whole and scale < 1.5 * whole:
-        scale = whole
     size = [max(1, round(side * scale)) for side in image.size]
-    picture = image.resize(size, Image.NEAREST if scale == whole else Image.LANCZOS)
+    picture = image.resize(size, Image.LANCZOS)
     pen = ImageDraw.Draw(picture)
     for color, box in boxes:
         pen.rectangle(denormalize_box(box, *size), outline=color, width=3)
