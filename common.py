@@ -111,9 +111,9 @@ def answer_of(text):
 
 
 def parse_box(text):
-    """The first box of the answer, not of the reasoning, or None; on any string. Reversed corners
-    are sorted. Numbers outside 0..1000 or with a fraction, or no area, make no valid box."""
-    match = _BOX.search(answer_of(text))
+    """The first box of the answer, not of reasoning or a label, or None; on any string. Reversed
+    corners are sorted. Numbers beyond 0..1000 or with a fraction, or no area, make no valid box."""
+    match = _BOX.search(_LABEL.sub("label", answer_of(text)))
     if not match:
         return None
     values = [float(v) for v in match.groups()]
@@ -131,7 +131,7 @@ def last_valid(boxes):
 
 def box_complete(text):
     """Whether the answer holds a whole box, and the JSON object around it is closed too."""
-    answer = answer_of(text)
+    answer = _LABEL.sub("label", answer_of(text))
     match = _BOX.search(answer)
     return bool(match) and ("{" not in answer[: match.start()] or "}" in answer[match.end() :])
 

@@ -79,6 +79,7 @@ VALID_TEXTS = [
     "[1.0, 2, 30, 40]",
     "[1, 2, 30, 40]\x00\ud800",
     '[{"bbox_2d": [1, 2, 30, 40], "label": "the <think> sign"}]',
+    '[{"label": "the [5, 6, 70, 80] sign", "bbox_2d": [1, 2, 30, 40]}]',
     '<think>a</think>[{"label": "a </think> \\" <think>", "bbox_2d": [1, 2, 30, 40]}]',
 ]
 INVALID_TEXTS = [
@@ -133,6 +134,7 @@ def test_the_time_of_reading_grows_with_the_text_alone(start, filling):
 def test_a_step_ends_with_its_object():
     assert box_complete('[{"bbox_2d": [1, 2, 3, 4], "label": "the <think> sign"}]')
     assert not box_complete('{"bbox_2d": [1, 2, 3, 4]')
+    assert not box_complete('[{"label": "the {[1, 2, 3, 4]} sign", ')
     assert box_complete('{"bbox_2d": [1, 2, 3, 4]}')
     assert box_complete("[1, 2, 3, 4]")
     assert not box_complete("<think>It is at [1, 2, 3, 4].")
