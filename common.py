@@ -396,10 +396,8 @@ def pad_rows(rows, value, device):
 
 
 def pad_pieces(vlm, pieces, images, offsets):
-    """Pieces of sequence of different lengths, one per row, beginning at these M-RoPE offsets.
-
-    -> ids [B, K], positions [3, B, K], mask [B, K] (0: padding), the B next offsets.
-    """
+    """Pieces of sequence, one per row, that begin at these M-RoPE offsets -> ids [B, K], positions
+    [3, B, K], mask [B, K] (0: padding), the B next offsets."""
     base = vlm.base
     ids = pad_rows(pieces, 0, base.device)
     mask = pad_rows([[1] * len(piece) for piece in pieces], 0, base.device)

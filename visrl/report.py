@@ -9,7 +9,7 @@ from support.data.samples import with_samples
 from support.report import tables
 from support.report.page import STYLES, chart, group, log_curves, write_page
 from support.report.rows import Row
-from support.report.statistics import estimate, judged, resampled
+from support.report.statistics import estimate, judged, main_row, resampled
 from support.report.tables import cells
 from support.running.files import read_jsonl
 from visrl.loop import crop_bbox, is_pair
@@ -24,6 +24,7 @@ RL2 = "SFT + RL1 + RL2"
 ONLY = "SFT + RL2 only"
 PLAIN = "Plain DPO, no box"
 DIRECT = {"plain_sft": "SFT on chosen answers, no box", "plain_kto": "KTO, no box"}  # Table 5
+MAIN = (RL2, RL1, SFT, BASE)  # the first that is there is shown first, and has controls
 FINDINGS = (  # the paper's: in words, of what, and the differences above zero if it holds
     ("RL1 raises box accuracy, without boxes", "boxes", [(RL1, SFT)]),
     ("In answers SFT < SFT + RL1 < SFT + RL1 + RL2", "answers", [(RL1, SFT), (RL2, RL1)]),
@@ -37,12 +38,6 @@ PARTS = {  # a file of pairs -> what of the pipeline is missing (Table 6)
     "pairs_no_box_critic": "without the box critic",
     "pairs_sft_critic": "with the SFT model as critic",
 }
-
-
-def main_row(rows):
-    """The row that the page shows first, and that controls are of."""
-    named = {row.name: row for row in rows}
-    return next(named[name] for name in (RL2, RL1, SFT, BASE) if name in named)
 
 
 # Pairs (Table 6) ----------------------------------------------------------------------------------
@@ -166,7 +161,7 @@ def page(args, results, samples, lines_of, pairs):
             first, last = ("right" if right else "wrong" for right in ends)
             words = {"words": f"{BASE}: {first}; here: {last}", "ends": ends}
             lines[row].append({**page_line(args, sample, line), **words})
-    shown = main_row(lines_of).name
+    shown = main_row(lines_of, MAIN).name
     groups = [group("test", samples, lines, 1, shown=shown)]
     for name, rows in pairs.items():
         sides = {}

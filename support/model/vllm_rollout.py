@@ -1,22 +1,18 @@
-"""The rollout of common.py on vLLM, for where one GPU with the plain loop is not enough.
-
-`--engine vllm` puts `player` in the place of `rollout`: the same arguments, the same trajectories.
+"""The rollout of common.py on vLLM: `--engine vllm` puts `player` in the place of `rollout`, with
+the same arguments and trajectories.
 
 - A step is a request whose prompt is token ids: those of the step before, the sampled ones, the
-  injected ones. No text is ever tokenised again, so what was sampled is what is trained on, and
-  vLLM's prefix cache holds all but the injected part. No row waits for another.
-- Where a step ends is `loop.ends`'s word, asked token by token as vLLM writes; then the request is
-  aborted, and what vLLM has written beyond is dropped. (A stop string cannot say "a whole box,
-  outside the reasoning, and the JSON around it closed".)
+  injected ones. No text is ever tokenised again, so what was sampled is what is trained on.
+- Where a step ends is `loop.ends`'s word, which no stop string can say, asked token by token; then
+  the request is aborted, and what vLLM has written beyond is dropped.
 - Pictures are handed over in the size at which the trainer's image processor would show them, so
   that both see the same pixels and count the same image tokens.
 - LoRA: the adapter that is active in the trainer's model is saved and handed over under a new name
   whenever its weights have changed. The name matters: the prefix cache goes by it.
 
-The update's importance ratio is 1 up to rounding: in bfloat16 log pi of a token may differ by some
-hundredths, since vLLM's kernels add up in another order. `grpo.py` logs how far (`sampler_gap`),
-and warns above a bound. Truncated importance sampling is not built in: in float32 the ratio is 1 to
-five digits, and a gap that is large tells of something else that is wrong.
+The update's importance ratio is 1 up to rounding: vLLM's kernels add up in another order. `grpo.py`
+logs how far (`sampler_gap`) and warns above a bound. Truncated importance sampling is not built in:
+in float32 the ratio is 1 to five digits, and a large gap tells of something else that is wrong.
 """
 
 import atexit

@@ -26,11 +26,10 @@ GRPO = "SFT + GRPO + IVT"
 WITHOUT_SFT = "GRPO without SFT + IVT"
 
 
-def main_row(rows):
+def main_row(rows, wanted=(GRPO, SFT, WITHOUT_SFT, UNTRAINED)):
     """The row that strata and pictures are of: the paper's last that is there, else the last."""
     named = {row.name: row for row in rows}
-    wanted = (GRPO, SFT, WITHOUT_SFT, UNTRAINED, *reversed(named))
-    return next(named[name] for name in wanted if name in named)
+    return next(named[name] for name in (*wanted, *reversed(named)) if name in named)
 
 
 # Estimates ----------------------------------------------------------------------------------------

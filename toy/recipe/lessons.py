@@ -36,16 +36,8 @@ OPENINGS = ("", "Please ", "Now ", "Hi! ", "Look at the picture. ", "Task: ", "O
 REQUESTS = ("find {}", "show me {}", "mark {}", "detect {}", "draw a box on {}", "select {}")
 REQUESTS += ("give the box of {}", "a box for {}", "which part is {}", "I look for {}")
 REQUESTS += ("can you see {}", "do you know {}", "would you get me {}", "{} is what I need")
-ENDINGS = (
-    "",
-    ".",
-    "?",
-    "?",
-    " in this picture.",
-    " and write its box.",
-    ", as JSON",
-    ". Box only.",
-)
+ENDINGS = ("", ".", "?", "?", " in this picture.")
+ENDINGS += (" and write its box.", ", as JSON", ". Box only.")
 BOXES = ("find", "frame")  # the kinds of questions that are answered by a box
 ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
 
