@@ -54,9 +54,10 @@ def test_runs_that_differ_in_more_than_the_seed_and_unfinished_ones_are_refused(
     folders = [make_run(tmp_path / "a", 0, 0.4), make_run(tmp_path / "b", 1, 0.5, lr=0.2)]
     with pytest.raises(SystemExit, match="for the seed: sft.config lr: 0.1, sft.config lr: 0.2"):
         docs_tables.write_all(folders, tmp_path)
-    (tmp_path / "a/results.json").unlink()
-    with pytest.raises(SystemExit, match="python evaluate.py --ablations --out"):
-        docs_tables.write_all(folders[:1], tmp_path)
+    for content in ("{", "[1]", '{"ablations": {}}'):
+        (tmp_path / "a/results.json").write_text(content)
+        with pytest.raises(SystemExit, match="python evaluate.py --ablations --out"):
+            docs_tables.write_all(folders[:1], tmp_path)
 
 
 def test_the_table_of_visrl_has_a_column_for_each_run(tmp_path):

@@ -237,6 +237,11 @@ def test_ctrl_c_while_libraries_load_says_nothing(tmp_path):
     assert b"KeyboardInterrupt" in ran.stderr
 
 
+def test_variables_of_other_launchers_are_no_traceback(monkeypatch):
+    monkeypatch.setattr(processes, "WORLD", 2)  # as a cluster sets it, and no MASTER_ADDR
+    assert "start them with torchrun" in one_line(processes.start_processes)
+
+
 def test_ctrl_c_waits_for_the_batch_and_a_second_one_ends_at_once(monkeypatch):
     monkeypatch.setattr(processes, "stop_asked", [])
     processes.ask_to_stop(signal.SIGINT, None)

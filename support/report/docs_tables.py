@@ -22,7 +22,7 @@ from pathlib import Path
 
 from support.report.statistics import BASE, GRPO, GUARDED, SFT, SINGLE, UNTRAINED
 from support.report.tables import INTERVALS, cell, main_sections, markdown, markdown_table
-from support.running.errors import stop
+from support.running.errors import explained, stop, verify
 from support.running.files import read_config, write_text
 from support.running.flags import ROOT
 
@@ -34,10 +34,10 @@ INTERVAL_OF_A_MEAN = re.compile(r"(?<![-+.\d])(\d\.\d{3}) \[[^]-]*\]")
 
 def read_results(folder, part="findings", command="python evaluate.py"):
     path = folder / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if not results.get(part):
-        stop(f"{path} has no {part}; first run: {command} --out {folder}")
-    return results
+    with explained(f"{path} cannot be used", f"first run: {command} --out {folder}"):
+        results = json.loads(path.read_bytes())
+        verify(results[part], f"no {part}")
+        return results
 
 
 def settings(folder):
