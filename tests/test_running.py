@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -111,6 +112,13 @@ def test_flags_check_their_paths_before_any_work(parse):
     assert "--data nope.jsonl: no such file" in one_line(parse, "sft", "--data nope.jsonl")
     assert "--folder file: not a directory" in one_line(parse, "sft", "--folder file")
     assert "/file/run: not a directory" in one_line(parse, "sft", out="file/run")
+
+
+def test_scripts_without_a_run_check_their_paths_too(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for script, flag in (("toy.recipe.skills", "--model"), ("speed.random_checkpoint", "--out")):
+        monkeypatch.setattr(sys, "argv", [script, flag, str(tmp_path / "file")])
+        assert f"{flag} " in one_line(runpy.run_module, script, run_name="__main__")
 
 
 def test_another_phase_is_named_with_the_runs_own_flags():

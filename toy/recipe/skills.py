@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count, islice, product
 
 from common import SINGLE_PROMPT, SINGLE_SHOT, VLM, format_box, iou, parse_box, rollout
+from support.running.flags import check_path
 from toy import questions, world
 from toy.model import make_image_processor
 from toy.questions import FRAMES, RELATED
@@ -231,6 +232,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=BASE)
     parser.add_argument("--n", type=int, default=400, help="questions of each kind (400)")
     args = parser.parse_args()
+    check_path("--model", args.model, "folder")
     print(f"{'skill':46}{'measure':19}value  chance")
     with torch.inference_mode():
         for skill, measure, value, chance in table(load(args.model), args.n):
