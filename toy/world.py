@@ -279,9 +279,8 @@ def crowded(rng, source):
 
 def make_samples(folder, per_source, seed, styles=None, words=None):
     """Draws a scene for each of `per_source` samples of each source into folder/images -> the
-    samples. styles: source -> how its expressions describe the object, of SOURCES (default: each
-    its own). words: (expression, object) -> what a sample says and asks (default: the
-    expression)."""
+    samples. styles: source -> how its expressions describe the object (default: each its own).
+    words: (expression, object) -> what a sample says and asks (default: the expression)."""
     folder = Path(folder)
     styles = styles or {source: source for source in SOURCES}
     samples = []

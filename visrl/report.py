@@ -50,8 +50,7 @@ def read_pairs(data):
 
 
 def right_pairs(pairs):
-    """[pairs] bool: whether the chosen box is right (IoU > 0.5) and the rejected one wrong, as
-    training never saw: WP-LN of Table 6."""
+    """[pairs] bool: whether the chosen box is right (IoU > 0.5) and the rejected one is not."""
     good = []
     for pair in pairs:
         chosen, rejected = (box_iou(pair[side]["box"], pair) for side in ("chosen", "rejected"))
@@ -150,8 +149,7 @@ def sections(results):
 
 # The page -----------------------------------------------------------------------------------------
 def page(args, results, samples, lines_of, pairs):
-    """report.html of the run: tables, curves, what each row looks at and answers, and the pairs
-    with their scores."""
+    """report.html: tables, curves, what each row looks at and answers, and the scored pairs."""
     lines = {}
     [base_lines] = [own for row, own in lines_of.items() if row.name == BASE]
     for row, rows in lines_of.items():

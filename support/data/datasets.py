@@ -64,8 +64,7 @@ def missing_files(folders):
 
 # The readers --------------------------------------------------------------------------------------
 def read_parquet(folder, columns, files="*.parquet"):
-    """Yields the rows of a folder's parquet files as dicts of these columns; no other column is
-    read, and few rows are in memory at once."""
+    """Yields the rows of a folder's parquet files as dicts of these columns, a few in memory."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -92,8 +91,7 @@ def inside(file_name):
 
 
 def refcocog(folder, coco):
-    """RefCOCOg, a row per sentence. Its images are those of COCO train2014, in the folder `coco` or
-    in its subfolder train2014."""
+    """RefCOCOg, a row per sentence. coco: COCO's train2014 images, or the folder around them."""
     if (coco / "train2014").is_dir():
         coco = coco / "train2014"
     columns = ["ref_id", "image_id", "bbox", "raw_image_info", "sentences"]

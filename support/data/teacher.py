@@ -97,8 +97,7 @@ def place(box):
 
 
 def faults_of(before, truth):
-    """How a box lies to the true one, both in 0..1000, in words: its faults, and what cures them,
-    moves and sizes."""
+    """How a box lies to the true one, both in 0..1000, in words: its faults, moves and sizes."""
     width = max(truth[2] - truth[0], 1)
     height = max(truth[3] - truth[1], 1)
     # How far the truth's centre lies to the right and below, in sizes of the true box

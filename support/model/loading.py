@@ -127,9 +127,8 @@ def check_kind(name, quantize):
 
 
 def check_tokenizer(tokenizer):
-    """That it has the tokens of pictures, and that its chat template gives a picture and then
-    words, each once, and opens no reasoning by itself, as a Thinking model's does: each step is to
-    open its own."""
+    """That it has the tokens of pictures; that its chat template gives a picture, then words, once
+    each, and opens no reasoning, as a Thinking model's does: each step is to open its own."""
     for token in SPECIAL_TOKENS:
         known = tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
         verify(known, f"no token {token}; a Qwen3-VL is expected")

@@ -33,8 +33,7 @@ USER_TURN = (
 
 
 def loop_of(args):
-    """The Loop of --feedback and --surroundings, with --guard on guarded (not every phase has
-    it)."""
+    """The Loop of --feedback and --surroundings; guarded with --guard on, where there is one."""
     loop = IVT
     if args.feedback == "zoom":
         loop = zoom(args.surroundings)
@@ -46,9 +45,8 @@ def loop_of(args):
 
 
 def view_of(box, surroundings):
-    """The part of the image around a box, of the image's proportions, moved into it; all in
-    0..1000. Its sides are `surroundings` times the longer side of `box`; without a box, the whole
-    image."""
+    """The part of the image around a box, of its proportions, moved into it; all in 0..1000. Its
+    sides are `surroundings` times the longer side of `box`; without a box, the whole image."""
     if box is None:
         return WHOLE
     x1, y1, x2, y2 = box

@@ -166,9 +166,8 @@ def without_main():
 
 
 def hand_over(engine, vlm):
-    """The LoRARequest of the adapter that is active in vlm, None where there is none. It is saved
-    when its weights are other tensors than those saved last, or changed in place since; these
-    go."""
+    """The LoRARequest of the adapter that is active in vlm, or None. It is saved when its weights
+    are other tensors than those saved last, or changed in place since; these go."""
     from vllm.lora.request import LoRARequest
 
     layer = next((m for m in vlm.model.modules() if isinstance(m, LoraLayer)), None)

@@ -78,8 +78,7 @@ def refinement(samples, lines, ious):
 
 def ablations_of(samples, steps, lines_of, others):
     """What a row does when it is shown other pictures than its own: name -> estimates; "against":
-    the last step's IoU minus that of the row itself, paired. others: (row, what is shown) ->
-    lines."""
+    the last step's IoU minus the row's own, paired. others: (row, what is shown) -> lines."""
     table = {}
     for (row, word), lines in others.items():
         ious, own = (all_ious(samples, of)[:, : steps + 1] for of in (lines, lines_of[row]))
@@ -89,8 +88,7 @@ def ablations_of(samples, steps, lines_of, others):
 
 
 def findings(results, ious_of):
-    """The paper's findings as hypotheses on these rows: a list of `judged`. ious_of: a row's name
-    -> [S, T + 1]."""
+    """The paper's findings as a list of `judged`. ious_of: a row's name -> [S, T + 1]."""
     differences = results["differences"]
     rows = results["table2"]  # of other systems, a row may have one box only
     shown = results["shown"]

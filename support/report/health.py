@@ -33,8 +33,7 @@ def warn(run):
 
 def step_ious(trajectories, owners):
     """The mean IoU of each step, T + 1 floats, over the trajectories of all processes: whether
-    refining helps, which the reward does not see (Section 3.4). owners: the sample of each
-    trajectory."""
+    refining helps, which the reward does not see (Section 3.4). owners: the sample of each one."""
     ious = [[box_iou(box, s) for box in t.boxes] for t, s in zip(trajectories, owners)]
     return [round(v, 4) for v in torch.tensor(gather(ious)).mean(0).tolist()]
 
@@ -46,8 +45,7 @@ def sampler_gaps(trajectories, logprob):
 
 
 def rollout_facts(rewards, trajectories, owners, gaps):
-    """What the log of GRPO has of a batch of rollouts, over all processes. rewards: [P, N]; gaps:
-    of `sampler_gaps`."""
+    """What GRPO's log has of a batch of rollouts, over all processes. rewards: [P, N]."""
     valid = gather([sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories])
     lengths = gather([len(t.target) for t in trajectories])
     sums, largest = zip(*gather([(sum(gaps), max(gaps))]))

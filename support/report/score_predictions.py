@@ -25,8 +25,7 @@ LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 
 
 def read_predictions(path, samples):
-    """A file of predictions -> {Row: its lines, in the order of the samples}. Exits with line and
-    remedy."""
+    """A file of predictions -> {Row: its lines, in the order of the samples}."""
     number_of = {sample["id"]: i for i, sample in enumerate(samples)}
     lines_of = {}
     for number, line in enumerate(read_jsonl(path, "the system that makes it"), 1):

@@ -99,8 +99,7 @@ def metrics(ious):
 
 
 def metric_estimates(ious, compared=0):
-    """[S] as of `metrics` -> {metric: estimate}. compared: the `metrics` of other boxes, which are
-    taken away."""
+    """[S] as of `metrics` -> {metric: estimate}. compared: other boxes' `metrics`, taken away."""
     return dict(zip(METRICS, estimate(metrics(ious) - compared)))
 
 

@@ -97,8 +97,7 @@ def means(estimates):
 
 # The report ---------------------------------------------------------------------------------------
 def cell(value, sign=""):
-    """An estimate as text, "" for None. With sign "+" it is a difference, and * marks an interval
-    without zero."""
+    """An estimate as text; sign "+": of a difference, where * marks an interval without zero."""
     if value is None:
         return ""
     mean, low, high = value

@@ -175,8 +175,7 @@ def filler(rng, mean, words):
 
 
 def reword(rng, question):
-    """Puts a question in other words: what is asked stays the one thing in them that can be
-    answered."""
+    """Puts a question in other words: what is asked is the one thing in them to be answered."""
     is_box = question.kind in BOXES
     plain = [word for word in vocabulary_words() if word.lower().rstrip("s") not in NAMES]
     way = rng.random()

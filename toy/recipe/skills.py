@@ -115,8 +115,7 @@ def to_repeat(rng):
 
 
 def own_frames(finds, boxes):
-    """Of the model's own boxes, each drawn as a frame: (items of those that hold the object, of
-    others)."""
+    """Of the model's own boxes, drawn as frames: (items of those that hold the object, others)."""
     rng = random.Random("own 1")  # of its own: how many it draws hangs on what the model found
     right, wrong = [], []
     for (picture, expression, target), box in zip(finds, boxes):
