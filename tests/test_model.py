@@ -26,14 +26,8 @@ from transformers import PreTrainedTokenizerFast
 
 def model_args(folder, **changes):
     """The flags that `load_vlm` reads."""
-    values = dict(
-        model=str(folder),
-        dtype="float32",
-        max_pixels=2**20,
-        quantize="none",
-        checkpointing="off",
-    )
-    return argparse.Namespace(**{**values, **changes})
+    values = dict(dtype="float32", max_pixels=2**20, quantize="none", checkpointing="off")
+    return argparse.Namespace(**{**values, "model": str(folder), **changes})
 
 
 def save_parts(vlm, folder):

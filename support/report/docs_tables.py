@@ -120,19 +120,14 @@ def seeds_table(runs):
     return by_seed(rows, runs)
 
 
-def visrl_table(runs):
-    """Shares and findings of the first run, a column per run."""
+def write_visrl(folders, root=ROOT):
+    runs = [read_results(folder, command="python -m visrl.evaluate") for folder in folders]
     rows = []
     for what, words in (("answers", "right answers"), ("boxes", "right boxes, IoU > 0.5")):
         for name in runs[0][what]:
             rows.append([f"{name}: {words}", *(cell(run[what].get(name)) for run in runs)])
-    return by_seed(rows, runs)
-
-
-def write_visrl(folders, root=ROOT):
-    runs = [read_results(folder, command="python -m visrl.evaluate") for folder in folders]
     head = f"# VisRL\n\n{machine()}; {runs[0]['n']} test samples a seed. {INTERVALS}\n\n"
-    write_text(root / "docs/tables/visrl.md", head + "\n".join(visrl_table(runs)))
+    write_text(root / "docs/tables/visrl.md", head + "\n".join(by_seed(rows, runs)))
 
 
 def write_all(folders, root=ROOT):
