@@ -54,9 +54,9 @@ def test_runs_that_differ_in_more_than_the_seed_and_unfinished_ones_are_refused(
     folders = [make_run(tmp_path / "a", 0, 0.4), make_run(tmp_path / "b", 1, 0.5, lr=0.2)]
     with pytest.raises(SystemExit, match="for the seed: sft.config lr: 0.1, sft.config lr: 0.2"):
         docs_tables.write_all(folders, tmp_path)
-    for content in ("{", "[1]", '{"ablations": {}}'):
+    for content in ("{", "[1]", '{"ablations": {}}', '{"ablations": {"no": "row"}}'):
         (tmp_path / "a/results.json").write_text(content)
-        with pytest.raises(SystemExit, match="python evaluate.py --ablations --out"):
+        with pytest.raises(SystemExit, match="evaluate.py --ablations --out|make what they lack"):
             docs_tables.write_all(folders[:1], tmp_path)
 
 

@@ -120,6 +120,7 @@ def seeds_table(runs):
     return by_seed(rows, runs)
 
 
+@explained("the tables cannot be made of these runs", "make what they lack")
 def write_visrl(folders, root=ROOT):
     runs = [read_results(folder, command="python -m visrl.evaluate") for folder in folders]
     rows = []
@@ -130,6 +131,7 @@ def write_visrl(folders, root=ROOT):
     write_text(root / "docs/tables/visrl.md", head + "\n".join(by_seed(rows, runs)))
 
 
+@explained("the tables cannot be made of these runs", "make what they lack")
 def write_all(folders, root=ROOT):
     for folder in folders[1:]:
         differing = sorted(settings(folder) ^ settings(folders[0]))
