@@ -110,9 +110,9 @@ def answer_of(text):
 
 
 def parse_box(text):
-    """The first box of the answer, not of the reasoning, or None; on any string. Reversed corners
-    are sorted. Numbers outside 0..1000 or with a fraction, or no area, make no valid box."""
-    match = _BOX.search(answer_of(text))
+    """The first box of the answer, not of reasoning or a label, or None; on any string. Reversed
+    corners are sorted. Numbers beyond 0..1000 or with a fraction, or no area, make no valid box."""
+    match = _BOX.search(_LABEL.sub("label", answer_of(text)))
     if not match:
         return None
     values = [float(v) for v in match.groups()]
@@ -130,7 +130,7 @@ def last_valid(boxes):
 
 def box_complete(text):
     """Whether the answer holds a whole box, and the JSON object around it is closed too."""
-    answer = answer_of(text)
+    answer = _LABEL.sub("label", answer_of(text))
     match = _BOX.search(answer)
     return bool(match) and ("{" not in answer[: match.start()] or "}" in answer[match.end() :])
 
@@ -395,10 +395,8 @@ def pad_rows(rows, value, device):
 
 
 def pad_pieces(vlm, pieces, images, offsets):
-    """Pieces of sequence of different lengths, one per row, beginning at these M-RoPE offsets.
-
-    -> ids [B, K], positions [3, B, K], mask [B, K] (0: padding), the B next offsets.
-    """
+    """Pieces of sequence, one per row, that begin at these M-RoPE offsets -> ids [B, K], positions
+    [3, B, K], mask [B, K] (0: padding), the B next offsets."""
     base = vlm.base
     ids = pad_rows(pieces, 0, base.device)
     mask = pad_rows([[1] * len(piece) for piece in pieces], 0, base.device)

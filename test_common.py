@@ -79,6 +79,7 @@ VALID_TEXTS = [
     "[1.0, 2, 30, 40]",
     "[1, 2, 30, 40]\x00\ud800",
     '[{"bbox_2d": [1, 2, 30, 40], "label": "the <think> sign"}]',
+    '[{"label": "the [5, 6, 70, 80] sign", "bbox_2d": [1, 2, 30, 40]}]',
     '<think>a</think>[{"label": "a </think> \\" <think>", "bbox_2d": [1, 2, 30, 40]}]',
 ]
 INVALID_TEXTS = [
@@ -133,6 +134,7 @@ def test_the_time_of_reading_grows_with_the_text_alone(start, filling):
 def test_a_step_ends_with_its_object():
     assert box_complete('[{"bbox_2d": [1, 2, 3, 4], "label": "the <think> sign"}]')
     assert not box_complete('{"bbox_2d": [1, 2, 3, 4]')
+    assert not box_complete('[{"label": "the {[1, 2, 3, 4]} sign", ')
     assert box_complete('{"bbox_2d": [1, 2, 3, 4]}')
     assert box_complete("[1, 2, 3, 4]")
     assert not box_complete("<think>It is at [1, 2, 3, 4].")
@@ -210,7 +212,7 @@ def test_cached_decoding_equals_one_full_pass(vlm):
     assert len(rows) == 6 and all(len(t.images) == len(t.texts) == 3 for t in rows)
     assert rows[0].ids != rows[1].ids and len(lengths) > 2, lengths
     scores = trajectory_logprobs(vlm, rows)
-    assert sampler_gap(vlm, rows) < 1e-4
+    assert sampler_gap(vlm, rows) < 1e-4  # no mask hides that shorter rows are padded
     assert (scores.entropy > 0).all()
     assert scores.row.tolist() == [i for i, t in enumerate(rows) for _ in t.target]
     assert scores.step.tolist() == [step for t in rows for step in t.step]
@@ -355,18 +357,6 @@ def test_logits_a_part_at_a_time_give_the_same_gradient(vlm, monkeypatch):
     parts = gradient()
     weight.requires_grad_(False)
     assert torch.allclose(whole, parts, atol=1e-4)
-
-
-def test_padding_at_the_end_changes_nothing(vlm):
-    """No mask hides it: rows of a batch have the log-probabilities that they have alone."""
-    images = encode_images(vlm, [picture(96, 80), picture(48, 64, 1)])
-    batch = [build_trajectory(vlm, images[:n], "it " * n, TEXTS[:n], IVT) for n in (1, 2, 1)]
-    together = trajectory_logprobs(vlm, batch)
-    alone = [trajectory_logprobs(vlm, [t]) for t in batch]
-    assert len({len(t.ids) for t in batch}) == 2
-    for name in ("logprob", "entropy"):
-        values = torch.cat([getattr(scores, name) for scores in alone])
-        assert torch.allclose(getattr(together, name), values, atol=1e-5)
 
 
 # Reward, advantage and loss -----------------------------------------------------------------------

@@ -3,13 +3,12 @@
     pip install trl
     python -m speed.against_trl
 
-The work is what both can do: the toy's base, single-shot (T = 0, no feedback picture), 8 prompts
-with 6 completions each of at most 80 tokens at temperature 1, LoRA of rank 32, a reference, one
-step of AdamW, from the same reward. Each goes its own way to it. TRL writes with `generate()` and
-hands image and text to the model anew in each pass; its reference is the model without LoRA, ours
-a second adapter. Its gradient is of all 48 completions at once, ours of six at a time, as in
-the toy preset. TRL ends a completion at the end of the turn, ours at the box, a token earlier.
-Its own seconds of a step leave out the optimizer's, ours do not.
+The work is what both can do: the toy's base, single-shot, the toy preset's prompts, completions at
+temperature 1, LoRA, a reference, one step of AdamW, from the same reward. TRL writes with
+`generate()` and hands image and text to the model anew in each pass; its reference is the model
+without LoRA, ours a second adapter. Its gradient is of all completions at once, ours of six at a
+time. It ends a completion at the end of the turn, ours at the box, a token earlier. Its own seconds
+of a step leave out the optimizer's, ours do not.
 """
 
 import tempfile

@@ -15,9 +15,7 @@ def size_in_tokens(vlm, image):
 
 def model_inputs(vlm, sequences, images):
     """The arguments of the model's own forward pass, padded on the left as generate() wants it.
-
-    sequences: lists of ids; images: for each of them, a list of PIL images.
-    """
+    sequences: lists of ids; images: for each of them, a list of PIL images."""
     device = vlm.base.device
     longest = max(map(len, sequences))
     ids = torch.tensor([[0] * (longest - len(s)) + s for s in sequences], device=device)

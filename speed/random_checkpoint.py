@@ -8,6 +8,7 @@ The time of a pass and its memory do not depend on what the weights are; --model
 
 import argparse
 
+from support.running.flags import check_path
 from support.running.processes import device
 from toy.model import make_image_processor, make_tokenizer
 
@@ -38,10 +39,7 @@ VISION = dict(
 
 
 def save_random(folder):
-    """Writes the checkpoint in bfloat16, and returns how many weights it has.
-
-    Its tokenizer is the toy's, and its image processor as the real one.
-    """
+    """Writes the checkpoint in bfloat16 -> how many weights it has. Its tokenizer is the toy's."""
     tokenizer = make_tokenizer()
     processor = make_image_processor()
     processor.patch_size = 16
@@ -66,4 +64,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder of the checkpoint")
     out = parser.parse_args().out
+    check_path("--out", out, "new folder")
     print(f"{out}: {save_random(out) / 1e9:.2f} billion parameters in bfloat16")

@@ -91,10 +91,8 @@ def tab(send, address, *, width=1280, height=900, scheme="light"):
 
     size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
     ask("Emulation.setDeviceMetricsOverride", **size)
-    ask(
-        "Emulation.setEmulatedMedia",
-        features=[{"name": "prefers-color-scheme", "value": scheme}],
-    )
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    ask("Emulation.setEmulatedMedia", features=features)
     ask("Page.navigate", url=address)
     run("new Promise(r => document.readyState == 'complete' ? r() : addEventListener('load', r))")
     yield run, ask

@@ -12,15 +12,9 @@ TEXTS = [
     "<think>I look for it.</think>\n" + format_box([1, 2, 30, 40]),
     "<think>The red box is too low.</think>\n" + format_box([5, 6, 70, 800]),
 ]
-GOOD = {
-    "id": "1",
-    "source": "s",
-    "image": "a.png",
-    "width": 20,
-    "height": 10,
-    "expression": "x",
-    "bbox": [0, 0, 5, 5],
-}
+GOOD = dict(
+    id="1", source="s", image="a.png", width=20, height=10, expression="x", bbox=[0, 0, 5, 5]
+)
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # as a camera marks a photo taken upright: a viewer turns it
 

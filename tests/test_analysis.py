@@ -40,10 +40,7 @@ def row_of(boxes, told=(), confidence=None):
     texts = [step_text(trace, box or FAR) for trace, box in zip(traces, boxes)]
     if not told:
         texts = [""] * len(boxes)
-    row = {"boxes": boxes, "texts": texts}
-    if confidence:
-        row["confidence"] = confidence
-    return row
+    return {"boxes": boxes, "texts": texts, **({"confidence": confidence} if confidence else {})}
 
 
 def look_at(rows, steps=2):
@@ -132,14 +129,9 @@ def test_the_confidence_of_a_box_is_the_mean_over_its_tokens(vlm):
     cut = len(vlm.encode(trace))
     for text, box in ((trace + answer, RIGHT), (answer, RIGHT), ("<think>I look", None)):
         tokens = vlm.encode(text) + [vlm.token("<|im_end|>")]
-        trajectory = Trajectory(
-            target=tokens,
-            predictor=list(range(len(tokens))),
-            logprob=[-float(m) for m in range(len(tokens))],
-            step=[0] * len(tokens),
-            texts=[text],
-            boxes=[box],
-        )
+        trajectory = Trajectory(target=tokens, texts=[text], boxes=[box], step=[0] * len(tokens))
+        trajectory.predictor = list(range(len(tokens)))
+        trajectory.logprob = [-float(m) for m in range(len(tokens))]
         counted = trajectory.logprob[cut if text.startswith(trace) else 0 :]
         [found] = log_line(GOOD, [trajectory], vlm.tokenizer)["confidence"]
         assert found == (pytest.approx(sum(counted) / len(counted)) if box else None)

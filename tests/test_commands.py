@@ -187,7 +187,6 @@ def test_the_zoomed_loop_goes_through_all_phases(tmp_path):
 MISTAKES = [  # a command on the whole run -> what it says
     (f"{SMALL['sft']} --epochs 2", "epochs: 1 then, 2 now"),
     ("sft.py --model empty", "was made with --model"),
-    ("grpo.py --out file", "--out file: file exists; give a path"),
     ("-m support.report.score_predictions --predictions file", "file, line 1: "),
 ]
 

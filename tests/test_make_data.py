@@ -60,26 +60,23 @@ def test_perturbed_boxes_keep_to_the_filter():
 def test_template_traces_say_what_the_geometry_is():
     truth = [400, 400, 600, 600]
 
-    def trace(before, after):
-        return template_trace([before, after], truth, 1)
-
-    assert (
-        trace([360, 400, 560, 600], truth) == "left: the red box is too far left. I move it right."
-    )
-    assert (
-        trace([400, 440, 600, 560], truth) == "short: the red box is too short. I make it taller."
-    )
-    assert trace([450, 330, 700, 530], truth) == (
-        "right, high, wide: the red box is too far right, too high and too wide. "
-        "I move it left and down and make it narrower."
-    )
-    assert trace([100, 700, 200, 800], truth) == (
-        "apart, left, low: the red box is on the wrong object. I see the target at the middle. "
-        "I move the box right and up."
-    )
-    assert trace(truth, truth) == "well: the red box fits. I keep it."
-    near = [401, 400, 600, 600]
-    assert trace(near, truth) == "well: the red box is nearly right. I tighten it slightly."
+    for before, trace in (
+        ([360, 400, 560, 600], "left: the red box is too far left. I move it right."),
+        ([400, 440, 600, 560], "short: the red box is too short. I make it taller."),
+        (
+            [450, 330, 700, 530],
+            "right, high, wide: the red box is too far right, too high and too wide. "
+            "I move it left and down and make it narrower.",
+        ),
+        (
+            [100, 700, 200, 800],
+            "apart, left, low: the red box is on the wrong object. I see the target at the middle. "
+            "I move the box right and up.",
+        ),
+        (truth, "well: the red box fits. I keep it."),
+        ([401, 400, 600, 600], "well: the red box is nearly right. I tighten it slightly."),
+    ):
+        assert template_trace([before, truth], truth, 1) == trace
     first = template_trace([[0, 0, 100, 100]], truth, 0)
     assert first == "I look for the object. I see it at the upper left."
 

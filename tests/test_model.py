@@ -26,14 +26,8 @@ from transformers import PreTrainedTokenizerFast
 
 def model_args(folder, **changes):
     """The flags that `load_vlm` reads."""
-    values = dict(
-        model=str(folder),
-        dtype="float32",
-        max_pixels=2**20,
-        quantize="none",
-        checkpointing="off",
-    )
-    return argparse.Namespace(**{**values, **changes})
+    values = dict(dtype="float32", max_pixels=2**20, quantize="none", checkpointing="off")
+    return argparse.Namespace(**{**values, "model": str(folder), **changes})
 
 
 def save_parts(vlm, folder):
@@ -56,8 +50,8 @@ def test_a_checkpoint_is_data_and_is_written_whole(tmp_path, monkeypatch):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # as a full disk
     try:
-        with pytest.raises(SystemExit, match="c cannot be written .*make room"):
-            checkpoints.save_checkpoint("c", update=2, weight=torch.ones(100_000))
+        said = one_line(checkpoints.save_checkpoint, "c", update=2, weight=torch.ones(100_000))
+        assert "c cannot be written (OSError: [Errno 27] File too large); what was saved" in said
         log = files.Log("log")
         with pytest.raises(SystemExit, match="log cannot be written"):
             for _ in range(3):
@@ -136,31 +130,26 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(vlm, tmp_path):
     cases = [
         (remove("config.json"), "look at its config.json"),
         (write("config.json", "[]"), "look at its config.json"),
-        (change("config.json", model_type="qwen2"), "model_type is qwen2"),
-        (change("config.json", text_config=taller), r"11 weights .* no value .*layers\.2\."),
+        (change("config.json", text_config=taller), r"11 weights .* no value: .*layers\.2\."),
         (change("config.json", text_config=wider), "6 weights .* another shape"),
         (cut(weights, 50_000), r"look at its config.json and \*.safetensors"),
-        (remove(sizes), f"look at its {sizes}"),
-        (change(sizes, size={"shortest_edge": "a"}), f"look at its {sizes}"),
-        (change(sizes, patch_size=None), r"image processor has .*\(14, 2, 2\), .* \(8, 2, 2\)"),
-        (change(sizes, image_mean="x"), f"look at its .*{sizes}"),
-        (change("generation_config.json", eos_token_id=[[1]]), "look at its generation_config"),
+        (remove(sizes), r"look at its \(pre\)processor_config"),
+        (change(sizes, size={"shortest_edge": "a"}), r"look at its \(pre\)processor_config"),
+        (change(sizes, patch_size=None), r"frames \(14, 2, 2\), in config.json \(8, 2, 2\)"),
+        (change(sizes, image_mean="x"), r"look at its \(pre\)processor_config"),
+        (change("generation_config.json", eos_token_id=[[1]]), "and generation_config"),
         (change("generation_config.json", eos_token_id="x"), "eos_token_id is no token"),
         (write("tokenizer.json", "{"), "look at its tokenizer.json"),
-        (remove("chat_template.jinja"), f"look at its {template}"),
-        (write(template, "{% broken"), f"look at its {template}"),
-        (write(template, "{{ raise_exception('no') }}"), f"look at its {template}"),
-        (write(template, "{{ ''.__class__.__mro__ }}"), f"look at its {template}"),
-        (
-            write(template, "{% for m in messages %}{{ m.content }}{% endfor %}"),
-            "chat template makes",
-        ),
-        (write(template, own + "<think>\n"), "chat template makes .*no <think>"),
-        (write(template, own + own), "chat template makes .*once"),
+        (remove(template), f"look at its .*{template}"),
+        (write(template, "{% broken"), f"look at its .*{template}"),
+        (write(template, "{{ ''.__class__.__mro__ }}"), f"look at its .*{template}"),
+        (write(template, "{{ messages[0].content }}"), "expected a picture"),
+        (write(template, own + "<think>\n"), "no <think> .* makes .*<think>"),
+        (write(template, own + own), "expected a picture and words, once"),
         (change("config.json", quantization_config=ready), "quantised already, .*--quantize none"),
         (change("config.json", quantization_config=3), "look at its config.json"),
         (change("config.json", model_type="qwen2_5_vl"), "model_type is qwen2_5_vl"),
-        (foreign.save_pretrained, "tokenizer has no .*image_pad"),
+        (foreign.save_pretrained, r"no token <\|im_end\|>; a Qwen3-VL is expected"),
     ]
     for damage, words in cases:
         folder = damaged(whole, damage)
@@ -194,21 +183,15 @@ def test_another_model_is_refused_before_its_weights_are_fetched(monkeypatch):
     assert "its model_type is qwen2_5_vl; a qwen3_vl is expected" in message
 
 
-def test_weights_in_4_bits_are_taken_as_what_they_are():
-    for kind, quantize, taken in (
-        ("nf4", "nf4", True),
-        ("nf4", "none", False),
-        ("fp4", "nf4", False),
-        (None, "nf4", False),
-    ):
+def test_weights_in_4_bits_are_taken_as_what_they_are(monkeypatch):
+    config = loading.AutoConfig.for_model("qwen3_vl")
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda name, **options: config)
+    for kind, quantize in (("nf4", "none"), ("fp4", "nf4"), (None, "nf4"), ("nf4", "nf4")):
         ready = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": kind}
-        config = loading.AutoConfig.for_model("qwen3_vl", quantization_config=ready)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loading.AutoConfig, "from_pretrained", lambda name, **options: config)
-            if taken:
-                loading.check_kind("a/b", quantize)
-            else:
-                assert "quantised already" in one_line(loading.check_kind, "a/b", quantize)
+        config.quantization_config = ready
+        if kind != quantize:
+            assert "quantised already" in one_line(loading.check_kind, "a/b", quantize)
+    loading.check_kind("a/b", "nf4")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -306,21 +289,6 @@ def add_two_adapters(one):
     for name, p in one.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
-
-
-def test_another_adapter_is_used_for_a_while(vlm, tmp_path):
-    both = loading.load_vlm(model_args(save_parts(vlm, tmp_path)))
-    adapters.policy_and_reference(both, None, adapters.lora_size("toy"))
-
-    def trainable():
-        return {name for name, p in both.model.named_parameters() if p.requires_grad}
-
-    before = trainable()
-    with pytest.raises(ZeroDivisionError), adapters.using(both, "reference"):
-        assert both.model.active_adapter == "reference"
-        raise ZeroDivisionError
-    assert both.model.active_adapter == "policy" and trainable() == before
-    assert before and all("policy" in name for name in before)
 
 
 def test_lora_is_part_of_the_weights_for_a_while(vlm, tmp_path):

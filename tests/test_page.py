@@ -115,9 +115,7 @@ def test_no_address_leads_outside(tmp_path):
 
 def test_what_comes_from_data_is_inert(tmp_path):
     """The same tags as with harmless words, and the words themselves in the data."""
-    plain, hostile = (
-        write(tmp_path / str(i), words=words) for i, words in enumerate(("", HOSTILE))
-    )
+    plain, hostile = write(tmp_path / "0"), write(tmp_path / "1", words=HOSTILE)
     tags = [re.findall("<[a-z/!][^>]*>", text) for text in (plain, hostile)]
     assert tags[0] == tags[1]
     [test] = json.loads(json_of(hostile))["groups"]
@@ -146,10 +144,8 @@ def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
     noise.save(tmp_path / "turned.jpg", exif=TURNED)
     noise.convert("CMYK").save(tmp_path / "print.jpg")
     noise.save(tmp_path / "map.bmp")
-    samples = {}
     for name in ("plain.jpg", "turned.jpg", "print.jpg", "map.bmp"):
-        samples[name] = {**GOOD, "image": name}
-    for name, sample in samples.items():
+        sample = {**GOOD, "image": name}
         kind, content = page.embedded(tmp_path / name, sample, tmp_path).split(",")
         as_it_is = base64.b64decode(content) == (tmp_path / name).read_bytes()
         assert kind == "data:image/jpeg;base64" and as_it_is == (name == "plain.jpg"), name
@@ -170,14 +166,8 @@ def test_questions_with_crops_and_critics():
     """A VisRL line: a box, then an answer that was given on the crop of it."""
     sample = {key: GOOD[key] for key in ("id", "source", "image", "width", "height")}
     sample |= {"question": "What colour?", "answer": "red"}
-    line = {
-        "boxes": [RIGHT, None],
-        "texts": ["[0, 0, 250, 500]", "blue"],
-        "name": ["box", "answer"],
-        "view": [page.WHOLE, RIGHT],
-        "words": "box critic 0.9",
-        "ends": (0, 1),
-    }
+    line = {"boxes": [RIGHT, None], "texts": ["[0, 0, 250, 500]", "blue"], "ends": (0, 1)}
+    line |= {"name": ["box", "answer"], "view": [page.WHOLE, RIGHT], "words": "box critic 0.9"}
     group = page.group("pairs", [sample], {Row("rejected", drawn=False): [line]}, 1)
     [record] = group["methods"][0]["lines"]
     assert record["words"] == "box critic 0.9, improved, corrected" and record["gain"] == 1

@@ -105,9 +105,8 @@ def test_rows_of_another_shape_are_refused(tmp_path):
     wrong += [dict(one, traces=[None]), dict(one, traces=["<|"]), dict(one, traces="a")]
     for row in wrong:
         assert "sft.jsonl, line 2: no row of such a file" in one_line(read, good, row)
-    assert "holds 2 boxes a trajectory" in one_line(
-        read, dict(good, boxes=[box] * 2, traces=["a"] * 2)
-    )
+    two = dict(good, boxes=[box] * 2, traces=["a"] * 2)
+    assert "holds 2 boxes a trajectory" in one_line(read, two)
     (tmp_path / "data/sft.jsonl").write_text("[" * 100_000)
     assert "line 1: not JSON" in one_line(samples.read_trajectories, args, tmp_path / "data")
 
@@ -139,10 +138,7 @@ def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch, c
 
     color.save(tmp_path / "turned.jpg", exif=TURNED)
     assert load("turned.jpg").size == (20, 10) and load("turned.jpg", 10, 20).size == (10, 20)
-    for tag in (
-        b"\x00\x02\x00\x00\x00\x02\x36\x00",
-        b"\x00\x03\x00\x00\x00\x01\x00\x63",
-    ):  # "6", 99
+    for tag in (b"\0\x02\0\0\0\x02\x36\0", b"\0\x03\0\0\0\x01\0\x63"):  # "6", 99
         exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12" + tag + b"\0" * 6
         color.save(tmp_path / "odd.jpg", exif=exif)
         own = samples.load_image({"image": "odd.jpg", "width": 0, "height": 0}, tmp_path, True)

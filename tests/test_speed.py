@@ -24,14 +24,12 @@ def args_of(preset, phase=None, **more):
 def test_a_random_checkpoint_is_one_that_the_phases_load(tmp_path, monkeypatch):
     text = dict(hidden_size=80, num_hidden_layers=3, head_dim=32, intermediate_size=64)
     text |= dict(num_attention_heads=2, num_key_value_heads=1, vocab_size=1024)
-    rope = dict(random_checkpoint.TEXT["rope_parameters"], mrope_section=[6, 5, 5])
+    rope = random_checkpoint.TEXT["rope_parameters"]
+    text |= dict(rope_parameters=dict(rope, mrope_section=[6, 5, 5]))
     vision = dict(depth=4, hidden_size=64, intermediate_size=64, num_heads=2, out_hidden_size=80)
-    text, vision = (
-        dict(text, rope_parameters=rope),
-        dict(vision, deepstack_visual_indexes=[0, 1, 2]),
-    )
-    monkeypatch.setattr(random_checkpoint, "TEXT", {**random_checkpoint.TEXT, **text})
-    monkeypatch.setattr(random_checkpoint, "VISION", {**random_checkpoint.VISION, **vision})
+    vision |= dict(deepstack_visual_indexes=[0, 1, 2])
+    monkeypatch.setattr(random_checkpoint, "TEXT", random_checkpoint.TEXT | text)
+    monkeypatch.setattr(random_checkpoint, "VISION", random_checkpoint.VISION | vision)
     assert random_checkpoint.save_random(tmp_path) > 100_000
     vlm = load_vlm(args_of("paper"), str(tmp_path))
     assert vlm.model.config.text_config.hidden_size == 80

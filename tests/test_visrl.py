@@ -367,9 +367,8 @@ def test_the_sides_share_no_image_and_a_source_that_runs_out_is_short_on_all():
     wanted = {"sft": {"a": 40, "b": 40}, "train": {"a": 400, "b": 40}, "test": {"a": 20, "b": 20}}
     sides = sources.split(rows, wanted, 0)
     assert sides == sources.split(rows, wanted, 0) != sources.split(rows, wanted, 1)
-    images = {side: {row["image"] for row in part} for side, part in sides.items()}
-    assert not images["sft"] & images["train"] and not images["test"] & images["train"]
-    assert not images["sft"] & images["test"]
+    images = [{row["image"] for row in part} for part in sides.values()]
+    assert len(set.union(*images)) == sum(map(len, images))
     assert all("bbox" in row for row in sides["sft"])
     for side, part in sides.items():
         counts = {source: sum(row["source"] == source for row in part) for source in "abc"}
@@ -377,12 +376,11 @@ def test_the_sides_share_no_image_and_a_source_that_runs_out_is_short_on_all():
         assert counts["b"] >= 0.8 * wanted[side]["b"], (side, counts)
 
 
+ASKED = (
+    "<image>\nWhat is the dog on? Please provide the bounding box coordinate of the region that "
+)
 CONVERSATION = [
-    {
-        "from": "human",
-        "value": "<image>\nWhat is the dog on? Please provide the bounding box coordinate of the "
-        "region that can help you answer the question better.",
-    },
+    {"from": "human", "value": f"{ASKED}can help you answer the question better."},
     {"from": "gpt", "value": "[0.282, 0.316, 0.794, 0.738]"},
     {"from": "human", "value": "<image>"},
     {"from": "gpt", "value": "A sofa."},
@@ -390,13 +388,8 @@ CONVERSATION = [
 
 
 def conversation(image, box, dataset="flickr30k", turns=CONVERSATION, split="train"):
-    return {
-        "dataset": dataset,
-        "split": split,
-        "question_id": 1,
-        "image": [image, f"{image}###{box}"],
-        "conversations": turns,
-    }
+    row = {"dataset": dataset, "split": split, "question_id": 1, "conversations": turns}
+    return {**row, "image": [image, f"{image}###{box}"]}
 
 
 @pytest.fixture
@@ -445,14 +438,9 @@ def test_visual_cot_is_read_as_published(viscot, capsys):
     # Neither a photo of the tests under another data set's name, nor a data set without a share
     assert not {s["key"] for s in train} & {s["key"] for s in test}
     printed = capsys.readouterr().out
-    for reason in (
-        "training: 6 read, 3 kept",
-        "1 without a box inside the image",
-        "1 without a readable image",
-        "1 without words",
-        "test: 33 read, 33 kept; dropped: none",
-    ):
-        assert reason in printed, printed
+    faults = ("a box inside the image", "a readable image", "words")
+    for words in (*(f"1 without {fault}" for fault in faults), "33 kept; dropped: none"):
+        assert words in printed and "training: 6 read, 3 kept" in printed, printed
     write_jsonl(viscot / "s.jsonl", train + test)
     assert read_samples(viscot / "s.jsonl", "", fields=VISRL_FIELDS) == train + test
 
@@ -488,20 +476,13 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
     assert read_samples(tmp_path / "s.jsonl", "", fields=VISRL_FIELDS) == [own]
     with pytest.raises(SystemExit, match="line 1: bbox is 'None'; expected list"):
         read_samples(tmp_path / "s.jsonl", "", fields=sources.BOXED)
-    for bad, words in (
-        (dict(own, answer=" "), "answer is ' '; write it in words"),
-        (dict(own, bbox=[0, 0, 30, 5]), "in pixels of the 20 x 10 image"),
-    ):
-        write_jsonl(tmp_path / "s.jsonl", [bad])
-        with pytest.raises(SystemExit, match=f"s.jsonl, line 1: .*{words}"):
-            read_samples(tmp_path / "s.jsonl", "", fields=VISRL_FIELDS)
+    write_jsonl(tmp_path / "bad.jsonl", [dict(own, bbox=[0, 0, 30, 5])])
+    with pytest.raises(SystemExit, match="bad.jsonl, line 1: .*in pixels of the 20 x 10 image"):
+        read_samples(tmp_path / "bad.jsonl", "", fields=VISRL_FIELDS)
     # Without any box nothing is left for SFT
-    write_jsonl(tmp_path / "s.jsonl", [own])
-    sizes = dict(sft_samples=1, train_samples=1, test_samples=1)
-    args = SimpleNamespace(
-        data=[tmp_path / "s.jsonl"], images=None, boxes=None, viscot=None, skip_bad=False, seed=0
-    )
-    vars(args).update(sizes)
+    args = dict(data=[tmp_path / "s.jsonl"], images=None, boxes=None, viscot=None, skip_bad=False)
+    args |= dict(sft_samples=1, train_samples=1, test_samples=1, seed=0)
+    args = SimpleNamespace(**args)
     with pytest.raises(SystemExit, match="no sample is left for sft"):
         sources.prepare(args, tmp_path / "data")
 
@@ -565,10 +546,8 @@ def test_the_findings_are_judged_by_their_intervals():
     assert results["pairs"]["pairs"]["WP-LN"][0] == pytest.approx(0.75)
     found = {sentence[:20]: word for sentence, _, word in results["findings"]}
     assert len(found) == 7 and set(found.values()) == {"holds", "NOT SETTLED"}
-    assert [key for key in found if found[key] != "holds"] == [
-        "In answers SFT < RL2",
-        "A second iteration r",
-    ]
+    open_ones = [key for key in found if found[key] != "holds"]
+    assert open_ones == ["In answers SFT < RL2", "A second iteration r"]
     without = [{key: value for key, value in pair.items() if key != "bbox"} for pair in pairs(3)]
     worse = analyse({**rows, report.RL1: log_lines(20, 2)}, {"pairs": without})
     assert "DOES NOT HOLD" in {w for s, _, w in worse["findings"] if s.startswith("RL1 raises")}

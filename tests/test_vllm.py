@@ -100,9 +100,8 @@ class PlainWriter:
         outputs = []
         for name, (prompt, writing) in list(self.requests.items()):
             pairs = list(itertools.islice(writing, 3))
-            written = SimpleNamespace(
-                token_ids=[token for token, _ in pairs], logprobs=[raw for _, raw in pairs]
-            )
+            tokens, logprobs = zip(*pairs) if pairs else ((), ())
+            written = SimpleNamespace(token_ids=tokens, logprobs=logprobs)
             output = SimpleNamespace(request_id=name, prompt_token_ids=prompt, outputs=[written])
             output.finished = len(pairs) < 3
             if output.finished:
@@ -206,9 +205,8 @@ def trained(tmp_path_factory):
         if "lora_B" in key:  # zero at first
             torch.nn.init.normal_(p, std=0.02)
     args = SimpleNamespace(dtype="float32", seed=0, steps=2, max_tokens=40, out=out)
-    args.vllm = json.dumps(
-        dict(enforce_eager=True, skip_mm_profiling=True, kv_cache_memory_bytes=2**28)
-    )
+    more = dict(enforce_eager=True, skip_mm_profiling=True, kv_cache_memory_bytes=2**28)
+    args.vllm = json.dumps(more)
     images = [load_image(sample, out / "data") for sample in samples]
     texts = [sample["expression"] for sample in samples]
     return vlm, images, texts, on_vllm.start(args, vlm)

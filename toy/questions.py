@@ -14,9 +14,7 @@ FRAMES = {"red": (255, 0, 0), "pink": (255, 0, 220), "cyan": (0, 230, 255), "ora
 
 # Views: a part of a picture, which the image processor brings to the whole's size -----------------
 def view(picture, bbox):
-    """The picture of what lies within bbox (pixels, a square), enlarged, without frames; it lists
-    the objects of which 15 percent show.
-    """
+    """What lies within bbox (pixels, a square) of a picture, enlarged, without frames."""
     x1, y1, x2, y2 = bbox
     objects = []
     for o in picture["objects"]:

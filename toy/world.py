@@ -102,9 +102,8 @@ def place_objects(rng, objects):
 
 
 def make_objects(rng, low=2, high=5, distractors=None, same=None):
-    """low to high placed objects, of which `same` share kind and color; where it is None, 2 or 3
-    with `distractors` (None: one time in two).
-    """
+    """low to high placed objects, of which `same` share kind and color (None: 2 or 3 with
+    `distractors`, and of those None: one time in two)."""
     while True:
         objects = [make_object(rng) for _ in range(rng.randint(low, high))]
         alike = same or 1
@@ -206,8 +205,7 @@ def name_of(o, keys):
 
 def best(objects, superlative, fine=False):
     """The object that a superlative names among several; None where two are too close to call.
-    fine: the lead may be about a quarter as large, one pixel of those that the model sees.
-    """
+    fine: the lead may be a quarter as large, one pixel of those that the model sees."""
     key = SUPERLATIVES[superlative]
     first, second = sorted(objects, key=lambda o: key(o["box"]), reverse=True)[:2]
     lead = key(first["box"]) - key(second["box"])
@@ -218,10 +216,9 @@ def best(objects, superlative, fine=False):
 
 
 def refer(rng, objects, source, sizes=True, fine=False):
-    """(expression, object) in the style of `source`, or None where the object that was drawn
-    cannot be told apart so. sizes: whether "small" and "large" may be said; in an enlarged view
-    they would mislead. fine: as in `best`.
-    """
+    """(expression, object) in the style of `source`, or None where the object that was drawn cannot
+    be told apart so. sizes: whether "small" and "large" may be said: not of an enlarged view. fine:
+    as in `best`."""
     if not objects:
         return None
     target = rng.choice(objects)
@@ -281,12 +278,9 @@ def crowded(rng, source):
 
 
 def make_samples(folder, per_source, seed, styles=None, words=None):
-    """Draws one scene for each of `per_source` samples of each source into folder/images -> the
-    samples.
-
-    styles: source -> how its expressions describe the object, of SOURCES (default: each its own).
-    words: (expression, object) -> what a sample says and asks (default: the expression).
-    """
+    """Draws a scene for each of `per_source` samples of each source into folder/images -> the
+    samples. styles: source -> how its expressions describe the object (default: each its own).
+    words: (expression, object) -> what a sample says and asks (default: the expression)."""
     folder = Path(folder)
     styles = styles or {source: source for source in SOURCES}
     samples = []

@@ -69,11 +69,7 @@ def likelihood_scores(vlm, pictures, questions, answers):
 
 def score_paths(vlm, items, *, critic, crop, max_tokens, roll=rollout):
     """(image, sample, path) of each candidate -> the paths with "box_score" and "response_score",
-    None where no score was given.
-
-    crop: (image, box) -> picture. roll: `rollout`, or what plays in its place. Of a sample,
-    question and answer are read, and nothing else.
-    """
+    or None. crop: (image, box) -> picture. Of a sample, question and answer are read."""
     images = [image for image, _, _ in items]
     crops = [crop(image, path["box"]) for image, _, path in items]
     questions = [sample["question"] for _, sample, _ in items]

@@ -126,7 +126,7 @@ for iteration in range(2, 100):  # the model after each later iteration (Figure 
         log = named(adapter, iteration)
         ROWS.append(Row(f"{name}, iteration {iteration}", log, **boxed, adapter=log))
 ROWS = [row for row in ROWS if rows.is_trained(args, row)]
-main = report.main_row(ROWS)
+main = report.main_row(ROWS, report.MAIN)
 if main.adapter and all("bbox" in sample for sample in test):
     after = ROWS.index(main) + 1  # beside it, so that its model is loaded once
     for kind, shown in CONTROLS.items():

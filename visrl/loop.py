@@ -43,19 +43,14 @@ MARGIN = 0.1  # of the longer side, on each side of a square crop
 
 
 def crop(image, box, square=False):
-    """What lies in a box (0..1000) of an image (PIL), cut out of it at its full size.
-
-    None, no valid box, gives the whole image.
-    """
+    """What lies in a box (0..1000; None: all) of an image (PIL), cut out of it at its full size."""
     return image.crop(crop_bbox(box, *image.size, square))
 
 
 def crop_bbox(box, width, height, square=False):
-    """The part that a crop shows of an image of this size, in whole pixels, rounded outwards.
-
-    A box that is too small or too narrow grows about its centre, one that then sticks out moves
-    into the image. square: the square about the box with a margin, as far as the image has room.
-    """
+    """The part that a crop shows of an image of this size, in whole pixels, rounded outwards. A box
+    that is too small or too narrow grows about its centre, and then moves into the image. square:
+    the square about the box with a margin, as far as the image has room."""
     if box is None:
         return 0, 0, width, height
     x1, y1, x2, y2 = denormalize_box(box, width, height)
@@ -88,10 +83,8 @@ ASK = replace(VISRL, prompt="{text}", ends=lambda text, t: False)
 
 
 def path_trajectory(vlm, question, images, box, answer):
-    """The sequence of a path: images (ImageTokens) are the whole image and the crop.
-
-    With `answer` None it ends behind the box, and one image is enough.
-    """
+    """The sequence of a path: images (ImageTokens) are the whole image and the crop. With `answer`
+    None it ends behind the box."""
     written = [format_box(box)]
     if answer is not None:
         written.append(answer + END)
@@ -112,10 +105,8 @@ def normalized(text):
 
 
 def is_right(response, answer):
-    """Whether a response is the true answer, up to case, articles and punctuation.
-
-    Ours: the paper has a judge model score each response from 0 to 1.
-    """
+    """Whether a response is the true answer, up to case, articles and punctuation. Ours: the paper
+    has a judge model score each response from 0 to 1."""
     return normalized(response) == normalized(answer)
 
 
@@ -135,12 +126,9 @@ def step_logprobs(scores, count, steps):
 
 def dpo_loss(policy, reference, beta):
     """Eq. 5 to 10: log pi of each step of chosen, rejected, chosen, ..., [2N, K] twice -> two of
-    [N, K]: the loss of each pair and step, and its margin.
-
-    margin = beta ((log pi_w - log ref_w) - (log pi_l - log ref_l)), loss = -log sigmoid(margin).
-    With K = 1 this is stage 1 (or plain DPO); stage 2 is the mean of its two steps' losses, so that
-    each has its own sigmoid (Eq. 8; that both weigh one half is the authors' code).
-    """
+    [N, K]: the loss of each pair and step, and its margin: beta ((log pi_w - log ref_w) - (log pi_l
+    - log ref_l)), loss = -log sigmoid(margin). With K = 1 this is stage 1 (or plain DPO); stage 2
+    is the mean of its two steps' losses (Eq. 8; that both weigh one half is the authors' code)."""
     ratio = (policy - reference).view(-1, 2, policy.shape[-1])  # [N, 2, K]
     margin = beta * (ratio[:, 0] - ratio[:, 1])  # [N, K]
     return -F.logsigmoid(margin), margin

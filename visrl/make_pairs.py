@@ -66,9 +66,7 @@ def box_outside(rng, first, second):
 
 def controlled(rng, boxes, iou_max):
     """The boxes of all attempts, two each -> (boxes of the paths, Counter of what happened).
-
-    iou_max: tau; None leaves all boxes as they are (the ablation).
-    """
+    iou_max: tau; None leaves all boxes as they are (the ablation)."""
     kept = []
     counts = Counter()
     for first, second in zip(boxes[::2], boxes[1::2]):
@@ -92,9 +90,7 @@ BOTH = ("box_score", "response_score")
 
 def choose_pair(paths, win, lose, scores=BOTH):
     """The scored paths of a question -> (chosen, rejected), or why there is no pair, a sentence.
-
-    scores: those that count; without the box critic the response's alone.
-    """
+    scores: those that count; without the box critic the response's alone."""
     paths = [path for path in paths if None not in (path[name] for name in scores)]
     if not paths:
         return "no path with scores"

@@ -9,7 +9,7 @@ from support.data.samples import with_samples
 from support.report import tables
 from support.report.page import STYLES, chart, group, log_curves, write_page
 from support.report.rows import Row
-from support.report.statistics import estimate, judged, resampled
+from support.report.statistics import estimate, judged, main_row, resampled
 from support.report.tables import cells
 from support.running.files import read_jsonl
 from visrl.loop import crop_bbox, is_pair
@@ -24,6 +24,7 @@ RL2 = "SFT + RL1 + RL2"
 ONLY = "SFT + RL2 only"
 PLAIN = "Plain DPO, no box"
 DIRECT = {"plain_sft": "SFT on chosen answers, no box", "plain_kto": "KTO, no box"}  # Table 5
+MAIN = (RL2, RL1, SFT, BASE)  # the first that is there is shown first, and has controls
 FINDINGS = (  # the paper's: in words, of what, and the differences above zero if it holds
     ("RL1 raises box accuracy, without boxes", "boxes", [(RL1, SFT)]),
     ("In answers SFT < SFT + RL1 < SFT + RL1 + RL2", "answers", [(RL1, SFT), (RL2, RL1)]),
@@ -45,12 +46,6 @@ PARTS = {  # a file of pairs -> what of the pipeline is missing (Table 6)
 }
 
 
-def main_row(rows):
-    """The row that the page shows first, and that controls are of."""
-    named = {row.name: row for row in rows}
-    return next(named[name] for name in (RL2, RL1, SFT, BASE) if name in named)
-
-
 # Pairs (Table 6) ----------------------------------------------------------------------------------
 def read_pairs(data):
     """name -> the pairs of data/<name>.jsonl, each with all that its sample says."""
@@ -61,8 +56,7 @@ def read_pairs(data):
 
 
 def right_pairs(pairs):
-    """[pairs] bool: whether the chosen box is right (IoU > 0.5) and the rejected one wrong, as
-    training never saw: WP-LN of Table 6."""
+    """[pairs] bool: whether the chosen box is right (IoU > 0.5) and the rejected one is not."""
     good = []
     for pair in pairs:
         chosen, rejected = (box_iou(pair[side]["box"], pair) for side in ("chosen", "rejected"))
@@ -111,8 +105,7 @@ def analyse(samples, lines_of, pairs):
 
 
 def findings(right, good):
-    """The paper's findings as hypotheses on these rows: a list of `judged`. good: name of a file of
-    pairs -> its `right_pairs`."""
+    """The paper's findings, a list of `judged`. good: a file of pairs -> its `right_pairs`."""
     found = []
     for sentence, what, pairs in FINDINGS:
         rows = right[what]
@@ -162,8 +155,7 @@ def sections(results):
 
 # The page -----------------------------------------------------------------------------------------
 def page(args, results, samples, lines_of, pairs):
-    """report.html of the run: tables, curves, what each row looks at and answers, and the pairs
-    with their scores."""
+    """report.html: tables, curves, what each row looks at and answers, and the scored pairs."""
     lines = {}
     [base_lines] = [own for row, own in lines_of.items() if row.name == BASE]
     for row, rows in lines_of.items():
@@ -173,7 +165,7 @@ def page(args, results, samples, lines_of, pairs):
             first, last = ("right" if right else "wrong" for right in ends)
             words = {"words": f"{BASE}: {first}; here: {last}", "ends": ends}
             lines[row].append({**page_line(args, sample, line), **words})
-    shown = main_row(lines_of).name
+    shown = main_row(lines_of, MAIN).name
     groups = [group("test", samples, lines, 1, shown=shown)]
     for name, rows in pairs.items():
         sides = {}
@@ -196,8 +188,7 @@ def page(args, results, samples, lines_of, pairs):
 
 
 def stages_chart(results):
-    """Right answers after each stage of the training, and iteration (Figure 4): all questions, and
-    those of each source."""
+    """Right answers after each stage and iteration (Figure 4): all questions, and each source's."""
     answers = results["answers"]
     stages = [name for name in answers if name in (BASE, SFT, RL1, RL2) or "iteration" in name]
     series = {"all": [[t, *answers[name]] for t, name in enumerate(stages)]}

@@ -64,12 +64,9 @@ GET = (
 
 
 def viscot_samples(folder):
-    """(training samples, test samples) of Visual CoT; what cannot be used is dropped and counted.
-
-    Training samples are the rows of viscot_363k.json, of the data sets of Table 7; test samples
-    those of the benchmark, of Table 2; their photos are in no training sample. Exits when a file is
-    missing or not as published, or a folder of images is missing, before any image is opened.
-    """
+    """(training samples, test samples) of Visual CoT: the rows of viscot_363k.json, of the data
+    sets of Table 7; those of the benchmark, of Table 2, whose photos are in no training sample.
+    Exits when a file is missing or not as published, before any image is opened."""
     folder = Path(folder).resolve()
     files = [folder / f"viscot_benchmark/benchmark/{name}.json" for name in TABLE_2]
     files.insert(0, folder / "viscot_363k.json")
@@ -98,10 +95,9 @@ def stop_if_missing(folder, paths):
 def conversation_rows(folder, path):
     """The rows of a file of conversations, without the sizes of their images.
 
-    Of the two boxes that behind ### is read, integer pixels of the image; the one in the
-    conversation is relative to the image padded to a square. The key is the photo's name alone:
-    textcap's photos are textvqa's, and both share Open Images' names with openimages, as visual7w
-    and gqa share Visual Genome's.
+    The box is that behind ###, integer pixels; the one in the conversation is relative to the image
+    padded to a square. The key is the photo's name alone: textcap's photos are textvqa's, and both
+    share Open Images' names with openimages, as visual7w and gqa share Visual Genome's.
     """
     for number, row in enumerate(json.loads(path.read_bytes())):
         name, _, box = row["image"][1].partition("###")
@@ -127,25 +123,16 @@ def with_size(row):
 
 
 # Sides --------------------------------------------------------------------------------------------
-def equal_shares(samples, size):
-    """source -> how many of `size` samples are wanted of it, the same of each, rounded up."""
-    sources = sorted({sample["source"] for sample in samples})
-    return {source: -(-size // len(sources)) for source in sources}
-
-
 def in_proportion(counts, size):
-    """source -> how many of `size` samples are wanted of it, in the proportions of its count."""
+    """source -> how many of `size` samples are wanted of it, in proportion to its count."""
     total = sum(counts.values())
     return {source: -(-count * size // total) for source, count in counts.items()}
 
 
 def split(samples, wanted, seed):
-    """Samples -> {side: samples}, by image: all that are asked about one image go to one side.
-
-    wanted: side -> source -> count. An image goes where its samples are wanted most, as a share of
-    what is wanted there; so a source that runs out is short on all sides alike. SFT takes samples
-    with a box alone.
-    """
+    """Samples -> {side: samples}, by image. wanted: side -> source -> count. An image goes where
+    its samples are wanted most, as a share of what is wanted there; so a source that runs out is
+    short on all sides alike. SFT takes samples with a box alone."""
     rng = random.Random(seed)
     sides = {side: [] for side in wanted}
     have = {side: Counter() for side in wanted}
@@ -196,5 +183,6 @@ def make_sides(args, data):
     else:
         per_source = sum(-(-size // len(TOY_SOURCES)) for size in sizes.values())
         samples = toy_samples(data, per_source, args.seed)
-    wanted = {side: equal_shares(samples, size) for side, size in sizes.items()}
+    equal = {sample["source"]: 1 for sample in samples}
+    wanted = {side: in_proportion(equal, size) for side, size in sizes.items()}
     return split(samples, wanted, args.seed)

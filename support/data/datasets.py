@@ -51,8 +51,7 @@ def how_to_get(name, folder):
 
 
 def missing_files(folders):
-    """What is not there of flag -> folder (or None): a sentence per dataset with what is missing
-    and how to get it; [] when all is there."""
+    """What is not there of flag -> folder (or None): a sentence per dataset, with how to get it."""
     problems = []
     for name, dataset in DATASETS.items():
         folder = Path(folders[name] or f"datasets/{name}")
@@ -65,8 +64,7 @@ def missing_files(folders):
 
 # The readers --------------------------------------------------------------------------------------
 def read_parquet(folder, columns, files="*.parquet"):
-    """Yields the rows of a folder's parquet files as dicts of these columns; no other column is
-    read, and few rows are in memory at once."""
+    """Yields the rows of a folder's parquet files as dicts of these columns, a few in memory."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -93,8 +91,7 @@ def inside(file_name):
 
 
 def refcocog(folder, coco):
-    """RefCOCOg, a row per sentence. Its images are those of COCO train2014, in the folder `coco` or
-    in its subfolder train2014."""
+    """RefCOCOg, a row per sentence. coco: COCO's train2014 images, or the folder around them."""
     if (coco / "train2014").is_dir():
         coco = coco / "train2014"
     columns = ["ref_id", "image_id", "bbox", "raw_image_info", "sentences"]
@@ -203,9 +200,8 @@ def paper_samples(folders, seed):
     """flag -> folder becomes the samples of the three datasets, each cut at random to the size of
     the smallest, Ref-Adv-s (1,142).
 
-    The paper tells the sizes, 800 + 170 + 172 of each source, and not from which published
-    splits; Ref-Adv-s and Ref-L4 have none to train on. So what there is of each is pooled here
-    and split anew, by image. Exits when a file is not as published.
+    The paper tells the sizes, 800 + 170 + 172 of each source, and not from which published splits;
+    Ref-Adv-s and Ref-L4 have none to train on. So what there is is pooled and split anew.
     """
     folders = {name: Path(folder) for name, folder in folders.items()}
     readers = {
@@ -227,8 +223,7 @@ def paper_samples(folders, seed):
 
 
 def write_images(samples, data, folders):
-    """Writes those images of the samples to data/images that lie inside Ref-Adv-s' parquet, and no
-    others. Exits when an image of any dataset is nowhere."""
+    """Writes those images of the samples to data/images that lie inside Ref-Adv-s' parquet."""
     wanted = {s["image"]: s["source"] for s in samples if not (data / s["image"]).exists()}
     folder = Path(folders["refadv"])
     with explained(f"--refadv: {folder} is not as published", how_to_get("refadv", folder)):
@@ -244,8 +239,7 @@ def write_images(samples, data, folders):
 
 # Split --------------------------------------------------------------------------------------------
 def by_image(samples, rng):
-    """The samples of each image (the same `key`, or without one the same file), a list of lists in
-    a random order."""
+    """The samples of each image (the same `key`, else the same file), lists in a random order."""
     groups = defaultdict(list)
     for sample in samples:
         groups[sample.get("key", sample["image"])].append(sample)
@@ -256,11 +250,8 @@ def by_image(samples, rng):
 
 def split(samples, sizes, seed):
     """Samples -> {"train": [...], "val": [...], "test": [...]} of the given sizes, 1:1:1 over the
-    sources, by image.
-
-    All samples of one image go to one side, so no test image is ever trained on, whatever source it
-    comes from. Smaller sides are filled first. Exits with the source that runs out.
-    """
+    sources, the smaller sides first. All samples of one image go to one side, so no test image is
+    ever trained on, whatever source it comes from."""
     rng = random.Random(seed)
     sources = sorted({sample["source"] for sample in samples})
     groups = by_image(samples, rng)
@@ -283,8 +274,7 @@ def split(samples, sizes, seed):
 
 def take(groups, wanted, cut):
     """Takes what `wanted` asks for of the groups (the samples of one image), lowering it: of those
-    that fit whole, or with `cut` of all. Returns what it took, and the groups that stay for another
-    side."""
+    that fit whole, or with `cut` of all. Returns what it took, and the groups that stay."""
     taken = []
     others = []
     for group in groups:

@@ -20,6 +20,7 @@ FIELDS = {"id": str, "source": str, "image": str, "width": int, "height": int}
 OPTIONAL = {"key": str, "bbox": list}
 IVT_FIELDS = {**FIELDS, "expression": str, "bbox": list}
 VISRL_FIELDS = {**FIELDS, "question": str, "answer": str}
+SEEN = ("image", "width", "height")  # of a sample, when its image is opened
 PROBLEMS_SHOWN = 20
 THREADS = 8
 WORDS = "1 to 2000 characters, without special tokens (<|...|>, <think>), surrogates and NUL"
@@ -28,14 +29,13 @@ NO_WORDS = re.compile(r"\A\s*\Z|<\||</?(?:think|tool_\w+)>|[\0\ud800-\udfff]")
 
 
 def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, rows=None):
-    """The samples of a .jsonl file that `command` makes, every line and every image checked.
+    """The samples of a .jsonl file that `command` makes, every line and every image checked; all
+    problems end the program together, each with line, field, value and remedy.
 
     fields: name -> type of what has to be there. An image is a path relative to the file, a bbox is
-    float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. All problems end the
-    program together, each with line, field, value and remedy. With `skip_bad` the good samples are
-    returned, and the others listed in <file>.skipped. stamp: a file that says what images were
-    checked; they are opened again when one has another path, size or time. rows: (place, row) of
-    all that a file of another form holds, rows as of `parse_sample`.
+    float pixels x1 y1 x2 y2, samples of one key stay on one side of the split. skip_bad: the good
+    samples are returned, the others listed in <file>.skipped. stamp: a file that says what images
+    were checked, by path, size and time. rows: (place, row) of all that a file of another form has.
     """
     path = Path(path)
     if rows is None:
@@ -50,10 +50,9 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, r
         parsed = in_threads(image_check(path.parent), parsed, path.name)
     for (place, _), (sample, found) in zip(rows, parsed):
         if not found:
-            name = sample["id"]
-            first = place_of_id.setdefault(name, place)
+            first = place_of_id.setdefault(sample["id"], place)
             if first != place:
-                found = [f"id {name!r} is on {first} too; give each sample its own"]
+                found = [f"id {sample['id']!r} is on {first} too; give each sample its own"]
         if not found:
             samples.append(sample)
         problems += [f"{path}, {place}: {sentence}" for sentence in found]
@@ -73,60 +72,49 @@ def read_samples(path, command, fields=IVT_FIELDS, skip_bad=False, stamp=None, r
 
 
 def in_threads(function, items, title):
-    """Yields the results of a function of each item, in their order. Pillow decodes beside other
-    threads."""
+    """Yields a function's results of each item, in their order; Pillow decodes beside threads."""
     bar = dict(total=len(items), desc=f"checking {title}", unit="sample", leave=False, delay=2)
     with ThreadPool(THREADS) as pool:
         yield from tqdm(pool.imap(function, items, chunksize=16), **bar)
 
 
 def stamp_of(parsed, folder):
-    """A hash of what the images of samples, as of `parse_sample`, were checked against; None where
-    one is missing."""
+    """A hash of what the images of samples (as of `parse_sample`) were checked against, or None."""
     status = functools.cache(os.stat)  # many samples may be about one image
     digest = hashlib.sha256()
     try:
         for sample, _ in parsed:
             file = status(os.path.join(folder, sample["image"]))
-            size = sample["width"], sample["height"]
-            digest.update(str((sample["image"], size, file.st_size, file.st_mtime_ns)).encode())
+            seen = *map(sample.get, SEEN), file.st_size, file.st_mtime_ns
+            digest.update(str(seen).encode())
     except (OSError, ValueError, TypeError):  # not there, no path, no sample
         return None
     return digest.hexdigest()
 
 
 def image_check(folder):
-    """-> a function from what `parse_sample` returns to the same, with what is wrong with the
-    image."""
+    """-> what `parse_sample` returns -> the same, with what is wrong with the image."""
 
     @functools.cache  # many samples may be about one image
-    def fault_of(image, width, height):
+    def fault_of(*seen):
         try:
-            load_image({"image": image, "width": width, "height": height}, folder)
+            load_image(dict(zip(SEEN, seen)), folder)
         except ValueError as e:
             return [str(e)]
         return []
 
-    def check(row):
-        sample, problems = row
-        if sample:
-            problems = problems + fault_of(sample["image"], sample["width"], sample["height"])
-        return sample, problems
-
-    return check
+    return lambda row: (row[0], row[1] + (fault_of(*map(row[0].get, SEEN)) if row[0] else []))
 
 
 def read_side(args, side, made_by="python make_data.py", fields=IVT_FIELDS):
-    """The samples of one side of a run, such as "train" or "test". made_by: the script for a
-    message."""
+    """The samples of one side of a run, such as "train". made_by: the script for a message."""
     path = args.out / f"data/{side}.jsonl"
     return read_samples(path, command(args, made_by), fields, stamp=path.with_suffix(".checked"))
 
 
 def with_samples(path, samples, made_by, usable):
-    """The rows of a .jsonl file that `made_by` makes, each with all that its sample says. Rows of
-    other samples are of an earlier run, and left out. usable: row -> bool; exits with the first
-    that is not."""
+    """The rows of a .jsonl file that `made_by` makes, each with all that its sample says; those of
+    other samples are of an earlier run, and left out. usable: row -> whether it can be used."""
     sample_of = {sample["id"]: sample for sample in samples}
     rows = []
     for number, row in enumerate(read_jsonl(path, made_by), 1):
@@ -188,8 +176,8 @@ def parse_sample(row, fields):
     if problems:
         return None, problems
 
-    for name in [name for name, kind in fields.items() if kind is str]:
-        if not is_words(sample[name]):
+    for name, kind in fields.items():
+        if kind is str and not is_words(sample[name]):
             problems.append(f"{name} is {sample[name][:60]!r}; write it in words, {WORDS}")
     width, height = sample["width"], sample["height"]
     if "bbox" in sample and not is_inside(sample["bbox"], width, height):
@@ -221,9 +209,7 @@ def load_image(sample, folder, upright=False):
 
     Grey, palette and CMYK images are converted, 16-bit ones scaled, transparency is laid on white.
     A photo that a camera marked as rotated is turned only if the annotated size says so; with
-    `upright` always, and its size need not be known. Raises ValueError that names file and reason:
-    animations, floating-point images, files larger than Pillow's limit against decompression bombs,
-    truncated or foreign ones, what is no file, pictures longer than Qwen3-VL takes.
+    `upright` always, and its size need not be known. Raises ValueError that names file and reason.
     """
     path = Path(folder) / sample["image"]
     try:
@@ -245,8 +231,7 @@ def decode(image, size, upright):
         raise ValueError(f"it has {pixels} pixels, which exceeds limit of {Image.MAX_IMAGE_PIXELS}")
     if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
-    turned = image.size == size[::-1] and image.size != size
-    if upright or (turned and image.getexif().get(0x0112) in (5, 6, 7, 8)):  # EXIF's orientation
+    if upright or image.size != size and image.getexif().get(0x0112) in (5, 6, 7, 8):  # turned
         image = ImageOps.exif_transpose(image)
     if image.size != size and not upright:
         own, said = ("{} x {}".format(*pair) for pair in (image.size, size))

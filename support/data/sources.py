@@ -114,8 +114,7 @@ def show_kept(rows, dropped):
 
 
 def write_trajectories(args, rows, start):
-    """data/sft.jsonl, one of its trajectories, and what to run next. start: a time.time(). Exits
-    when there are no rows."""
+    """data/sft.jsonl, one of its trajectories, and what to run next. start: a time.time()."""
     if not rows:
         reasons = "the student is right (--iou-max) or invalid on all, or no trace was usable"
         stop(f"no trajectory is left for phase 1: {reasons}; the counts are above")
@@ -133,8 +132,7 @@ refused = []  # what `show_refused` has printed
 
 
 def show_refused(traces, faults):
-    """Prints the first refused traces as they come: a teacher that misreads its prompt shows after
-    minutes, not at the end."""
+    """Prints the first refused traces as they come: a misread prompt shows after minutes."""
     for trace, fault in zip(traces, faults):
         if fault and len(refused) < 5 and not RANK:
             refused.append(trace)

@@ -1,9 +1,6 @@
-"""Reasoning traces: what a VLM is asked for them and what is wrong with one, and traces from
-geometry alone. How boxes lie, in words, and boxes moved at random. All boxes are in 0..1000.
-
-The paper's teacher is a VLM (make_data.py, `vlm_traces`). For the toy preset, whose model is too
-small to write them, `template_trace` computes them from the boxes.
-"""
+"""Reasoning traces: what a VLM is asked for them (make_data.py, `vlm_traces`), what is wrong with
+one, and for the toy's small model traces from geometry alone. How boxes lie, in words, and boxes
+moved at random. All boxes are in 0..1000."""
 
 import math
 import re
@@ -35,11 +32,9 @@ ABOUT_HOLD = (  # where the next box is the same one: near the truth, with --iou
 
 
 def trace_fault(vlm, trace, expression, max_tokens):
-    """Why a teacher's trace cannot be used, in a word, or None.
-
-    It must not hold what the student could not know: coordinates, or that the truth was told. The
-    student has max_tokens for its trace, the tags and a box, here the longest.
-    """
+    """Why a teacher's trace cannot be used, in a word, or None: it must not hold what the student
+    could not know (coordinates, that the truth was told), and has to fit into max_tokens with the
+    tags and the longest box."""
     if not is_words(trace, math.inf):
         return "no words"
     if len(vlm.encode(step_text(trace, [1000] * 4))) > max_tokens:
@@ -64,10 +59,9 @@ def join(words):
 def template_trace(boxes, truth, t):
     """The trace of step t, from geometry alone: what is wrong with box t - 1, and what to do.
 
-    Shifts and sizes count from about a tenth of the true box on. It begins with the words by which
-    the toy's base says how a frame lies, as an answer to the question that `CORRECTION` ends with:
-    with a sentence first, as small a model says the same of every box. The description is not
-    repeated: it copies it wrongly, and then finds what it wrote.
+    It begins with the words by which the toy's base says how a frame lies, as an answer to the
+    question that `CORRECTION` ends with: with a sentence first, as small a model says the same of
+    every box. The description is not repeated: it copies it wrongly, and then finds what it wrote.
     """
     if t == 0:  # forward reasoning: why this region, right or wrong (Section 3.2)
         return f"I look for the object. I see it at the {place(boxes[0])}."
@@ -103,8 +97,7 @@ def place(box):
 
 
 def faults_of(before, truth):
-    """How a box lies to the true one, both in 0..1000, in words: its faults, and what cures them,
-    moves and sizes."""
+    """How a box lies to the true one, both in 0..1000, in words: its faults, moves and sizes."""
     width = max(truth[2] - truth[0], 1)
     height = max(truth[3] - truth[1], 1)
     # How far the truth's centre lies to the right and below, in sizes of the true box
@@ -130,10 +123,7 @@ def faults_of(before, truth):
 
 def perturb(rng, box, iou_max):
     """The box (0..1000), its sides moved at random: an IoU of 0.1 to iou_max with the original.
-
-    What the paper tried first, and found to teach poor first answers. Stops when iou_max asks for
-    what hardly exists.
-    """
+    What the paper tried first, and found to teach poor first answers."""
     x1, y1, x2, y2 = box
     for _ in range(10_000):
         # Sides that cross leave a box with which nothing has an IoU

@@ -74,10 +74,7 @@ def lora_size(preset, phase="sft"):
 
 
 def new_adapter(vlm, rank, alpha, name="default"):
-    """Puts a LoRA on the model that changes nothing until it is trained.
-
-    PEFT keeps its weights in float32, whatever the base is in.
-    """
+    """Puts a LoRA on the model, in float32, that changes nothing until it is trained."""
     if isinstance(vlm.model, PeftModel):
         vlm.model.add_adapter(name, lora_config(rank, alpha))
     else:
@@ -87,10 +84,7 @@ def new_adapter(vlm, rank, alpha, name="default"):
 
 def policy_and_reference(vlm, folder, size):
     """Two adapters that begin as the same one: the policy, which is active and takes gradients, and
-    the reference, which is frozen.
-
-    folder: of that adapter; None: both are new, of `size` (rank, alpha), and change nothing yet.
-    """
+    the frozen reference. folder: of that adapter; None: both are new, of `size` (rank, alpha)."""
     for name in ("policy", "reference"):
         if folder:
             add_adapter(vlm, folder, name)
@@ -142,9 +136,8 @@ def using(vlm, adapter):
 
 # Files of an adapter ------------------------------------------------------------------------------
 def save_adapter(vlm, folder, name=None):
-    """The adapter of this name (default: the active one) as a PEFT folder: adapter_config.json and
-    adapter_model.safetensors, each moved into place whole, and the fingerprint of the base model,
-    so that it is never put on another one."""
+    """The adapter of this name (default: the active one) as a PEFT folder, each file moved into
+    place whole, with the fingerprint of its base model, so that it is never put on another one."""
     if RANK:
         return
     folder = Path(folder)

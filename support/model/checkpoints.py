@@ -17,8 +17,7 @@ def save_checkpoint(path, **state):
 
 
 def load_checkpoint(path, restart=False, model=None, optimizer=None):
-    """The state, a dict, or None when there is none. With `restart` it is removed first.
-    model, optimizer: get what they were."""
+    """The state, or None; --restart removes it. model, optimizer: get what they were."""
     path = Path(path)
     if restart and not RANK:
         path.unlink(missing_ok=True)

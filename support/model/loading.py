@@ -50,9 +50,9 @@ def load_vlm(args, name=None):
     free_memory()
     name = name or args.model
     check_kind(name, args.quantize)
-    with loading(f"--model {name}", "tokenizer.json and tokenizer_config.json"):
+    with loading(f"--model {name}", "tokenizer.json, tokenizer_config.json, chat_template.jinja"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    check_template(name, tokenizer)
+        check_tokenizer(tokenizer)
     dtype = getattr(torch, args.dtype)
     options = {}
     if args.quantize == "nf4":
@@ -71,16 +71,13 @@ def load_vlm(args, name=None):
             attn_implementation="sdpa",
             device_map={"": device()},
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported, and refused in our own words
+            ignore_mismatched_sizes=True,  # reported, and refused below
             **options,
         )
-    check_report(name, report)
-    # By its class: Qwen3-VL's own processor, and early AutoImageProcessors, need torchvision.
-    with loading(f"--model {name}", "preprocessor_config.json or processor_config.json"):
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        smallest = min(image_processor.size["shortest_edge"], args.max_pixels)
-        image_processor.size = {"shortest_edge": smallest, "longest_edge": args.max_pixels}  # areas
-    check_parts(name, tokenizer, image_processor, model.config.vision_config)
+        # Without this, what the files lack would stay random, in silence
+        for kind, fault in (("mismatched_keys", "another shape"), ("missing_keys", "no value")):
+            keys = sorted(map(str, report[kind]))
+            verify(not keys, f"{len(keys)} weights have {fault}: {keys[:1]}")
     model.requires_grad_(False)
     if args.checkpointing == "on":
         # The name in transformers 5.5, then the later one
@@ -88,8 +85,14 @@ def load_vlm(args, name=None):
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     # Train mode throughout: there is no dropout to switch off, and on some CPUs bitsandbytes
     # repacks a 4-bit layer that runs in eval mode, after which its gradients are wrong.
-    vlm = VLM(model.train(), tokenizer, image_processor, args.checkpointing == "on")
-    with loading(f"--model {name}", "generation_config.json and preprocessor_config.json"):
+    model.train()
+    with loading(f"--model {name}", "(pre)processor_config.json and generation_config.json"):
+        # By its class: Qwen3-VL's own processor, and early AutoImageProcessors, need torchvision.
+        processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        smallest = min(processor.size["shortest_edge"], args.max_pixels)
+        processor.size = {"shortest_edge": smallest, "longest_edge": args.max_pixels}  # areas
+        check_processor(processor, model.config.vision_config)
+        vlm = VLM(model, tokenizer, processor, args.checkpointing == "on")
         verify({*map(type, vlm.turn_ends)} == {int}, "eos_token_id is no token")
         encode_images(vlm, [Image.new("RGB", (64, 64))])  # odd settings raise here, not later
     return vlm
@@ -104,8 +107,7 @@ def free_memory():
 
 
 def loading(what, files):
-    """Around the libraries' own loading: all that fails, from damage to no network, is explained,
-    with the files to look at."""
+    """`explained` around the libraries' own loading, with the files to look at."""
     return explained(f"{what} cannot be loaded", f"look at its {files}, or get it again")
 
 
@@ -124,39 +126,22 @@ def check_kind(name, quantize):
         stop(f"--model {name}: quantised already, not as --quantize {quantize}; give its original")
 
 
-def check_report(name, report):
-    """Of from_pretrained: without this, what the files lack would stay random, in silence."""
-    for kind, fault in (("mismatched_keys", "another shape"), ("missing_keys", "no value")):
-        for key in sorted(map(str, report[kind]))[:1]:
-            count = f"{len(report[kind])} weights that config.json speaks of have {fault}"
-            stop(f"--model {name}: {count} in its *.safetensors ({key}); get it again")
-
-
-def check_template(name, tokenizer):
-    """That the chat template gives a picture and then words, each once, and opens no reasoning by
-    itself, as a Thinking model's does: each step is to open its own."""
+def check_tokenizer(tokenizer):
+    """That it has the tokens of pictures; that its chat template gives a picture, then words, once
+    each, and opens no reasoning, as a Thinking model's does: each step is to open its own."""
+    for token in SPECIAL_TOKENS:
+        known = tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
+        verify(known, f"no token {token}; a Qwen3-VL is expected")
     picture, words = "<|vision_start|><|image_pad|><|vision_end|>", "what to find"
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
-    with loading(f"--model {name}", "chat_template.jinja"):
-        turn = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    turn = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     found = re.findall(f"{re.escape(picture)}|{words}|</?think>", turn)
-    if found != [picture, words]:
-        wrong = f"its chat template makes {found[:4]} of a picture and {words!r}"
-        stop(f"--model {name}: {wrong}; expected both, once, and no <think> (an Instruct model)")
+    expected = "expected a picture and words, once, and no <think> (an Instruct model)"
+    verify(found == [picture, words], f"{expected}; the chat template makes {found[:4]}")
 
 
-def check_parts(name, tokenizer, processor, vision):
-    """That the files are of one model: a tokenizer with the tokens of pictures, and patches of the
-    size that the vision tower takes."""
-    missing = []
-    for token in SPECIAL_TOKENS:
-        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-            missing.append(token)
-    if missing:
-        lack = f"its tokenizer has no {', '.join(missing)}"
-        stop(f"--model {name}: {lack}; a Qwen3-VL checkpoint is expected")
+def check_processor(processor, vision):
+    """That it makes patches of the size that the vision tower takes."""
     given = processor.patch_size, processor.merge_size, processor.temporal_patch_size
     needed = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    if given != needed:
-        sizes = f"patches, merges and frames of {given}, its config.json {needed}"
-        stop(f"--model {name}: its image processor has {sizes}; the files are of two models")
+    verify(given == needed, f"patches, merges and frames {given}, in config.json {needed}")

@@ -33,8 +33,7 @@ USER_TURN = (
 
 
 def loop_of(args):
-    """The Loop of --feedback and --surroundings, with --guard on guarded (not every phase has
-    it)."""
+    """The Loop of --feedback and --surroundings; guarded with --guard on, where there is one."""
     loop = IVT
     if args.feedback == "zoom":
         loop = zoom(args.surroundings)
@@ -46,11 +45,8 @@ def loop_of(args):
 
 
 def view_of(box, surroundings):
-    """The part of the image around a box, a box of the image's proportions; all in 0..1000.
-
-    Its sides are `surroundings` times the longer side of `box`; it is moved into the image. Without
-    a box (None) it is the whole image.
-    """
+    """The part of the image around a box, of its proportions, moved into it; all in 0..1000. Its
+    sides are `surroundings` times the longer side of `box`; without a box, the whole image."""
     if box is None:
         return WHOLE
     x1, y1, x2, y2 = box
@@ -66,11 +62,9 @@ def enlarge(image, view):
 
 
 def zoom(surroundings):
-    """The Loop that looks closer (ours): the surroundings of the last box, enlarged.
-
-    A large photo reaches the model reduced, so this view holds pixels that it has not seen; it
-    answers in the coordinates of the view.
-    """
+    """The Loop that looks closer (ours): the surroundings of the last box, enlarged, in whose
+    coordinates it answers. A large photo reaches the model reduced: this view holds pixels that it
+    has not seen."""
 
     def feedback(image, box):
         view = view_of(box, surroundings)
@@ -81,8 +75,7 @@ def zoom(surroundings):
 
 
 def implausible(box, last_box):
-    """Whether a box disagrees with the last one: an IoU below GUARD_IOU, or width or height changed
-    by more than a share GUARD_SIDES."""
+    """Whether a box disagrees with the last one: IoU, width or height (GUARD_IOU, GUARD_SIDES)."""
     changes = []
     for low, high in ((0, 2), (1, 3)):
         before = last_box[high] - last_box[low]
@@ -97,10 +90,7 @@ def guarded(loop):
 
 def asked_again(surroundings):
     """A loop that needs no training: the single-shot question, asked again on the enlarged
-    surroundings of its box.
-
-    The box is not drawn: nobody has told the model whose it is.
-    """
+    surroundings of its box, which is not drawn: nobody has told the model whose it is."""
     loop = zoom(surroundings)
     words = dict(prompt=SINGLE_PROMPT, continuation=SINGLE_PROMPT, without_box="", turn=USER_TURN)
     return replace(loop, feedback=lambda image, box: enlarge(image, loop.view(box)), **words)

@@ -1,22 +1,18 @@
-"""The rollout of common.py on vLLM, for where one GPU with the plain loop is not enough.
-
-`--engine vllm` puts `player` in the place of `rollout`: the same arguments, the same trajectories.
+"""The rollout of common.py on vLLM: `--engine vllm` puts `player` in the place of `rollout`, with
+the same arguments and trajectories.
 
 - A step is a request whose prompt is token ids: those of the step before, the sampled ones, the
-  injected ones. No text is ever tokenised again, so what was sampled is what is trained on, and
-  vLLM's prefix cache holds all but the injected part. No row waits for another.
-- Where a step ends is `loop.ends`'s word, asked token by token as vLLM writes; then the request is
-  aborted, and what vLLM has written beyond is dropped. (A stop string cannot say "a whole box,
-  outside the reasoning, and the JSON around it closed".)
+  injected ones. No text is ever tokenised again, so what was sampled is what is trained on.
+- Where a step ends is `loop.ends`'s word, which no stop string can say, asked token by token; then
+  the request is aborted, and what vLLM has written beyond is dropped.
 - Pictures are handed over in the size at which the trainer's image processor would show them, so
   that both see the same pixels and count the same image tokens.
 - LoRA: the adapter that is active in the trainer's model is saved and handed over under a new name
   whenever its weights have changed. The name matters: the prefix cache goes by it.
 
-The update's importance ratio is 1 up to rounding: in bfloat16 log pi of a token may differ by some
-hundredths, since vLLM's kernels add up in another order. `grpo.py` logs how far (`sampler_gap`),
-and warns above a bound. Truncated importance sampling is not built in: in float32 the ratio is 1 to
-five digits, and a gap that is large tells of something else that is wrong.
+The update's importance ratio is 1 up to rounding: vLLM's kernels add up in another order. `grpo.py`
+logs how far (`sampler_gap`) and warns above a bound. Truncated importance sampling is not built in:
+in float32 the ratio is 1 to five digits, and a large gap tells of something else that is wrong.
 """
 
 import atexit
@@ -84,10 +80,7 @@ class Row:
 # The engine ---------------------------------------------------------------------------------------
 def player(args, trainee=None):
     """A function that plays loops as `rollout` does, on a vLLM that starts when it is needed.
-
-    trainee: see support/model/decoding.py, `rollouts`. Exits without vLLM, and where it would play
-    another policy than the one that is trained.
-    """
+    trainee: see support/model/decoding.py, `rollouts`."""
     import_vllm()
     if args.quantize != "none":
         stop("--engine vllm takes --quantize none: in 4 bits it would play another policy")
@@ -161,9 +154,8 @@ def start(args, vlm):
 
 @contextmanager
 def without_main():
-    """Inside, a process that is started anew does not run this program again, as Python would have
-    it do: the phases are plain scripts, and vLLM starts a process for each further GPU. It runs
-    the package's empty file instead."""
+    """Inside, a process that is started anew does not run this program again: the phases are plain
+    scripts, and vLLM starts a process for each further GPU. It runs the package's empty file."""
     main = sys.modules["__main__"]
     before = main.__spec__, getattr(main, "__file__", None)
     main.__spec__, main.__file__ = None, str(Path(__file__).with_name("__init__.py"))
@@ -174,11 +166,8 @@ def without_main():
 
 
 def hand_over(engine, vlm):
-    """The LoRARequest of the adapter that is active in vlm, None where there is none.
-
-    It is saved when its weights are not those that were saved last: other tensors, or changed in
-    place since. What was saved before of this name goes.
-    """
+    """The LoRARequest of the adapter that is active in vlm, or None. It is saved when its weights
+    are other tensors than those saved last, or changed in place since; these go."""
     from vllm.lora.request import LoRARequest
 
     layer = next((m for m in vlm.model.modules() if isinstance(m, LoraLayer)), None)
@@ -234,10 +223,9 @@ def vllm_rollout(
 ):
     """What `rollout` returns for these arguments: P * N trajectories, played by an Engine.
 
-    vlm: the model, of which tokenizer, image processor and active adapter are used. encode: it also
-    encodes the pictures, for an update; otherwise the ImageTokens have no values. Greedy, both ways
-    give the same up to rounding; sampled, the same distribution, from other random numbers: what a
-    prompt samples depends on its seed, T and N, not on its batch (up to rounding).
+    vlm: its tokenizer, image processor and active adapter are used. encode: it also encodes the
+    pictures, for an update. Greedy, both ways give the same up to rounding; sampled, the same
+    distribution, from other random numbers, which depend on a prompt's seed, T and N alone.
     """
     if max(temperatures) > 0 and not seeds:
         raise ValueError("sampling takes a seed for each prompt")
@@ -309,8 +297,7 @@ def ask(engine, vlm, row, loop, *, temperatures, max_tokens, encode, lora, **cut
 
 
 def take(vlm, row, output, loop):
-    """Appends what vLLM has written to a row, up to where the step ends; the rest is dropped.
-    Returns whether it has ended."""
+    """Appends what vLLM has written to a row, up to where the step ends -> whether it has ended."""
     made = row.trajectory
     t = len(made.boxes)
     placeholder = vlm.base.config.image_token_id

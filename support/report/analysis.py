@@ -1,8 +1,7 @@
 """The numbers of an evaluation, as results.json holds them: what each row's boxes are worth, what
 its steps change, what its traces know, and the paper's findings.
 
-Shapes and words as in statistics.py. A line is one of a log: a dict with boxes, texts, read and
-maybe confidence, a value per step each.
+Shapes and words as in statistics.py. A line is one of a log (rows.log_line).
 """
 
 from common import box_iou, iou, last_valid, normalize_box
@@ -37,11 +36,8 @@ FALL = 0.1  # of Acc@0.5, for an untrained loop to collapse; ours, the paper nam
 
 # All numbers --------------------------------------------------------------------------------------
 def results_of(samples, lines_of, steps):
-    """The numbers of any rows (rows.Row) on their lines.
-
-    The first row is what the others are compared against. steps: T of the tables; what lies beyond
-    it in a line is left out.
-    """
+    """The numbers of any rows (rows.Row) on their lines, compared against the first row. steps: T
+    of the tables; what lies beyond it in a line is left out."""
     results = {"n": len(samples), "steps": steps, "shown": main_row(lines_of).name}
     results |= {"table1": {}, "differences": {}, "table2": {}, "ablations": {}}
     ious_of = {}  # a name -> the IoUs of the first T + 1 steps
@@ -81,11 +77,8 @@ def refinement(samples, lines, ious):
 
 
 def ablations_of(samples, steps, lines_of, others):
-    """What a row does when it is shown other pictures than its own: name -> estimates.
-
-    others: (row, what is shown) -> lines. "against": the last step's IoU minus that of the row
-    itself, paired.
-    """
+    """What a row does when it is shown other pictures than its own: name -> estimates; "against":
+    the last step's IoU minus the row's own, paired. others: (row, what is shown) -> lines."""
     table = {}
     for (row, word), lines in others.items():
         ious, own = (all_ious(samples, of)[:, : steps + 1] for of in (lines, lines_of[row]))
@@ -95,8 +88,7 @@ def ablations_of(samples, steps, lines_of, others):
 
 
 def findings(results, ious_of):
-    """The paper's findings as hypotheses on these rows: a list of `judged`. ious_of: a row's name
-    -> [S, T + 1]."""
+    """The paper's findings as a list of `judged`. ious_of: a row's name -> [S, T + 1]."""
     differences = results["differences"]
     rows = results["table2"]  # of other systems, a row may have one box only
     shown = results["shown"]
@@ -134,11 +126,9 @@ def findings(results, ious_of):
 
 # Ways to choose one box ---------------------------------------------------------------------------
 def choices(ious, lines, ordered=True):
-    """Ways to choose one box of each trajectory: name -> [S], the IoU of the chosen one.
-
-    The paper's Table 1 scores the best of steps, which takes the ground truth to choose. The other
-    ways are open to a user. Boxes without an order have neither first nor last.
-    """
+    """Ways to choose one box of each trajectory: name -> [S], the IoU of the chosen one. The
+    paper's Table 1 scores the best of steps, which takes the ground truth to choose; the others are
+    open to a user. Boxes without an order have neither first nor last."""
     if ious.shape[1] == 1:
         return {"its only box": ious[:, 0]}
     traced = has_traces(lines)
@@ -187,12 +177,9 @@ def has_traces(lines):
 
 
 def truth_of_traces(samples, lines, t):
-    """What the traces of step t say of the box that was shown there, against where it lies.
-
-    {"boxes": for all boxes, those on a wrong object (IoU 0), right, and in between, how many were
-    shown and the share of each claim; "balanced": with what balanced accuracy a trace says what
-    the geometry says (`geometry_of`)}.
-    """
+    """What the traces of step t say of the box that was shown there, against where it lies: of all
+    boxes, those on a wrong object (IoU 0), right, and in between, how many were shown and the share
+    of each claim; with what balanced accuracy a trace says what `geometry_of` says."""
     shown = [last_valid(line["boxes"][:t]) for line in lines]
     there = np.array([box is not None for box in shown])
     ious = np.array([box_iou(box, sample) for box, sample in zip(shown, samples)])

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from support.report.statistics import BASE, GRPO, GUARDED, SFT, SINGLE, UNTRAINED
 from support.report.tables import INTERVALS, cell, main_sections, markdown, markdown_table
-from support.running.errors import stop
+from support.running.errors import explained, stop, verify
 from support.running.files import read_config, write_text
 from support.running.flags import ROOT
 
@@ -34,10 +34,10 @@ INTERVAL_OF_A_MEAN = re.compile(r"(?<![-+.\d])(\d\.\d{3}) \[[^]-]*\]")
 
 def read_results(folder, part="findings", command="python evaluate.py"):
     path = folder / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if not results.get(part):
-        stop(f"{path} has no {part}; first run: {command} --out {folder}")
-    return results
+    with explained(f"{path} cannot be used", f"first run: {command} --out {folder}"):
+        results = json.loads(path.read_bytes())
+        verify(results[part], f"no {part}")
+        return results
 
 
 def settings(folder):
@@ -120,21 +120,18 @@ def seeds_table(runs):
     return by_seed(rows, runs)
 
 
-def visrl_table(runs):
-    """Shares and findings of the first run, a column per run."""
+@explained("the tables cannot be made of these runs", "make what they lack")
+def write_visrl(folders, root=ROOT):
+    runs = [read_results(folder, command="python -m visrl.evaluate") for folder in folders]
     rows = []
     for what, words in (("answers", "right answers"), ("boxes", "right boxes, IoU > 0.5")):
         for name in runs[0][what]:
             rows.append([f"{name}: {words}", *(cell(run[what].get(name)) for run in runs)])
-    return by_seed(rows, runs)
-
-
-def write_visrl(folders, root=ROOT):
-    runs = [read_results(folder, command="python -m visrl.evaluate") for folder in folders]
     head = f"# VisRL\n\n{machine()}; {runs[0]['n']} test samples a seed. {INTERVALS}\n\n"
-    write_text(root / "docs/tables/visrl.md", head + "\n".join(visrl_table(runs)))
+    write_text(root / "docs/tables/visrl.md", head + "\n".join(by_seed(rows, runs)))
 
 
+@explained("the tables cannot be made of these runs", "make what they lack")
 def write_all(folders, root=ROOT):
     for folder in folders[1:]:
         differing = sorted(settings(folder) ^ settings(folders[0]))

@@ -32,11 +32,8 @@ def warn(run):
 
 
 def step_ious(trajectories, owners):
-    """The mean IoU of each step, T + 1 floats, over the trajectories of all processes.
-
-    owners: the sample of each trajectory. The reward does not see these (Section 3.4, "Advantage
-    scoring"); they show whether refining helps.
-    """
+    """The mean IoU of each step, T + 1 floats, over the trajectories of all processes: whether
+    refining helps, which the reward does not see (Section 3.4). owners: the sample of each one."""
     ious = [[box_iou(box, s) for box in t.boxes] for t, s in zip(trajectories, owners)]
     return [round(v, 4) for v in torch.tensor(gather(ious)).mean(0).tolist()]
 
@@ -48,11 +45,7 @@ def sampler_gaps(trajectories, logprob):
 
 
 def rollout_facts(rewards, trajectories, owners, gaps):
-    """What the log of GRPO has of a batch of rollouts, over all processes. rewards: [P, N].
-
-    gaps: of `sampler_gaps`. no_signal: the share of groups whose rewards are all equal, which teach
-    nothing.
-    """
+    """What GRPO's log has of a batch of rollouts, over all processes. rewards: [P, N]."""
     valid = gather([sum(box is not None for box in t.boxes) / len(t.boxes) for t in trajectories])
     lengths = gather([len(t.target) for t in trajectories])
     sums, largest = zip(*gather([(sum(gaps), max(gaps))]))
@@ -71,10 +64,8 @@ def rollout_facts(rewards, trajectories, owners, gaps):
 
 
 def show_gain(run):
-    """Says what a GRPO did: the reward of the same validation prompts, sampled with the same seeds,
-    before training and by its result. The last line of the log has the difference, which is none
-    below zero: the result was chosen by these rewards.
-    """
+    """Says what a GRPO did: the reward of the same validation prompts, with the same seeds, before
+    training and by its result, which is never below: it was chosen by these rewards."""
     rewards = {row["update"]: row["val_rewards"] for row in run.rows if "val_rewards" in row}
     before, after = (torch.tensor(rewards[update]) for update in (0, run.best[1]))  # [prompts] each
     change = estimate(after - before)

@@ -22,8 +22,7 @@ def elsewhere(feedback):
 
 
 def ablation_rows(args, row):
-    """The same row with the same model, shown something else: what is shown -> Row. A row of views
-    is shown other views."""
+    """The same row with the same model, shown something else: what is shown -> Row."""
     instead = {"a view elsewhere": elsewhere(row.loop.feedback)}
     if row.drawn and args.feedback == "overlay":
         instead = {

@@ -19,11 +19,8 @@ LINE = '{"image": "photo.jpg", "expression": "the cat on the left"}'
 
 
 def look_at(args, image, expression, loop):
-    """Runs the loop on image files, each with an expression; prints every step, with boxes in
-    pixels, and draws it, figures/<number>_<name>.png under --out.
-
-    image, expression: as of `own_samples`. Takes the GRPO adapter of the run, else its SFT adapter.
-    """
+    """Runs the loop on image files, each with an expression, by the run's best adapter; prints
+    every step, with boxes in pixels, and draws it, figures/<number>_<name>.png under --out."""
     samples = own_samples(image, expression)
     adapter = best_adapter(args.out)
     if not adapter:
@@ -34,22 +31,18 @@ def look_at(args, image, expression, loop):
     options = dict(max_tokens=args.max_tokens, loop=loop, load=UPRIGHT, seeds=[0] * len(samples))
     made = roll_in_parts(rollouts(args), vlm, samples, "/", args.batch_size, args.steps, **options)
     for number, (sample, trajectory) in enumerate(zip(samples, made), 1):
-        show(sample, trajectory)
+        print(f"{sample['id']}: {sample['expression']}")
+        for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
+            where = "no valid box"
+            if box:
+                pixels = denormalize_box(box, sample["width"], sample["height"])
+                where = f"{[round(v, 1) for v in pixels]} pixels"
+            print(f"step {t}: {where}\n  {text.strip()}")
         line = {"boxes": trajectory.boxes, "texts": trajectory.texts}
         path = args.out / f"figures/{number}_{Path(sample['image']).stem[:50]}.png"
         with drawing(path):
             write_strip(path, sample, UPRIGHT(sample, "/"), line, loop)
             print(f"drawn by {adapter}: {path}")
-
-
-def show(sample, trajectory):
-    print(f"{sample['id']}: {sample['expression']}")
-    for t, (box, text) in enumerate(zip(trajectory.boxes, trajectory.texts)):
-        where = "no valid box"
-        if box:
-            pixels = denormalize_box(box, sample["width"], sample["height"])
-            where = f"{[round(v, 1) for v in pixels]} pixels"
-        print(f"step {t}: {where}\n  {text.strip()}")
 
 
 def own_samples(image, expression):

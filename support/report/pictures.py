@@ -48,10 +48,8 @@ def font_for(text, font):
 
 def write_strip(path, sample, image, line, loop):
     """Writes a trajectory as a PNG: a panel per step, 1000 pixels wide in all; long words are cut.
-
-    Each panel is the picture that the model gets before the step, its own last box drawn into it;
-    outlined on it are the truth, where the sample has one, and the new box.
-    """
+    A panel is the picture that the model gets before the step, its own last box drawn into it;
+    outlined on it are the truth, where the sample has one, and the new box."""
     boxes = line["boxes"]
     width = min(320, (1000 - GAP) // len(boxes) - GAP)
     truth = None
@@ -77,8 +75,7 @@ def write_strip(path, sample, image, line, loop):
 
 
 def together(words, panels, width, keys):
-    """(picture, caption, text) triples side by side, under the words and what each color means
-    (keys)."""
+    """(picture, caption, text) triples side by side, under the words and what each color means."""
     sheet_width = max(700, len(panels) * (width + GAP) + GAP)
     words = textwrap.wrap(words, sheet_width // 9)[:4]
     top = 50 + 20 * len(words)
@@ -101,17 +98,10 @@ def together(words, panels, width, keys):
 
 
 def panel(image, boxes, width, height):
-    """The image, as large as fits, with outlined boxes on it: (color, box in 0..1000).
-
-    A small one grows by a whole multiple, so that its pixels stay sharp, unless that leaves a third
-    of the room empty.
-    """
+    """The image, as large as fits, with outlined boxes on it: (color, box in 0..1000)."""
     scale = min(width / image.width, height / image.height)
-    whole = int(scale)
-    if whole and scale < 1.5 * whole:
-        scale = whole
     size = [max(1, round(side * scale)) for side in image.size]
-    picture = image.resize(size, Image.NEAREST if scale == whole else Image.LANCZOS)
+    picture = image.resize(size, Image.LANCZOS)
     pen = ImageDraw.Draw(picture)
     for color, box in boxes:
         pen.rectangle(denormalize_box(box, *size), outline=color, width=3)

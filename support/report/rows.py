@@ -59,12 +59,9 @@ def model_of(args, row, flag):
 
 
 def play_row(args, row, test, work, *flags, **more):
-    """The lines of log/evaluate_<row.log>.jsonl, one for each test sample; `work` makes those that
-    are missing.
-
-    work: as of `resumable`. flags, more: as of `begin`, what the row depends on beside what every
-    row does; others are not compared, so that `--restart` does not play all rows.
-    """
+    """The lines of log/evaluate_<row.log>.jsonl, one for each test sample; `work`, as of
+    `resumable`, makes those that are missing. flags, more: as of `begin`, what this row depends on;
+    others are not compared, so that `--restart` does not play all rows."""
     inputs = [args.out / "data/test.jsonl"]
     if row.adapter:
         say_if_unfinished(args.out / row.adapter)

@@ -11,7 +11,7 @@ named as the file, so that the run's own results stay.
 
 from pathlib import Path
 
-from support.data.samples import read_side
+from support.data.samples import is_inside, read_side
 from support.report.analysis import LISTS, results_of
 from support.report.page import group, headline, result_chart, write_page
 from support.report.pictures import drawing
@@ -25,8 +25,7 @@ LINE = '{"method": "...", "id": "...", "boxes": [[x1, y1, x2, y2], ...]}'
 
 
 def read_predictions(path, samples):
-    """A file of predictions -> {Row: its lines, in the order of the samples}. Exits with line and
-    remedy."""
+    """A file of predictions -> {Row: its lines, in the order of the samples}."""
     number_of = {sample["id"]: i for i, sample in enumerate(samples)}
     lines_of = {}
     for number, line in enumerate(read_jsonl(path, "the system that makes it"), 1):
@@ -55,9 +54,8 @@ def read_predictions(path, samples):
 def is_prediction(own):
     """Whether method, boxes and texts are of their kinds, and each box lies in 0..1000."""
     boxes, texts = own["boxes"], own["texts"]
-    for x1, y1, x2, y2 in (box for box in boxes if box is not None):
-        if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):  # NaN is in no range
-            return False
+    if not all(box is None or is_inside(box, 1000, 1000) for box in boxes):
+        return False
     for values in (own[key] for key in LISTS[2:] if key in own):  # numbers, a step each
         known = [type(value) in (int, float) for value, box in zip(values, boxes) if box]
         if len(values) != len(boxes) or not all(known):

@@ -26,11 +26,10 @@ GRPO = "SFT + GRPO + IVT"
 WITHOUT_SFT = "GRPO without SFT + IVT"
 
 
-def main_row(rows):
+def main_row(rows, wanted=(GRPO, SFT, WITHOUT_SFT, UNTRAINED)):
     """The row that strata and pictures are of: the paper's last that is there, else the last."""
     named = {row.name: row for row in rows}
-    wanted = (GRPO, SFT, WITHOUT_SFT, UNTRAINED, *reversed(named))
-    return next(named[name] for name in wanted if name in named)
+    return next(named[name] for name in (*wanted, *reversed(named)) if name in named)
 
 
 # Estimates ----------------------------------------------------------------------------------------
@@ -48,12 +47,8 @@ def resampled(values):
 
 @functools.lru_cache(maxsize=32)  # the whole test set, its strata and sources
 def resamples(n, count):
-    """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights
-    [count, n] that sum to 1.
-
-    They are seeded, so all rows get the same draws, and what is computed with them on two rows is
-    paired.
-    """
+    """The bootstrap (Efron, 1979): `count` draws of n samples with replacement, as weights [count,
+    n] that sum to 1. Seeded, so that what is computed with them on two rows is paired."""
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), count).astype(np.float32)
     return draws / n
 
@@ -69,10 +64,7 @@ def estimate(values):
 
 def estimate_of(columns, formula):
     """As `estimate`, of a number that is no mean: columns [S, K]; formula: the K means over the
-    samples, [..., K] -> [...].
-
-    None where it cannot be computed. Resamples in which it cannot be are left out.
-    """
+    samples, [..., K] -> [...]. None where it cannot be computed; such resamples are left out."""
     columns = np.asarray(columns, np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = formula(columns.mean(0, dtype=np.float64))
@@ -84,8 +76,7 @@ def estimate_of(columns, formula):
 
 
 def ratio(part, whole):
-    """An estimate of how often `part` is so among the samples where `whole` is, both [S] bool;
-    None where it never is."""
+    """An estimate of how often `part` is so among the samples where `whole` is, both [S] bool."""
     return estimate_of(np.stack([part & whole, whole], 1), lambda m: m[..., 0] / m[..., 1])
 
 
@@ -103,14 +94,12 @@ def by_change(samples, lines):
 
 
 def metrics(ious):
-    """[S] IoU of one box per sample -> [S, 4], whose means are Acc@0.5, Acc@0.7, Acc@0.9 (the share
-    with at least this IoU) and the mean IoU."""
+    """[S] IoU of one box per sample -> [S, 4], whose means are METRICS."""
     return np.stack([ious >= 0.5, ious >= 0.7, ious >= 0.9, ious], 1)
 
 
 def metric_estimates(ious, compared=0):
-    """[S] as of `metrics` -> {metric: estimate}. compared: the `metrics` of other boxes, which are
-    taken away."""
+    """[S] as of `metrics` -> {metric: estimate}. compared: other boxes' `metrics`, taken away."""
     return dict(zip(METRICS, estimate(metrics(ious) - compared)))
 
 
@@ -133,8 +122,7 @@ def changes(ious):
 
 
 def strata(samples, ious):
-    """`changes` of groups of the samples that have any, by IoU at step 0 (Section 4.3) and by
-    source: group -> dict."""
+    """`changes` of groups of the samples, by IoU at step 0 (Section 4.3) and by source."""
     first = ious[:, 0]
     groups = {
         "step-0 IoU: hard, below 0.5": first < 0.5,
@@ -148,10 +136,9 @@ def strata(samples, ious):
 
 
 def turns(ious):
-    """What is corrected and what is spoilt from the first to the last step: how many are wrong and
-    right at first; the error-correction rate ECR = P(last right | first wrong) and the
-    error-introduction rate EIR = P(last wrong | first right); the change of Acc@0.5, which is
-    (1 - Acc) ECR - Acc EIR."""
+    """What the steps correct and spoil: how many are wrong and right at first; the error-correction
+    rate ECR = P(last right | first wrong) and the error-introduction rate EIR = P(last wrong |
+    first right); the change of Acc@0.5, which is (1 - Acc) ECR - Acc EIR."""
     first = ious[:, 0] >= RIGHT
     last = ious[:, -1] >= RIGHT
     return {

@@ -1,8 +1,5 @@
-"""The results of an evaluation, put together, and their report: for the terminal, in Markdown
-(results.md), and for the page.
-
-A report is a list of sections: (name, text, head, rows), a table and what stands over it.
-"""
+"""The results of an evaluation and their report: for the terminal, in Markdown (results.md), for
+the page. It is a list of sections: (name, text, head, rows), a table and what stands over it."""
 
 import json
 import re
@@ -101,8 +98,7 @@ def means(estimates):
 
 # The report ---------------------------------------------------------------------------------------
 def cell(value, sign=""):
-    """An estimate as text, "" for None. With sign "+" it is a difference, and * marks an interval
-    without zero."""
+    """An estimate as text; sign "+": of a difference, where * marks an interval without zero."""
     if value is None:
         return ""
     mean, low, high = value
@@ -117,8 +113,7 @@ def cells(values, sign=""):
 
 
 def report(results):
-    """The sections that have rows: Tables 1 and 2 and the verdicts first, then what goes beyond
-    them."""
+    """The sections that have rows: Tables 1 and 2 and the verdicts, then what goes beyond them."""
     sections = [
         table1(results),
         differences(results),

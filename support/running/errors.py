@@ -26,7 +26,9 @@ def explained(fault, remedy):
     except Exception as e:
         if out_of_memory(e):
             raise
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        # torch.save hides the system's own word
+        cause = e.__context__ if isinstance(e.__context__, OSError) else e
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:200]}"
         stop(f"{fault} ({reason}); {remedy}")
 
 
@@ -42,10 +44,9 @@ def working_on(samples):
 
 
 def explain_errors(advice, smaller):
-    """From here on an OSError, and running out of memory, end the program with a message and exit
-    status 1. The latter names the samples of `working_on` and `advice`, the flags to lower; before
-    there are any, the model alone is too large: give a `smaller` one. Any other exception ends the
-    program as before."""
+    """From here on an OSError, and running out of memory, end the program with a message: the
+    latter's names the samples of `working_on` and `advice`, the flags to lower; before there are
+    any, the model alone is too large, and a `smaller` one is to be given."""
     otherwise = sys.excepthook
 
     def explain(kind, error, traceback):

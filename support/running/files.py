@@ -4,12 +4,10 @@ whole or not at all; logs that a stopped run goes on with; one run at a time on 
 import hashlib
 import json
 import os
-import re
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
 
-from support.running.errors import stop, working_on
+from support.running.errors import explained, stop, working_on
 from support.running.processes import (
     RANK,
     barrier,
@@ -20,24 +18,10 @@ from support.running.processes import (
 )
 
 
-@contextmanager
 def writing(path):
-    """Around every write: a full disk or a forbidden folder ends with a message, and the last
-    whole file stays."""
-    try:
-        yield
-    except Exception as e:
-        cause = e
-        while not isinstance(cause, OSError) and cause.__context__:  # torch.save wraps it
-            cause = cause.__context__
-        # safetensors has an error of its own
-        if not isinstance(cause, OSError) and not re.search("I/?O ?error", str(e), re.I):
-            raise
-        reason = getattr(cause, "strerror", None) or cause
-        stop(
-            f"{path} cannot be written ({reason}). What was saved before is whole; make room, or "
-            "allow writing there, and the same command goes on"
-        )
+    """Around every write, so that a full disk or a forbidden folder ends with a message."""
+    remedy = "what was saved is whole; make room, or allow writing; the same command goes on"
+    return explained(f"{path} cannot be written", remedy)
 
 
 def write_bytes(path, save):
@@ -96,11 +80,9 @@ def read_jsonl(path, command):
     """The rows of a .jsonl file that a phase before makes with `command`."""
     rows = []
     for number, line in enumerate(read_lines(path, command), 1):
-        try:
+        remedy = f"repair or remove the line: {line[:80]!r}"
+        with explained(f"{path}, line {number}: not JSON", remedy):
             rows.append(parse(line))
-        except ValueError as e:
-            line = line[:80].decode("utf-8", "backslashreplace")
-            stop(f"{path}, line {number}: not JSON ({e}); repair or remove the line: {line!r}")
     return rows
 
 
@@ -158,8 +140,7 @@ def resumable(path, samples, batch_size, name, work):
 
 
 def sealed_rows(path, samples):
-    """The rows at the beginning of the log `path` that are whole, as they were written, and belong
-    to these samples, in their order."""
+    """The first rows of a log that are whole, as they were written, and of these samples."""
     rows = []
     lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
     for sample, line in zip(samples, lines):
@@ -220,12 +201,8 @@ def agrees(args, name, *flags):
 
 def read_config(path):
     """What `begin` wrote, a dict; empty when there is none."""
-    try:
-        return {**parse(path.read_bytes())}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as e:
-        stop(f"{path} cannot be read ({e}); remove it, and --restart")
+    with explained(f"{path} cannot be read", "remove it, and --restart"):
+        return {**parse(path.read_bytes())} if path.exists() else {}
 
 
 def told_apart(model):

@@ -41,9 +41,8 @@ def flags(phase, doc, **extra):
     `settings_of` the phase has, and `extra` (name -> Flag).
 
     phase: None for a script with no rows of its own. doc: its first paragraph is the help text.
-    `out` is a Path, other paths are as they were given. Prints the resolved configuration. Exits on
-    an unknown flag, a value of the wrong type or out of range, a path that is not what it should
-    be, and while another run works in --out. From here on running out of memory is explained.
+    `out` is a Path, other paths are as they were given. Exits on what cannot be taken, and while
+    another run works in --out. From here on running out of memory is explained.
     """
     settings = settings_of(phase)
     parser = make_parser(doc, settings, extra)
@@ -84,9 +83,8 @@ def model_path(model):
 
 
 def command(args, script):
-    """`script` ("python grpo.py --steps 0") as a command on the same run: with its --preset, its
-    --model, its --out and what all phases take, such as --seed, where they are not the defaults.
-    """
+    """`script` ("python grpo.py --steps 0") as a command on the same run: with its --preset,
+    --model, --out and what all phases take, such as --seed, where they are not the defaults."""
     room = "visrl_" if "-m visrl." in script else ""
     if args.preset != "toy":
         script += f" --preset {args.preset}"

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from support.running.errors import explained
+
 import torch
 import torch.distributed as dist
 
@@ -30,8 +32,9 @@ def start_processes():
     if torch.cuda.is_available():
         backend = "nccl"
         torch.cuda.set_device(device())
-    # One process may write or evaluate for long while the others wait for it.
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    with explained("the processes cannot meet", "start them with torchrun, or unset WORLD_SIZE"):
+        # One process may write or evaluate for long while the others wait for it.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w", errors="replace")

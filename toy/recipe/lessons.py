@@ -36,16 +36,8 @@ OPENINGS = ("", "Please ", "Now ", "Hi! ", "Look at the picture. ", "Task: ", "O
 REQUESTS = ("find {}", "show me {}", "mark {}", "detect {}", "draw a box on {}", "select {}")
 REQUESTS += ("give the box of {}", "a box for {}", "which part is {}", "I look for {}")
 REQUESTS += ("can you see {}", "do you know {}", "would you get me {}", "{} is what I need")
-ENDINGS = (
-    "",
-    ".",
-    "?",
-    "?",
-    " in this picture.",
-    " and write its box.",
-    ", as JSON",
-    ". Box only.",
-)
+ENDINGS = ("", ".", "?", "?", " in this picture.")
+ENDINGS += (" and write its box.", ", as JSON", ". Box only.")
 BOXES = ("find", "frame")  # the kinds of questions that are answered by a box
 ANSWERS = [*RELATED, "yes", "no", *COLORS, *KINDS, *MARKS]
 
@@ -183,9 +175,7 @@ def filler(rng, mean, words):
 
 
 def reword(rng, question):
-    """Puts a question in other words, as of the last stage: what is asked stays the one thing in
-    them that can be answered.
-    """
+    """Puts a question in other words: what is asked is the one thing in them to be answered."""
     is_box = question.kind in BOXES
     plain = [word for word in vocabulary_words() if word.lower().rstrip("s") not in NAMES]
     way = rng.random()
@@ -213,9 +203,8 @@ def reword(rng, question):
 
 
 def next_question(rng, picture, level, said, repeats):
-    """A Question about a picture, or None where chance found none. said: those with a box so far;
-    repeats: whether one may ask to repeat something.
-    """
+    """A Question about a picture, or None. said: those with a box so far; repeats: whether one may
+    ask to repeat something."""
     way = rng.random() if repeats else 1.0
     if way < 0.03:
         words = random_words(rng)
@@ -240,10 +229,8 @@ def next_question(rng, picture, level, said, repeats):
 
 
 def conversation(rng, level, encode, answered, worded=False):
-    """A chat of about BUDGET tokens: [(picture where it is shown first, else None, Question)].
-
-    worded: a single question in one of many wordings, as in the last stage.
-    """
+    """A chat of about BUDGET tokens: [(picture where it is shown first, else None, Question)];
+    worded: a single question in one of many wordings."""
     turns, scene, length = [], None, 0
     while length < BUDGET:
         picture, scene = next_picture(rng, level, scene)
@@ -309,10 +296,9 @@ def hints(asked):
 
 
 def chat_batch(rng, level, tokenizer, answered, worded=False):
-    """Conversations as a batch of tensors. answered: whether the questions are followed by their
-    answers. Without them a conversation holds three times as many. worded: beside half as many,
-    single questions as of `conversation`; then the answers are all that is taught.
-    """
+    """Conversations as a batch of tensors. answered: whether answers follow the questions; without
+    them a conversation holds three times as many. worded: beside half as many, single questions as
+    of `conversation`; then the answers are all that is taught."""
     encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
     shape = SimpleNamespace(rows=CELLS, columns=CELLS)
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")

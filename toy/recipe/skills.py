@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count, islice, product
 
 from common import SINGLE_PROMPT, SINGLE_SHOT, VLM, format_box, iou, parse_box, rollout
+from support.running.flags import check_path
 from toy import questions, world
 from toy.model import make_image_processor
 from toy.questions import FRAMES, RELATED
@@ -114,9 +115,7 @@ def to_repeat(rng):
 
 
 def own_frames(finds, boxes):
-    """Of the model's own boxes, each drawn as a frame of some color, (items of those that hold
-    the object, of those that do not).
-    """
+    """Of the model's own boxes, drawn as frames: (items of those that hold the object, others)."""
     rng = random.Random("own 1")  # of its own: how many it draws hangs on what the model found
     right, wrong = [], []
     for (picture, expression, target), box in zip(finds, boxes):
@@ -232,6 +231,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=BASE)
     parser.add_argument("--n", type=int, default=400, help="questions of each kind (400)")
     args = parser.parse_args()
+    check_path("--model", args.model, "folder")
     print(f"{'skill':46}{'measure':19}value  chance")
     with torch.inference_mode():
         for skill, measure, value, chance in table(load(args.model), args.n):

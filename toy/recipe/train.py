@@ -55,8 +55,7 @@ LAST_HEADS = {"digits": 80, "box": 4, "frame_digits": 80, "frame_box": 4, "answe
 # The model, run quickly ---------------------------------------------------------------------------
 def see(visual, patches):
     """The vision tower: patches [n, P, ...] -> (features [n * tokens, D], deepstack). transformers
-    runs the attention picture by picture, which on a CPU takes most of the time.
-    """
+    runs the attention picture by picture, which on a CPU takes most of the time."""
     n, count, _ = patches.shape
     side = 2 * CELLS
     # Where each patch lies, row by row, in the tower's order of 2 x 2 blocks
@@ -83,8 +82,7 @@ def see(visual, patches):
 
 def attend(query, key, value, mask=None):
     """Attention as two plain products of [n, heads, length, head dim]: on a CPU, short as these
-    are, quicker backward than the fused kernel. Under autocast the softmax too is in bfloat16.
-    """
+    are, quicker backward than the fused kernel. Under autocast the softmax too is in bfloat16."""
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     with torch.autocast(kind, enabled=False):
@@ -124,8 +122,7 @@ def mean_of(each, taught):
 
 def box_losses(said, label, name):
     """{name: loss} of the boxes of objects (name "") or frames ("frame_"): of their digits, the
-    first of which weigh thrice the second, and of their sides in twentieths of the picture.
-    """
+    first of which weigh thrice the second, and of their sides in twentieths of the picture."""
     digits = label[name + "digits"]  # [n, 8]; -1: not taught
     taught = (digits[:, 0] >= 0).float()
     ten = said[name + "digits"].float().view(-1, 10)
@@ -144,10 +141,9 @@ def words_loss(said, label):
 
 
 def tower_loss(embeddings, heads, features, pictures):
-    """features [tokens, D] of pictures -> (loss, {name: its parts}). The words of the object that a
-    token shows are read off it by their own embeddings, as in SigLIP (arXiv:2303.15343, Section
-    3.2): that puts a blue object near the word "blue", and attention can begin with what is alike.
-    """
+    """features [tokens, D] of pictures -> (loss, {name: its parts}). A token's words are read off
+    it by their own embeddings, as in SigLIP (arXiv:2303.15343, Section 3.2): that puts a blue
+    object near the word "blue", and attention can begin with what is alike."""
     label = {name: value.flatten(0, 1) for name, value in pictures.items() if name != "patches"}
     features = features.float()
     # So large a divisor that the words become most of the features
@@ -280,8 +276,7 @@ def moved(batch, device):
 # Optimisation -------------------------------------------------------------------------------------
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon, whose bfloat16 products take most of a step on a CPU without units for
-    them; here they are in float32.
-    """
+    them; here they are in float32."""
 
     def __init__(self, parameters, lr):
         super().__init__(parameters, {"lr": lr})
@@ -317,8 +312,7 @@ def orthogonal(matrices):
 
 def make_optimizers(parts):
     """Muon for the matrices; AdamW for embeddings, norms, biases and heads, by their peak rate. A
-    third for stage 3: AdamW for the language model, whose matrices Muon would turn too far.
-    """
+    third for stage 3: AdamW for the language model, whose matrices Muon would turn too far."""
     matrices, rest = [], {2e-3: [], 1.5e-3: [], 5e-3: []}
     for name, p in parts.named_parameters():
         if p.ndim == 2 and "embed" not in name and "heads" not in name:
@@ -336,8 +330,7 @@ def make_optimizers(parts):
 
 def rate_of(step, steps):
     """The learning rate as a share of its peak: rises over 50 steps of each stage, and falls over
-    the last DECAY_STEPS of stage 2, and over stage 3.
-    """
+    the last DECAY_STEPS of stage 2, and over stage 3."""
     last = sum(steps[:3])
     if step >= last:
         return min(1, (step - last + 1) / 50, max(0.02, (sum(steps) - step) / steps[3]))
@@ -396,8 +389,7 @@ def read_flags():
 
 def draw_batches(steps, first, halves, tokenizer):
     """The batches of this process, in order, drawn by others while it learns: half a second of a
-    core for each. A step takes two cores two seconds, and an H100 a sixth of one.
-    """
+    core for each. A step takes two cores two seconds, and an H100 a sixth of one."""
     on_gpu = processes.device().type == "cuda"
     loader = torch.utils.data.DataLoader(
         Batches(steps, tokenizer),
