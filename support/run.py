@@ -96,13 +96,23 @@ class Run:
         processes.catch_interrupts()
         bar = dict(total=count, initial=self.update, desc=self.name, unit="update")
         with tqdm(**bar, disable=processes.RANK > 0) as self.bar:
-            for update in range(self.update, count):
+            first, self.validation = self.update, 0.0
+            for update in range(first, count):
+                self.began = time.time()
                 yield update
+                if update == first < count - 1:
+                    self.say_hours(count - first)
                 self.update = update + 1
                 self.bar.update()
                 if self.update % self.args.save_every == 0 or processes.interrupted():
                     self.save(finished=False)
                     processes.leave_if_interrupted()
+
+    def say_hours(self, left):
+        """After the first update here: the time of all that are left, and of their validations."""
+        update = time.time() - self.began - self.validation
+        validations = left // getattr(self.args, "val_every", left) + 1
+        processes.hours(self.name, update * left + self.validation * validations)
 
     def epochs(self, rows, vlm, optimizer):
         """Yields the batch of each update that is left: --batch-size times --grad-accum rows, fewer
@@ -156,6 +166,8 @@ class Run:
     def log(self, update=None, **row):
         """A line of the log, by default of the update at hand, counted from 1; some of it on the
         bar."""
+        if update is not None:  # a validation, before the update at hand
+            self.validation = time.time() - self.began
         self.lines.write(update=self.update + 1 if update is None else update, **row)
         self.shown |= {key: value for key, value in row.items() if key in SHOWN}
         self.bar.set_postfix(self.shown, refresh=False)

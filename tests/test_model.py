@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import itertools
 import json
 import re
 import resource
@@ -9,9 +10,10 @@ import shutil
 import weakref
 from pathlib import Path
 
+import common
 from common import IVT, VLM, build_trajectory, encode_images, rollout, trajectory_logprobs
 from support.data.samples import load_image
-from support.model import adapters, checkpoints, decoding, loading, memory
+from support.model import adapters, checkpoints, decoding, loading, memory, plan
 from support.running import errors, files
 from tests.small import GOOD, TEXTS, one_line, picture, vlm  # noqa: F401  vlm is a fixture
 
@@ -386,38 +388,114 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
         assert "forward" not in vars(layer) and sum(changed) == len(changed) - 1
     layer.lora_dropout["reference"] = torch.nn.Identity()
 
-    as_it_is = decoding.rollout
+    as_it_is, tries, held = decoding.rollout, [], []
     projection = one.base.model.language_model.layers[0].mlp.up_proj
-    tries = []
-    held = []
 
-    def little_room(vlm, *args, **options):
-        tries.append("forward" in vars(projection))
-        assert not any(tensor() is not None for tensor in held)  # free before the second try
-        if tries[-1]:
+    def little_room(vlm, images, *args, **options):
+        tries.append((len(images), "forward" in vars(projection)))
+        assert not any(tensor() is not None for tensor in held)  # free before the next try
+        if tries[-1] not in ((1, False), (2, False)):
             cache = torch.zeros(10)
             held.append(weakref.ref(cache))
             raise torch.OutOfMemoryError
-        return as_it_is(vlm, *args, **options)
+        return as_it_is(vlm, images, *args, **options)
 
     monkeypatch.setattr(decoding, "rollout", little_room)
-    monkeypatch.setattr(decoding, "no_room", float("inf"))
-    rows = [decoding.play(one, *asked, max_tokens=9)[0] for _ in range(2)]
-    assert tries == [True, False, False]
-    decoding.play(one, [picture(32, 16)], ["x"], 1, max_tokens=2)  # a smaller one is tried
-    assert tries == [True, False, False, True, False]
-    assert rows[0].logprob == rows[1].logprob == found[2]
-    assert capsys.readouterr().out.count("no room") == 2
+    monkeypatch.setattr(decoding, "room", float("inf"))
+    several = [picture(32, 32)] * 4, list("xyzw"), 1
+    rows = decoding.play(one, *several, max_tokens=9)
+    assert tries[0] == (4, True) and not tries[-1][1]  # halved, then in 4 bits
+    assert len(rows) == 4 and rows[0].logprob == pytest.approx(found[2], abs=1e-4)
+    assert "out of memory with 4 trajectories at once" in capsys.readouterr().out
 
     def no_room_at_all(*args, **options):
-        tries.append("once")
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(decoding, "rollout", no_room_at_all)
-    monkeypatch.setattr(decoding, "no_room", float("inf"))
-    with one.model.disable_adapter(), pytest.raises(torch.OutOfMemoryError):  # there are no copies
+    with pytest.raises(torch.OutOfMemoryError):  # one, and packed
         decoding.play(one, *asked, max_tokens=2)
-    assert tries.count("once") == 1 and decoding.no_room == float("inf")
+
+
+def test_a_rollout_does_not_depend_on_how_it_is_cut(vlm, monkeypatch):
+    images = [picture(96, 80), picture(48, 144, 1), picture(64, 64, 2)]
+    asked = images, ["a", "a dog", "x"], 1
+    options = dict(max_tokens=12, seeds=[3, 1, 2], group_size=2, temperatures=(1.0, 0.7))
+    whole = decoding.play(vlm, *asked, **options)
+    each = plan.rollout_bytes(vlm, images, 1, 12, 2)[2]
+    sizes, as_it_is = [], decoding.rollout
+
+    def counted(vlm, images, *args, **options):
+        sizes.append(len(images))
+        return as_it_is(vlm, images, *args, **options)
+
+    monkeypatch.setattr(decoding, "rollout", counted)
+    for room, expected in ((4, [3]), (2.5, [2, 1]), (0.1, [1, 1, 1])):
+        monkeypatch.setattr(plan, "free_bytes", lambda: room * each / 0.9)
+        sizes.clear()
+        rows = decoding.play(vlm, *asked, planned=True, **options)
+        assert sizes == expected
+        assert [row.target for row in rows] == [row.target for row in whole]
+        for row, other in zip(rows, whole):
+            assert row.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_unpacked_weights_are_chosen_while_parts_are_at_most_twice_as_many():
+    assert plan.choose(8, 10, 40, 125) == (8, True)
+    assert plan.choose(8, 10, 40, 85) == (4, True)
+    assert plan.choose(8, 10, 40, 60) == (4, False)
+    assert plan.choose(8, 10, 0, 45) == (4, False)
+    assert plan.choose(8, 10, 40, 85, planned=False) == (8, False)
+
+
+SHAPES = [
+    {},
+    dict(num_hidden_layers=4, intermediate_size=640),
+    dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=4),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_the_plan_reckons_what_the_loop_makes(vlm, shape, dtype, monkeypatch):
+    """Cache and pictures of a rollout, and the peak of a training pass, within 5 percent."""
+    config = copy.deepcopy(vlm.base.config)
+    for name, value in shape.items():
+        setattr(config.text_config, name, value)
+    config.text_config.layer_types = None
+    config.vision_config.out_hidden_size = config.text_config.hidden_size
+    config = type(config).from_dict(config.to_dict())
+    model = type(vlm.base)(config).to(dtype).requires_grad_(False)
+    model.generation_config = vlm.base.generation_config
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    one = VLM(model, vlm.tokenizer, vlm.image_processor, True)
+    adapters.new_adapter(one, 8, 16)
+    images = encode_images(one, [picture(160, 160)] * 3)
+    token, image_token, _ = plan.sizes(one)
+    assert memory.size_of(images) == 300 * image_token
+    long = one.tokenizer.decode(one.encode(" the")[:1] * 60)
+    rows = [build_trajectory(one, images, "x", [long] * 3, IVT)] * 4
+    context = common.Context(one, 4)
+    with torch.no_grad():
+        context.catch_up(rows, [row.images for row in rows])
+    length = len(rows[0].ids)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in context.cache.layers)
+    assert held == 4 * length * token
+
+    def work():
+        (-trajectory_logprobs(one, rows)[0].mean()).backward()
+
+    work()  # gradients are there
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+        work()
+    events = seen.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    peak = max(itertools.accumulate(event.nbytes() for event in events))
+    assert plan.training_bytes(one, 4 * length) == pytest.approx(peak, rel=0.05)
+    trained = 3 * sum(p.nbytes for p in one.model.parameters() if p.requires_grad)
+    free = (trained + 2.5 * plan.training_bytes(one, length)) / 0.9
+    monkeypatch.setattr(plan, "free_bytes", lambda: free)
+    assert plan.training_rows(one, length, 0, 6) == 2
 
 
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):

@@ -5,8 +5,10 @@ from functools import partial
 
 from common import rollout
 from support.data.samples import load_image
+from support.model import plan
 from support.model.loading import free_memory
 from support.running.errors import out_of_memory, stop, working_on
+from support.running.files import PART
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -92,33 +94,43 @@ def project(x, weight, bias, loras):
     return out
 
 
-no_room = float("inf")  # trajectories x pictures x pixels that unpacked weights left no room for
+room = float("inf")  # bytes, as `plan` reckons: half of what has run out of memory
 
 
-def play(vlm, images, texts, steps, *, group_size=1, **options):
-    """`rollout`, with the weights as decoding likes them: LoRA a part of them where they can take
-    it, 4-bit ones unpacked where there is room.
+def play(vlm, images, texts, steps, *, group_size=1, planned=False, seeds=None, **options):
+    """`rollout` in parts that fit, with the weights as decoding likes them: LoRA a part of them
+    where they can take it, 4-bit ones unpacked where there is room.
 
-    A rollout that has no room for them is played again from 4-bit weights, and larger ones are not
-    tried.
+    planned: a part is what fits, by `plan`, else all at once. What runs out of memory is played
+    again in halves, then from 4-bit weights. A trajectory does not depend on its part but for rounding.
     """
-    global no_room
-    roll = partial(rollout, vlm, images, texts, steps, group_size=group_size, **options)
-    rows = len(images) * group_size
-    size = rows * (steps + 1) * max(image.width * image.height for image in images)
-    if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:
-        has_copies = True  # or was about to, where there was no room for them alone
+    global room
+    firsts = options.pop("first_texts", None)
+    limit = options["max_tokens"]
+    length, cache, each = plan.rollout_bytes(vlm, images, steps, limit, group_size)
+    copies = plan.copies_bytes(vlm)
+    made, done = [], 0
+    while done < len(images):
+        free = min(plan.free_bytes() * 0.9, room)  # a tenth goes to gaps between tensors
+        planned = planned or room < float("inf")
+        size, unpacks = plan.choose(len(images) - done, each, copies, free, planned)
+        plan.show(size, group_size, length, cache, free, copies, unpacks)
+        end = done + size
+        own = dict(group_size=group_size, seeds=seeds and seeds[done:end], **options)
+        own |= dict(first_texts=firsts[done:end]) if firsts else {}
         try:
-            with unpacked(vlm) as has_copies:
-                return with_numbers(roll(), texts)
+            with unpacked(vlm) if unpacks else merged(vlm):
+                part = rollout(vlm, images[done:end], texts[done:end], steps, **own)
+            made += with_numbers(part, texts[done:end])
+            done = end
+            continue
         except Exception as e:
-            if not (has_copies and out_of_memory(e)):
+            if not out_of_memory(e) or (size == 1 and not unpacks):
                 raise
-        no_room = size
+        room = size * each // 2 + copies * unpacks
         free_memory()  # what the rollout held is free here, where the exception is no more
-        tqdm.write(f"no room for unpacked weights with {rows} trajectories; going on in 4 bits")
-    with merged(vlm):
-        return with_numbers(roll(), texts)
+        tqdm.write(f"out of memory with {size * group_size} trajectories at once; going on in less")
+    return made
 
 
 def with_numbers(trajectories, texts):
@@ -138,7 +150,7 @@ def rollouts(args, trainee=None):
     and the engine starts at once, beside the largest batch. Exits when there is no vLLM.
     """
     if args.engine == "plain":
-        return play
+        return partial(play, planned=not getattr(args, "prompts_at_once", args.batch_size))
     from support.model.vllm_rollout import player
 
     return player(args, trainee)
@@ -150,6 +162,7 @@ def roll_in_parts(roll, vlm, samples, data, at_once, steps, *, seeds, load=load_
     data: the folder that their images' paths start from.
     """
     trajectories = []
+    at_once = at_once or PART  # `play` parts it further
     for i in range(0, len(samples), at_once):
         part = samples[i : i + at_once]
         working_on(part)

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from common import build_trajectory, encode_images, trajectory_logprobs
 from support.data.samples import load_image
-from support.running.errors import working_on
+from support.model import plan
+from support.model.loading import free_memory
+from support.running.errors import out_of_memory, working_on
 from support.running.processes import WORLD, device
 
 import torch
@@ -12,9 +14,7 @@ import torch
 
 def image_token_count(vlm, sample):
     """How many tokens the sample's image is to the language model, after --max-pixels."""
-    processor = vlm.image_processor
-    patches = processor.get_number_of_image_patches(sample["height"], sample["width"], {})
-    return patches // processor.merge_size**2
+    return plan.image_token_count(vlm, sample["width"], sample["height"])
 
 
 def probe(vlm, trajectories, sample, pictures=0):
@@ -46,8 +46,10 @@ def try_largest(vlm, rows, examples, args, kept=None):
 
     largest = max(rows, key=size)
     batch = examples([largest] * args.batch_size)
-    kept = kept or args.grad_accum // WORLD
-    probe(vlm, batch, largest, len(batch) * kept * len(batch[0].images))
+    pictures = len(batch) * (kept or args.grad_accum // WORLD) * len(batch[0].images)
+    each = len(batch) // args.batch_size  # a pair has two sequences
+    rows = fitting(vlm, batch, largest, pictures, each) // each
+    args.batch_size, args.grad_accum = rows, args.grad_accum * args.batch_size // rows
 
 
 def try_largest_rollout(vlm, samples, args, data, loop):
@@ -69,7 +71,28 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     prompts = args.grad_accum // WORLD
     pictures = prompts + prompts * args.group_size * args.steps
     pictures = max(pictures, args.val_prompts // WORLD * count)  # those of a validation
-    probe(vlm, [trajectory] * args.batch_size, largest, pictures)
+    length, all_rows = len(trajectory.ids), prompts * args.group_size
+    kept = pictures * size_of(images[:1])
+    rows = args.batch_size or plan.training_rows(vlm, length, kept, all_rows)
+    args.batch_size = fitting(vlm, [trajectory] * rows, largest, pictures)
+
+
+def fitting(vlm, trajectories, sample, pictures, each=1):
+    """`probe`, in parts where memory runs out; how many of them a training pass then has: a share
+    of all that leaves no rest. each: so many stay together."""
+    count = len(trajectories)
+    while True:
+        try:
+            probe(vlm, trajectories[:count], sample, pictures)
+            return count
+        except Exception as e:
+            if not out_of_memory(e) or count <= each:
+                raise
+        vlm.model.zero_grad()
+        less = range(each, count // 2 + 1, each)
+        count = max((n for n in less if len(trajectories) % n == 0), default=each)
+        free_memory()
+        print(f"out of memory; a training pass takes {count} trajectories instead")
 
 
 KEPT_BYTES = 2**30

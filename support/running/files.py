@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,16 @@ from pathlib import Path
 from support.running.errors import stop, working_on
 from support.running.processes import (
     RANK,
+    WORLD,
     barrier,
     catch_interrupts,
     gather,
+    hours,
     leave_if_interrupted,
     share,
 )
+
+PART = 48  # samples that are worked on, and saved, together where no flag says how many
 
 
 @contextmanager
@@ -138,6 +143,7 @@ def resumable(path, samples, batch_size, name, work):
     """
     from tqdm import tqdm
 
+    batch_size = batch_size or PART * WORLD
     rows = sealed_rows(path, samples)
     if len(rows) < len(samples):
         rows = rows[: len(rows) - len(rows) % batch_size]
@@ -146,12 +152,15 @@ def resumable(path, samples, batch_size, name, work):
     with tqdm(**shown, disable=RANK > 0 or done == len(samples)) as bar:
         for i in range(done, len(samples), batch_size):
             catch_interrupts()
+            start = time.time()
             batch = list(enumerate(samples[i : i + batch_size], i))
             working_on([sample for _, sample in batch])
             mine = share(batch)
             for row in gather(work(mine) if mine else []):
                 log.write(**row)
             bar.update(len(batch))
+            if i == done and i + len(batch) < len(samples):
+                hours(name, (time.time() - start) / len(batch) * (len(samples) - done))
             leave_if_interrupted()
     barrier()
     return log.rows

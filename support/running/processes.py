@@ -117,3 +117,12 @@ def leave_if_interrupted():
 def minutes(start):
     """Since `start`, a time.time(): "1.5 min"."""
     return f"{(time.time() - start) / 60:.1f} min"
+
+
+def hours(name, seconds):
+    """One line, at the first update or batch, with the time that all of them will take."""
+    from tqdm import tqdm
+
+    if not RANK:
+        text = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} min"
+        tqdm.write(f"{name} will take about {text}")
