@@ -102,7 +102,7 @@ def play(vlm, images, texts, steps, *, group_size=1, planned=False, seeds=None, 
     where they can take it, 4-bit ones unpacked where there is room.
 
     planned: a part is what fits, by `plan`, else all at once. What runs out of memory is played
-    again in halves, then from 4-bit weights. A trajectory does not depend on its part but for rounding.
+    again in halves, then from 4-bit weights. Parts change rounding alone.
     """
     global room
     firsts = options.pop("first_texts", None)

@@ -70,8 +70,8 @@ def training_bytes(vlm, tokens):
 
 
 def training_rows(vlm, length, pictures, count):
-    """How many trajectories of this length a training pass takes, at most `count`, beside gradients,
-    optimizer's state and the bytes of pictures."""
+    """How many trajectories of this length a training pass takes, at most `count`, beside
+    gradients, optimizer's state and the bytes of pictures."""
     trained = [p for p in vlm.model.parameters() if p.requires_grad]
     free = free_bytes() * 0.9 - 3 * sum(p.nbytes for p in trained) - pictures
     return int(min(count, max(1, free // training_bytes(vlm, length))))
