@@ -51,20 +51,12 @@ def unpacked(vlm):
     The same policy up to rounding, without PEFT's and bitsandbytes' work for every token
     (docs/log.md). The copies take 2 bytes a weight, 6.8 GiB of the real model. No gradient
     goes through them. An adapter that is more than A and B (DoRA, a bias, dropout) is left to PEFT.
-    Yields whether there are any copies.
     """
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
 
     layers = []
     try:
-        for layer in vlm.model.modules():
-            if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
-                continue
-            base = layer.get_base_layer()
-            names = [name for name in layer.active_adapters if name in layer.lora_A]
-            if not isinstance(base, Linear4bit) or not all(is_plain(layer, n) for n in names):
-                continue
+        for layer, base, names in unpackable(vlm):
             loras = [
                 (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
                 for name in names
@@ -73,10 +65,25 @@ def unpacked(vlm):
             weight = weight.to(base.compute_dtype)
             layer.forward = partial(project, weight=weight, bias=base.bias, loras=loras)
             layers.append(layer)
-        yield bool(layers)
+        yield
     finally:
         for layer in layers:
             del layer.forward  # its class's is there again
+
+
+def unpackable(vlm):
+    """Yields all that can be unpacked: LoRA's layer, its 4-bit projection, its adapters' names."""
+    if not getattr(vlm.model, "is_loaded_in_4bit", False):
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in vlm.model.modules():
+        if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+            continue
+        base = layer.get_base_layer()
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if isinstance(base, Linear4bit) and all(is_plain(layer, name) for name in names):
+            yield layer, base, names
 
 
 def is_plain(layer, name):
@@ -94,42 +101,48 @@ def project(x, weight, bias, loras):
     return out
 
 
-room = float("inf")  # bytes, as `plan` reckons: half of what has run out of memory
+room = float("inf")  # bytes: half of what has run out of memory
+told = set()  # (T, N) of rollouts whose plan was printed
 
 
-def play(vlm, images, texts, steps, *, group_size=1, planned=False, seeds=None, **options):
+def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
     """`rollout` in parts that fit, with the weights as decoding likes them: LoRA a part of them
-    where they can take it, 4-bit ones unpacked where there is room.
+    where they can take it, 4-bit ones unpacked where that leaves half of the memory.
 
-    planned: a part is what fits, by `plan`, else all at once. What runs out of memory is played
-    again in halves, then from 4-bit weights. Parts change rounding alone.
+    planned: a part is what fits, by `plan`; otherwise it is all. What runs out of memory is played
+    again in halves, at last from 4-bit weights. Parts change rounding alone.
     """
     global room
-    firsts = options.pop("first_texts", None)
-    limit = options["max_tokens"]
-    length, cache, each = plan.rollout_bytes(vlm, images, steps, limit, group_size)
-    copies = plan.copies_bytes(vlm)
+    options |= dict(group_size=group_size)
+    length, cache, each = plan.rollout_bytes(vlm, images, texts, steps, **options)
+    copies = sum(2 * base.weight.quant_state.shape.numel() for _, base, _ in unpackable(vlm))
+    lists = {key: options.pop(key) for key in ("seeds", "first_texts") if options.get(key)}
     made, done = [], 0
     while done < len(images):
-        free = min(plan.free_bytes() * 0.9, room)  # a tenth goes to gaps between tensors
-        planned = planned or room < float("inf")
-        size, unpacks = plan.choose(len(images) - done, each, copies, free, planned)
-        plan.show(size, group_size, length, cache, free, copies, unpacks)
-        end = done + size
-        own = dict(group_size=group_size, seeds=seeds and seeds[done:end], **options)
-        own |= dict(first_texts=firsts[done:end]) if firsts else {}
+        free, size = min(plan.free_bytes(), room), len(images) - done
+        unpacks = 0 < copies <= free / 2  # a pass is two to three times as fast, for twice as many
+        if planned or room < float("inf"):
+            size = plan.at_once(size, each, free - copies * unpacks)
+        rows = size * group_size
+        if planned and (steps, group_size) not in told:
+            told.add((steps, group_size))
+            what = f"{rows * cache / 2**30:.1f} GiB of cache, {free / 2**30:.1f} free"
+            what += "; weights unpacked" * unpacks
+            tqdm.write(f"rollout: {rows} trajectories x {length:,} tokens, {what}")
+        part = slice(done, done + size)
+        own = {key: values[part] for key, values in lists.items()}
         try:
             with unpacked(vlm) if unpacks else merged(vlm):
-                part = rollout(vlm, images[done:end], texts[done:end], steps, **own)
-            made += with_numbers(part, texts[done:end])
-            done = end
+                rolled = rollout(vlm, images[part], texts[part], steps, **own, **options)
+            made += with_numbers(rolled, texts[part])
+            done += size
             continue
         except Exception as e:
             if not out_of_memory(e) or (size == 1 and not unpacks):
                 raise
-        room = size * each // 2 + copies * unpacks
+        room = min(free, size * each + copies * unpacks) / 2
         free_memory()  # what the rollout held is free here, where the exception is no more
-        tqdm.write(f"out of memory with {size * group_size} trajectories at once; going on in less")
+        tqdm.write(f"out of memory with {rows} trajectories at once; going on with half of it")
     return made
 
 

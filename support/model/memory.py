@@ -12,29 +12,45 @@ from support.running.processes import WORLD, device
 import torch
 
 
-def image_token_count(vlm, sample):
-    """How many tokens the sample's image is to the language model, after --max-pixels."""
-    return plan.image_token_count(vlm, sample["width"], sample["height"])
-
-
-def probe(vlm, trajectories, sample, pictures=0):
+def probe(vlm, trajectories, sample, kept):
     """One forward and backward pass over the largest batch of the run, before any work.
 
-    pictures: how many a whole update keeps the image tokens of. Prints how many tokens the batch
-    has and, on a GPU, what it takes, with those image tokens, and what the GPU has.
+    kept: bytes of the image tokens that a whole update keeps. They and the optimizer's two moments
+    are held meanwhile. Prints how many tokens the batch has and, on a GPU, what it takes and what
+    the GPU has.
     """
     working_on([sample])
+    held = kept + 2 * trained_bytes(vlm)
+    held = torch.empty(held, dtype=torch.uint8, device=vlm.base.device)
     (-trajectory_logprobs(vlm, trajectories)[0].mean()).backward()
+    del held
     vlm.model.zero_grad()
     memory = ""
     if torch.cuda.is_available():
-        kept = pictures * size_of(trajectories[0].images[:1])
-        peak = (torch.cuda.max_memory_allocated() + kept) / 2**30
+        peak = torch.cuda.max_memory_allocated() / 2**30
         whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
-        memory = f": peak {peak:.1f} of {whole:.1f} GiB, before the optimizer's state"
+        memory = f": peak {peak:.1f} of {whole:.1f} GiB"
     longest = max(len(t.ids) for t in trajectories)
     size = f"{len(trajectories)} x {longest} tokens"
     print(f"largest batch, forward and backward, {size}{memory}")
+
+
+def trained_bytes(vlm):
+    return sum(p.nbytes for p in vlm.model.parameters() if p.requires_grad)
+
+
+def fitting(rows, attempt):
+    """How many rows a training pass takes: as given, halved until `attempt` has the memory."""
+    while True:
+        try:
+            attempt(rows)
+            return rows
+        except Exception as e:
+            if rows == 1 or not out_of_memory(e):
+                raise
+        rows //= 2
+        free_memory()
+        print(f"out of memory: --batch-size {rows} instead")
 
 
 def try_largest(vlm, rows, examples, args, kept=None):
@@ -42,24 +58,29 @@ def try_largest(vlm, rows, examples, args, kept=None):
     kept: batches whose image tokens are held together (default: those of an update)."""
 
     def size(row):
-        return image_token_count(vlm, row) * len(row.get("boxes", "1")), len(str(row))
+        tokens = plan.image_token_count(vlm, row["width"], row["height"])
+        return tokens * len(row.get("boxes", "1")), len(str(row))
+
+    def attempt(count):
+        batch = examples([largest] * count)
+        images = size_of(batch[0].images) * len(batch) // count
+        probe(vlm, batch, largest, together * images)
 
     largest = max(rows, key=size)
-    batch = examples([largest] * args.batch_size)
-    pictures = len(batch) * (kept or args.grad_accum // WORLD) * len(batch[0].images)
-    each = len(batch) // args.batch_size  # a pair has two sequences
-    rows = fitting(vlm, batch, largest, pictures, each) // each
-    args.batch_size, args.grad_accum = rows, args.grad_accum * args.batch_size // rows
+    together = args.batch_size * (kept or args.grad_accum // WORLD)
+    args.batch_size = fitting(args.batch_size, attempt)
 
 
 def try_largest_rollout(vlm, samples, args, data, loop):
-    """`probe` of what the rollout may sample at most: the largest image, all steps full.
+    """`probe` of what the rollout may sample at most: the largest image, all steps full. Without a
+    --batch-size it is what fits, by `plan`.
 
     data: the folder that the samples' images are relative to.
     """
 
     def size(sample):
-        return image_token_count(vlm, sample), len(sample["expression"])
+        tokens = plan.image_token_count(vlm, sample["width"], sample["height"])
+        return tokens, len(sample["expression"])
 
     largest = max(samples, key=size)
     working_on([largest])
@@ -71,28 +92,11 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     prompts = args.grad_accum // WORLD
     pictures = prompts + prompts * args.group_size * args.steps
     pictures = max(pictures, args.val_prompts // WORLD * count)  # those of a validation
-    length, all_rows = len(trajectory.ids), prompts * args.group_size
     kept = pictures * size_of(images[:1])
-    rows = args.batch_size or plan.training_rows(vlm, length, kept, all_rows)
-    args.batch_size = fitting(vlm, [trajectory] * rows, largest, pictures)
-
-
-def fitting(vlm, trajectories, sample, pictures, each=1):
-    """`probe`, in parts where memory runs out; how many of them a training pass then has: a share
-    of all that leaves no rest. each: so many stay together."""
-    count = len(trajectories)
-    while True:
-        try:
-            probe(vlm, trajectories[:count], sample, pictures)
-            return count
-        except Exception as e:
-            if not out_of_memory(e) or count <= each:
-                raise
-        vlm.model.zero_grad()
-        less = range(each, count // 2 + 1, each)
-        count = max((n for n in less if len(trajectories) % n == 0), default=each)
-        free_memory()
-        print(f"out of memory; a training pass takes {count} trajectories instead")
+    each = plan.training_bytes(vlm, len(trajectory.ids))
+    free = plan.free_bytes() - kept - 3 * trained_bytes(vlm)  # and gradients
+    rows = args.batch_size or plan.at_once(prompts * args.group_size, each, free)
+    args.batch_size = fitting(rows, lambda n: probe(vlm, [trajectory] * n, largest, kept))
 
 
 KEPT_BYTES = 2**30

@@ -17,8 +17,8 @@ from support.running.processes import (
     barrier,
     catch_interrupts,
     gather,
-    hours,
     leave_if_interrupted,
+    say_hours,
     share,
 )
 
@@ -134,12 +134,13 @@ class Log:
                 file.write(self.line(rounded))
 
 
-def resumable(path, samples, batch_size, name, work):
+def resumable(path, samples, batch_size, name, work, whole=1):
     """The rows of the log `path`, one for each sample in order; those not yet there are made.
 
     work: takes a list of (number, sample), this process's share of a batch, and returns their
     rows, each with the "id" of its sample. Of a run that was killed, the whole batches stay whose
-    ids are these samples', so that the rest is batched as in a run that never stopped.
+    ids are these samples', so that the rest is batched as in a run that never stopped. whole: the
+    time of the phase, in that of all these samples; 0: it was told already.
     """
     from tqdm import tqdm
 
@@ -159,8 +160,9 @@ def resumable(path, samples, batch_size, name, work):
             for row in gather(work(mine) if mine else []):
                 log.write(**row)
             bar.update(len(batch))
-            if i == done and i + len(batch) < len(samples):
-                hours(name, (time.time() - start) / len(batch) * (len(samples) - done))
+            batches = (len(samples) - done) / len(batch) * whole
+            if i == done and batches > 1:
+                say_hours(name if whole == 1 else "all rows", (time.time() - start) * batches)
             leave_if_interrupted()
     barrier()
     return log.rows

@@ -140,7 +140,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
             "prompts for JSON scores; likelihood is ours, for a base too small to follow them",
             ("prompted", "likelihood"),
         ),
-        "batch_size": Setting(0, 16, "questions at once; 0: what fits; ours", low=0),
+        "batch_size": Setting(4, 16, "questions at once; ours"),
     },
     "visrl.dpo": {
         **VISRL,
@@ -155,7 +155,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
     },
     "visrl.evaluate": {
         **VISRL_ENGINE,
-        "batch_size": Setting(0, 128, "samples decoded at once; 0: what fits; ours", low=0),
+        "batch_size": Setting(6, 128, "samples decoded at once; ours"),
         "judge": Setting("base", "none", "the base scores answers too, 0..1", ("base", "none")),
     },
 }

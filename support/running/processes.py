@@ -119,10 +119,9 @@ def minutes(start):
     return f"{(time.time() - start) / 60:.1f} min"
 
 
-def hours(name, seconds):
-    """One line, at the first update or batch, with the time that all of them will take."""
+def say_hours(name, seconds):
+    """One line, after the first update or batch: what the whole phase will take."""
     from tqdm import tqdm
 
-    if not RANK:
-        text = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} min"
-        tqdm.write(f"{name} will take about {text}")
+    text = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} min"
+    tqdm.write(f"{name}: about {text} in all")
