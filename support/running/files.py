@@ -162,7 +162,7 @@ def resumable(path, samples, batch_size, name, work, whole=1):
             bar.update(len(batch))
             batches = (len(samples) - done) / len(batch) * whole
             if i == done and batches > 1:
-                say_hours(name if whole == 1 else "all rows", (time.time() - start) * batches)
+                say_hours(name if whole == 1 else "evaluation", (time.time() - start) * batches)
             leave_if_interrupted()
     barrier()
     return log.rows
