@@ -8,14 +8,14 @@ import torch
 
 
 def free_bytes():
-    """What tensors may still take: of a GPU 0.9 of what it, and PyTorch's share of it, has left;
-    the rest is gaps between tensors. A CPU is not asked, since there is no portable way."""
+    """What tensors may still take: of a GPU 0.8 of what it, and PyTorch's share of it, has left;
+    the rest is gaps between them (docs/log.md). A CPU is not asked: no way is portable."""
     if not torch.cuda.is_available():
         return 2**32
     free, whole = torch.cuda.mem_get_info()
     held, cached = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     share = torch.cuda.get_per_process_memory_fraction() * whole
-    return 0.9 * (min(free + cached, share) - held)
+    return 0.8 * (min(free + cached, share) - held)
 
 
 def at_once(count, each, free):
