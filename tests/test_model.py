@@ -555,10 +555,7 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
     )
     for sample in made.values():
         images = encode_images(vlm, [load_image(sample, tmp_path)])
-        assert (
-            plan.image_token_count(vlm, sample["width"], sample["height"])
-            == images[0].rows * images[0].columns
-        )
+        assert plan.image_token_count(vlm, sample) == images[0].rows * images[0].columns
     weight = vlm.base.model.language_model.norm.weight.requires_grad_(True)
     probed = []
 

@@ -8,7 +8,6 @@ from support.data.samples import load_image
 from support.model import plan
 from support.model.loading import free_memory
 from support.running.errors import out_of_memory, stop, working_on
-from support.running.files import PART
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -175,7 +174,7 @@ def roll_in_parts(roll, vlm, samples, data, at_once, steps, *, seeds, load=load_
     data: the folder that their images' paths start from.
     """
     trajectories = []
-    at_once = at_once or PART  # `play` parts it further
+    at_once = at_once or 64  # `play` parts what does not fit
     for i in range(0, len(samples), at_once):
         part = samples[i : i + at_once]
         working_on(part)

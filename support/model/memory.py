@@ -58,8 +58,7 @@ def try_largest(vlm, rows, examples, args, kept=None):
     kept: batches whose image tokens are held together (default: those of an update)."""
 
     def size(row):
-        tokens = plan.image_token_count(vlm, row["width"], row["height"])
-        return tokens * len(row.get("boxes", "1")), len(str(row))
+        return plan.image_token_count(vlm, row) * len(row.get("boxes", "1")), len(str(row))
 
     def attempt(count):
         batch = examples([largest] * count)
@@ -79,8 +78,7 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     """
 
     def size(sample):
-        tokens = plan.image_token_count(vlm, sample["width"], sample["height"])
-        return tokens, len(sample["expression"])
+        return plan.image_token_count(vlm, sample), len(sample["expression"])
 
     largest = max(samples, key=size)
     working_on([largest])

@@ -23,10 +23,11 @@ def at_once(count, each, free):
     return math.ceil(count / math.ceil(count / max(1, min(count, free // each))))
 
 
-def image_token_count(vlm, width, height):
-    """How many tokens an image of this size is to the language model, after --max-pixels."""
+def image_token_count(vlm, sample):
+    """How many tokens the sample's image is to the language model, after --max-pixels."""
     processor = vlm.image_processor
-    return processor.get_number_of_image_patches(height, width, {}) // processor.merge_size**2
+    patches = processor.get_number_of_image_patches(sample["height"], sample["width"], {})
+    return patches // processor.merge_size**2
 
 
 def widths(vlm):
@@ -42,7 +43,8 @@ def rollout_bytes(vlm, images, texts, steps, *, max_tokens, group_size, loop=IVT
     """(tokens of a trajectory, bytes of its cache, bytes of a prompt's whole group), at most, for
     these images (PIL) and texts."""
     number, layers, width, mlp, queries, keys = widths(vlm)
-    count = max(image_token_count(vlm, image.width, image.height) for image in images)
+    sizes = [dict(width=image.width, height=image.height) for image in images]
+    count = max(image_token_count(vlm, size) for size in sizes)
     picture, text = ImageTokens(None, [], 1, count), max(texts, key=len)
     first = len(prompt_ids(vlm, picture, text, loop))
     piece = len(continuation_ids(vlm, picture, text, loop, WHOLE)) if steps else 0

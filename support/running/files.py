@@ -22,8 +22,6 @@ from support.running.processes import (
     share,
 )
 
-PART = 48  # samples that are worked on, and saved, together where no flag says how many
-
 
 @contextmanager
 def writing(path):
@@ -144,7 +142,7 @@ def resumable(path, samples, batch_size, name, work, whole=1):
     """
     from tqdm import tqdm
 
-    batch_size = batch_size or PART * WORLD
+    batch_size = batch_size or 48 * WORLD  # `play` parts what does not fit
     rows = sealed_rows(path, samples)
     if len(rows) < len(samples):
         rows = rows[: len(rows) - len(rows) % batch_size]
