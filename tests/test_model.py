@@ -487,7 +487,8 @@ def test_the_plan_reckons_what_the_loop_makes(vlm, dtype, shape, monkeypatch):
     config = type(config).from_dict(config.to_dict())
     model = type(vlm.base)(config).to(dtype).requires_grad_(False)
     model.generation_config = vlm.base.generation_config
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # as in `load_vlm`
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     one = VLM(model, vlm.tokenizer, vlm.image_processor, True)
     adapters.new_adapter(one, 8, 16)
 
