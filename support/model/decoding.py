@@ -119,9 +119,8 @@ def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
     made, done = [], 0
     while done < len(images):
         free, size = min(plan.free_bytes(), room), len(images) - done
-        unpacks = (
-            0 < copies <= free / 2
-        )  # at most twice the passes, each two to three times as fast
+        # At most twice the passes, each of them two to three times as fast
+        unpacks = 0 < copies <= free / 2
         if planned or room < float("inf"):
             size = plan.at_once(size, each, free - copies * unpacks)
         rows = size * group_size
