@@ -94,7 +94,8 @@ def play(row):
     depends_on = [] if row.ordered else ["seed"]
     if row.steps:
         depends_on += ["feedback", "surroundings", "guard"]
-    return play_row(args, row, test, work, *depends_on, samples=row.samples, steps=row.steps)
+    more = dict(rows=ROWS, samples=row.samples, steps=row.steps)
+    return play_row(args, row, test, work, *depends_on, **more)
 
 
 # All rows, on the same samples --------------------------------------------------------------------

@@ -44,7 +44,9 @@ class Run:
         self.start = time.time()
         self.data = self.args.out / "data"
         self.name = phase.rpartition(".")[2]
+        self.size = self.args.batch_size * self.args.grad_accum  # of an update of `epochs`
         self.update, self.epoch, self.best = 0, 1, (-1.0, 0)
+        self.began, self.validation = self.start, 0.0  # of the update at hand; seconds of the last
         self.shown, self.warned, self.inputs = {}, set(), []
 
     @property
@@ -96,8 +98,15 @@ class Run:
         processes.catch_interrupts()
         bar = dict(total=count, initial=self.update, desc=self.name, unit="update")
         with tqdm(**bar, disable=processes.RANK > 0) as self.bar:
-            for update in range(self.update, count):
+            first = self.update
+            for update in range(first, count):
+                self.began = time.time()
                 yield update
+                if update == first:
+                    left, took = count - first, time.time() - self.began - self.validation
+                    validations = left // getattr(self.args, "val_every", left) + 1
+                    total = took * left + self.validation * validations
+                    processes.say_hours(self.name, total)
                 self.update = update + 1
                 self.bar.update()
                 if self.update % self.args.save_every == 0 or processes.interrupted():
@@ -107,7 +116,7 @@ class Run:
     def epochs(self, rows, vlm, optimizer):
         """Yields the batch of each update that is left: --batch-size times --grad-accum rows, fewer
         at the end of an epoch. Each epoch goes through all rows in an order of its own."""
-        size = self.args.batch_size * self.args.grad_accum
+        size = self.size  # whatever `memory` made of --batch-size
         in_epoch = math.ceil(len(rows) / size)
         print(f"{len(rows)} rows, {in_epoch * self.args.epochs} updates of {size}")
         for update in self.updates(in_epoch * self.args.epochs, vlm, optimizer):
@@ -156,6 +165,8 @@ class Run:
     def log(self, update=None, **row):
         """A line of the log, by default of the update at hand, counted from 1; some of it on the
         bar."""
+        if update is not None:  # a validation, before the update at hand
+            self.validation = time.time() - self.began
         self.lines.write(update=self.update + 1 if update is None else update, **row)
         self.shown |= {key: value for key, value in row.items() if key in SHOWN}
         self.bar.set_postfix(self.shown, refresh=False)

@@ -2,16 +2,19 @@
 
 import argparse
 import copy
+import itertools
 import json
 import re
 import resource
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
+import common
 from common import IVT, VLM, build_trajectory, encode_images, rollout, trajectory_logprobs
 from support.data.samples import load_image
-from support.model import adapters, checkpoints, decoding, loading, memory
+from support.model import adapters, checkpoints, decoding, loading, memory, plan
 from support.running import errors, files
 from tests.small import GOOD, TEXTS, one_line, picture, vlm  # noqa: F401  vlm is a fixture
 
@@ -354,38 +357,126 @@ def test_4_bit_weights_are_unpacked_for_a_while(vlm, tmp_path, monkeypatch, caps
         assert "forward" not in vars(layer) and sum(changed) == len(changed) - 1
     layer.lora_dropout["reference"] = torch.nn.Identity()
 
-    as_it_is = decoding.rollout
+    as_it_is, tries, held = decoding.rollout, [], []
     projection = one.base.model.language_model.layers[0].mlp.up_proj
-    tries = []
-    held = []
 
-    def little_room(vlm, *args, **options):
-        tries.append("forward" in vars(projection))
-        assert not any(tensor() is not None for tensor in held)  # free before the second try
-        if tries[-1]:
+    def little_room(vlm, images, *args, **options):
+        tries.append((len(images), "forward" in vars(projection)))
+        assert not any(tensor() is not None for tensor in held)  # free before the next try
+        if tries[-1] not in ((1, False), (2, False)):
             cache = torch.zeros(10)
             held.append(weakref.ref(cache))
             raise torch.OutOfMemoryError
-        return as_it_is(vlm, *args, **options)
+        return as_it_is(vlm, images, *args, **options)
 
     monkeypatch.setattr(decoding, "rollout", little_room)
-    monkeypatch.setattr(decoding, "no_room", float("inf"))
-    rows = [decoding.play(one, *asked, max_tokens=9)[0] for _ in range(2)]
-    assert tries == [True, False, False]
-    decoding.play(one, [picture(32, 16)], ["x"], 1, max_tokens=2)  # a smaller one is tried
-    assert tries == [True, False, False, True, False]
-    assert rows[0].logprob == rows[1].logprob == found[2]
-    assert capsys.readouterr().out.count("no room") == 2
+    monkeypatch.setattr(decoding, "room", float("inf"))
+    rows = decoding.play(one, [picture(32, 32)] * 4, list("xyzw"), 1, max_tokens=9)
+    assert tries[0] == (4, True) and tries[-1] in ((1, False), (2, False))
+    assert len(rows) == 4 and rows[0].logprob == pytest.approx(found[2], abs=1e-4)
+    assert "out of memory with 4 trajectories at once" in capsys.readouterr().out
+    count = len(tries)
+    decoding.play(one, [picture(32, 32)] * 2, list("xy"), 1, max_tokens=9)
+    assert (4, True) not in tries[count:] and not any(copies for _, copies in tries[count:])
 
     def no_room_at_all(*args, **options):
-        tries.append("once")
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(decoding, "rollout", no_room_at_all)
-    monkeypatch.setattr(decoding, "no_room", float("inf"))
-    with one.model.disable_adapter(), pytest.raises(torch.OutOfMemoryError):  # there are no copies
+    with pytest.raises(torch.OutOfMemoryError):  # one, and packed
         decoding.play(one, *asked, max_tokens=2)
-    assert tries.count("once") == 1 and decoding.no_room == float("inf")
+
+
+def test_a_rollout_does_not_depend_on_how_it_is_cut(vlm, monkeypatch, capsys):
+    images = [picture(96, 80), picture(48, 144, 1), picture(64, 64, 2)]
+    asked = images, ["a", "a dog", "x"], 1
+    options = dict(max_tokens=12, group_size=2)
+    each = plan.rollout_bytes(vlm, *asked, **options)[2]
+    options |= dict(seeds=[3, 1, 2], temperatures=(1.0, 0.7))
+    whole = decoding.play(vlm, *asked, **options)
+    assert capsys.readouterr().out == ""  # a flag says how many
+    sizes, as_it_is = [], decoding.rollout
+
+    def counted(vlm, images, *args, **options):
+        sizes.append(len(images))
+        return as_it_is(vlm, images, *args, **options)
+
+    monkeypatch.setattr(decoding, "rollout", counted)
+    monkeypatch.setattr(decoding, "told", set())
+    for room, expected in ((3.5, [3]), (2.5, [2, 1]), (0.1, [1, 1, 1])):  # a memory of given size
+        monkeypatch.setattr(plan, "free_bytes", lambda: room * each)
+        sizes.clear()
+        rows = decoding.play(vlm, *asked, planned=True, **options)
+        assert sizes == expected
+        assert [row.target for row in rows] == [row.target for row in whole]
+        for row, other in zip(rows, whole):
+            assert row.logprob == pytest.approx(other.logprob, abs=1e-4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rollout: 6 trajectories x ")
+
+
+def test_a_flag_that_is_given_wins():
+    for given, planned in ((0, True), (3, False)):
+        for flags in (dict(batch_size=given), dict(batch_size=1, prompts_at_once=given)):
+            args = argparse.Namespace(engine="plain", **flags)
+            assert decoding.rollouts(args).keywords["planned"] == planned
+
+
+def test_parts_are_equal():
+    found = [plan.at_once(48, 10, free) for free in (1000, 470, 239, 70, 5, -5)]
+    assert found == [48, 24, 16, 7, 1, 1]
+
+
+def peak_bytes(work):
+    """Of all tensors that `work` makes, at one time."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+        work()
+    events = seen.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+SHAPES = [
+    (torch.float32, {}),  # the toy's
+    (torch.bfloat16, dict(num_hidden_layers=6, intermediate_size=640)),
+    (torch.bfloat16, dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=4)),
+]
+
+
+@pytest.mark.parametrize("dtype, shape", SHAPES)
+def test_the_plan_reckons_what_the_loop_makes(vlm, dtype, shape, monkeypatch):
+    """Cache and pictures of a rollout to the byte, the peak of a training pass within 5 percent."""
+    config = copy.deepcopy(vlm.base.config)
+    for name, value in shape.items():
+        setattr(config.text_config, name, value)
+    config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
+    config.vision_config.out_hidden_size = config.text_config.hidden_size
+    config = type(config).from_dict(config.to_dict())
+    model = type(vlm.base)(config).to(dtype).requires_grad_(False)
+    model.generation_config = vlm.base.generation_config
+    enable = getattr(model, "activation_checkpointing_enable", None)  # as in `load_vlm`
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    one = VLM(model, vlm.tokenizer, vlm.image_processor, True)
+    adapters.new_adapter(one, 8, 16)
+
+    long = one.tokenizer.decode(one.encode(" the")[:1] * 60)
+    images = encode_images(one, [picture(160, 160)] * 3)
+    rows = [build_trajectory(one, images, "x", [long] * 3, replace(IVT, without_box=""))] * 4
+    context = common.Context(one, 4)
+    with torch.no_grad():
+        context.catch_up(rows, [row.images for row in rows])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in context.cache.layers)
+    asked = [picture(160, 160)], ["x"], 2
+    length, cache, group = plan.rollout_bytes(one, *asked, max_tokens=60, group_size=4)
+    assert (length, 4 * cache) == (len(rows[0].ids), held)
+    assert group >= held + 3 * memory.size_of(images)  # 4 trajectories: 1 + 4 * 2 pictures
+
+    def work():
+        (-trajectory_logprobs(one, rows)[0].mean()).backward()
+
+    work()  # gradients are there
+    assert plan.training_bytes(one, 4 * length) == pytest.approx(peak_bytes(work), rel=0.05)
 
 
 def test_lora_gradients_through_4_bit_weights(vlm, tmp_path):
@@ -433,7 +524,7 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
     )
     for sample in made.values():
         images = encode_images(vlm, [load_image(sample, tmp_path)])
-        assert memory.image_token_count(vlm, sample) == images[0].rows * images[0].columns
+        assert plan.image_token_count(vlm, sample) == images[0].rows * images[0].columns
     weight = vlm.base.model.language_model.norm.weight.requires_grad_(True)
     probed = []
 
@@ -458,3 +549,24 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
     count = int(re.search(r"2 x (\d+) tokens", capsys.readouterr().out)[1])
     assert count > 3 * (64 + 7)
     assert errors.at_work == rows[:1]
+    for room, expected in ((10**12, 24), (0, 1)):  # of 4 prompts' 6 trajectories
+        args.batch_size = 0
+        monkeypatch.setattr(plan, "free_bytes", lambda: room)
+        weight.requires_grad_(True)
+        memory.try_largest_rollout(vlm, rows, args, tmp_path, IVT)
+        weight.requires_grad_(False)
+        assert args.batch_size == expected
+
+
+def test_a_training_pass_without_memory_is_halved(capsys):
+    tried = []
+
+    def attempt(rows):
+        tried.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError
+
+    assert memory.fitting(11, attempt) == 2 and tried == [11, 5, 2]
+    assert "out of memory: --batch-size 2 instead" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.fitting(1, lambda rows: attempt(3))

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import support.run
 from support.model.adapters import adapter_state
 from support.run import Run, shuffled
 from support.running import errors, files, flags, processes
@@ -78,6 +79,19 @@ def test_a_stopped_run_goes_on_as_one_that_never_stopped(phase, monkeypatch, cap
     assert list(train(*begun)) == seen and run.best == best
     assert run.lines.path.read_bytes() == log
     assert all(torch.equal(value, state[key]) for key, value in adapter_state(vlm.model).items())
+
+
+def test_the_first_update_tells_the_time_of_all(phase, monkeypatch, capsys):
+    run, vlm, optimizer = phase("--save-every", "9")
+    now = [0]
+    monkeypatch.setattr(support.run, "time", SimpleNamespace(time=lambda: now[0]))
+    run.args.val_every = 3
+    for update in run.updates(6, vlm, optimizer):
+        if update % 3 == 0:
+            now[0] += 600
+            run.log(update=update, val_reward=0.5)
+        now[0] += 60
+    assert "\nsft: about 36.0 min in all\n" in capsys.readouterr().out  # 6 and 3 validations
 
 
 def test_the_order_and_the_rate_of_each_update(phase):

@@ -1,6 +1,7 @@
 """Flags, files, Ctrl-C, memory: what a run does when something is not right."""
 
 import argparse
+import itertools
 import json
 import os
 import runpy
@@ -8,9 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
-from support.report.rows import Row, play_row
+from common import IVT, SINGLE_SHOT
+from support.report.rows import Row, loaded, play_row
 from support.running import errors, files, processes
 from support.running.flags import ROOT, Flag, check_path, command, flags, model_path
 from support.running.presets import PRESETS
@@ -135,7 +138,7 @@ def test_another_phase_is_named_with_the_runs_own_flags():
 
 
 # Files of a run -----------------------------------------------------------------------------------
-def test_resumed_rows_belong_to_their_samples(tmp_path):
+def test_resumed_rows_belong_to_their_samples(tmp_path, capsys):
     """Rows count while their ids are the samples', whatever line ends a text holds; a line cut
     short does not."""
     rows_of = [{"id": str(i), "width": 1, "height": 1} for i in range(5)]
@@ -151,6 +154,7 @@ def test_resumed_rows_belong_to_their_samples(tmp_path):
 
     rows = run()
     assert [row["id"] for row in rows] == list("01234") and asked == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().out == "x: about 0.0 min in all\n"  # after the first batch
     assert run() == rows and len(asked) == 5
     path.write_bytes(path.read_bytes()[:-4])
     assert run() == rows and asked[5:] == [4]
@@ -214,6 +218,26 @@ def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeyp
         made.clear()
         play_row(args, Row("SFT", "sft", adapter="sft"), [GOOD], work)
         assert len(made) == 1
+
+
+def test_the_first_row_tells_the_time_of_all(tmp_path, monkeypatch, capsys):
+    files.write_jsonl(tmp_path / "data/test.jsonl", [GOOD])
+    args = argparse.Namespace(out=tmp_path, restart=False, model="m", batch_size=1)
+    rows = [Row("a", "a", SINGLE_SHOT), Row("b", "b", IVT, 2), Row("c", "c", IVT, 2, "missing")]
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(files, "time", SimpleNamespace(time=lambda: next(clock)))
+
+    def work(batch):
+        loaded["model"] = None
+        return [{"id": sample["id"]} for _, sample in batch]
+
+    loaded.clear()
+    for row in rows[:2]:
+        play_row(args, row, [GOOD], work, rows=rows)
+    loaded.clear()
+    assert (
+        capsys.readouterr().out == "evaluation: about 10.0 min in all\n"
+    )  # 1 + 3 steps with words
 
 
 # Ctrl-C and memory --------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def play(row):
         return lines
 
     depends_on = ["crop", "judge", *["seed"] * (row.box == "random")]
-    return rows.play_row(args, row, test, work, *depends_on)
+    return rows.play_row(args, row, test, work, *depends_on, rows=ROWS)
 
 
 # All rows, on the same samples --------------------------------------------------------------------

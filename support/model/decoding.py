@@ -5,6 +5,7 @@ from functools import partial
 
 from common import rollout
 from support.data.samples import load_image
+from support.model import plan
 from support.model.loading import free_memory
 from support.running.errors import out_of_memory, stop, working_on
 
@@ -51,20 +52,12 @@ def unpacked(vlm):
     The same policy up to rounding, without PEFT's and bitsandbytes' work for every token
     (docs/log.md). The copies take 2 bytes a weight, 6.8 GiB of the real model. No gradient
     goes through them. An adapter that is more than A and B (DoRA, a bias, dropout) is left to PEFT.
-    Yields whether there are any copies.
     """
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
 
     layers = []
     try:
-        for layer in vlm.model.modules():
-            if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
-                continue
-            base = layer.get_base_layer()
-            names = [name for name in layer.active_adapters if name in layer.lora_A]
-            if not isinstance(base, Linear4bit) or not all(is_plain(layer, n) for n in names):
-                continue
+        for layer, base, names in unpackable(vlm):
             loras = [
                 (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
                 for name in names
@@ -73,10 +66,25 @@ def unpacked(vlm):
             weight = weight.to(base.compute_dtype)
             layer.forward = partial(project, weight=weight, bias=base.bias, loras=loras)
             layers.append(layer)
-        yield bool(layers)
+        yield
     finally:
         for layer in layers:
             del layer.forward  # its class's is there again
+
+
+def unpackable(vlm):
+    """Yields all that can be unpacked: LoRA's layer, its 4-bit projection, its adapters' names."""
+    if not getattr(vlm.model, "is_loaded_in_4bit", False):
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in vlm.model.modules():
+        if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+            continue
+        base = layer.get_base_layer()
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        if isinstance(base, Linear4bit) and all(is_plain(layer, name) for name in names):
+            yield layer, base, names
 
 
 def is_plain(layer, name):
@@ -125,34 +133,50 @@ def appended(held, new):
     return held
 
 
-no_room = float("inf")  # trajectories x pictures x pixels that unpacked weights left no room for
+room = float("inf")  # bytes: half of what has run out of memory
+told = set()  # (T, N) of rollouts whose plan was printed
 
 
-def play(vlm, images, texts, steps, *, group_size=1, **options):
-    """`rollout`, with the weights as decoding likes them: LoRA a part of them where they can take
-    it, 4-bit ones unpacked where there is room.
+def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
+    """`rollout` in parts that fit, with the weights as decoding likes them: LoRA a part of them
+    where they can take it, 4-bit ones unpacked where that leaves half of the memory.
 
-    A rollout that has no room for them is played again from 4-bit weights, and larger ones are not
-    tried.
+    planned: a part is what fits, by `plan`; otherwise it is all. What runs out of memory is played
+    again in halves, at last from 4-bit weights. Parts change rounding alone.
     """
-    global no_room
+    global room
     options |= dict(group_size=group_size, new_cache=partial(Cache, None, RoomyLayer))
-    roll = partial(rollout, vlm, images, texts, steps, **options)
-    rows = len(images) * group_size
-    size = rows * (steps + 1) * max(image.width * image.height for image in images)
-    if getattr(vlm.model, "is_loaded_in_4bit", False) and size < no_room:
-        has_copies = True  # or was about to, where there was no room for them alone
+    length, cache, each = plan.rollout_bytes(vlm, images, texts, steps, **options)
+    copies = sum(2 * base.weight.quant_state.shape.numel() for _, base, _ in unpackable(vlm))
+    lists = {key: options.pop(key) for key in ("seeds", "first_texts") if options.get(key)}
+    made, done = [], 0
+    while done < len(images):
+        free, size = min(plan.free_bytes(), room), len(images) - done
+        # At most twice the passes, each of them two to three times as fast
+        unpacks = 0 < copies <= free / 2
+        if planned or room < float("inf"):
+            size = plan.at_once(size, each, free - copies * unpacks)
+        rows = size * group_size
+        if planned and (steps, group_size) not in told:
+            told.add((steps, group_size))
+            what = f"{rows * cache / 2**30:.1f} GiB of cache, {free / 2**30:.1f} free"
+            what += "; weights unpacked" * unpacks
+            tqdm.write(f"rollout: {rows} trajectories x {length:,} tokens, {what}")
+        part = slice(done, done + size)
+        own = {key: values[part] for key, values in lists.items()}
         try:
-            with unpacked(vlm) as has_copies:
-                return with_numbers(roll(), texts)
+            with unpacked(vlm) if unpacks else merged(vlm):
+                rolled = rollout(vlm, images[part], texts[part], steps, **own, **options)
+            made += with_numbers(rolled, texts[part])
+            done += size
+            continue
         except Exception as e:
-            if not (has_copies and out_of_memory(e)):
+            if not out_of_memory(e) or (size == 1 and not unpacks):
                 raise
-        no_room = size
+        room = min(free, size * each + copies * unpacks) / 2
         free_memory()  # what the rollout held is free here, where the exception is no more
-        tqdm.write(f"no room for unpacked weights with {rows} trajectories; going on in 4 bits")
-    with merged(vlm):
-        return with_numbers(roll(), texts)
+        tqdm.write(f"out of memory with {rows} trajectories at once; going on with half of it")
+    return made
 
 
 def with_numbers(trajectories, texts):
@@ -172,7 +196,7 @@ def rollouts(args, trainee=None):
     and the engine starts at once, beside the largest batch. Exits when there is no vLLM.
     """
     if args.engine == "plain":
-        return play
+        return partial(play, planned=not getattr(args, "prompts_at_once", args.batch_size))
     from support.model.vllm_rollout import player
 
     return player(args, trainee)
@@ -184,6 +208,7 @@ def roll_in_parts(roll, vlm, samples, data, at_once, steps, *, seeds, load=load_
     data: the folder that their images' paths start from.
     """
     trajectories = []
+    at_once = at_once or 64  # `play` parts what does not fit
     for i in range(0, len(samples), at_once):
         part = samples[i : i + at_once]
         working_on(part)

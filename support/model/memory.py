@@ -4,37 +4,53 @@ from dataclasses import replace
 
 from common import build_trajectory, encode_images, trajectory_logprobs
 from support.data.samples import load_image
-from support.running.errors import working_on
+from support.model import plan
+from support.model.loading import free_memory
+from support.running.errors import out_of_memory, working_on
 from support.running.processes import WORLD, device
 
 import torch
 
 
-def image_token_count(vlm, sample):
-    """How many tokens the sample's image is to the language model, after --max-pixels."""
-    processor = vlm.image_processor
-    patches = processor.get_number_of_image_patches(sample["height"], sample["width"], {})
-    return patches // processor.merge_size**2
-
-
-def probe(vlm, trajectories, sample, pictures=0):
+def probe(vlm, trajectories, sample, kept):
     """One forward and backward pass over the largest batch of the run, before any work.
 
-    pictures: how many a whole update keeps the image tokens of. Prints how many tokens the batch
-    has and, on a GPU, what it takes, with those image tokens, and what the GPU has.
+    kept: bytes of the image tokens that a whole update keeps. They and the optimizer's two moments
+    are held meanwhile. Prints how many tokens the batch has and, on a GPU, what it takes and what
+    the GPU has.
     """
     working_on([sample])
+    held = kept + 2 * trained_bytes(vlm)
+    held = torch.empty(held, dtype=torch.uint8, device=vlm.base.device)
     (-trajectory_logprobs(vlm, trajectories)[0].mean()).backward()
+    del held
     vlm.model.zero_grad()
     memory = ""
     if torch.cuda.is_available():
-        kept = pictures * size_of(trajectories[0].images[:1])
-        peak = (torch.cuda.max_memory_allocated() + kept) / 2**30
+        peak = torch.cuda.max_memory_allocated() / 2**30
         whole = torch.cuda.get_device_properties(device()).total_memory / 2**30
-        memory = f": peak {peak:.1f} of {whole:.1f} GiB, before the optimizer's state"
+        memory = f": peak {peak:.1f} of {whole:.1f} GiB"
     longest = max(len(t.ids) for t in trajectories)
     size = f"{len(trajectories)} x {longest} tokens"
     print(f"largest batch, forward and backward, {size}{memory}")
+
+
+def trained_bytes(vlm):
+    return sum(p.nbytes for p in vlm.model.parameters() if p.requires_grad)
+
+
+def fitting(rows, attempt):
+    """How many rows a training pass takes: as given, halved until `attempt` has the memory."""
+    while True:
+        try:
+            attempt(rows)
+            return rows
+        except Exception as e:
+            if rows == 1 or not out_of_memory(e):
+                raise
+        rows //= 2
+        free_memory()
+        print(f"out of memory: --batch-size {rows} instead")
 
 
 def try_largest(vlm, rows, examples, args, kept=None):
@@ -42,22 +58,27 @@ def try_largest(vlm, rows, examples, args, kept=None):
     kept: batches whose image tokens are held together (default: those of an update)."""
 
     def size(row):
-        return image_token_count(vlm, row) * len(row.get("boxes", "1")), len(str(row))
+        return plan.image_token_count(vlm, row) * len(row.get("boxes", "1")), len(str(row))
+
+    def attempt(count):
+        batch = examples([largest] * count)
+        images = size_of(batch[0].images) * len(batch) // count
+        probe(vlm, batch, largest, together * images)
 
     largest = max(rows, key=size)
-    batch = examples([largest] * args.batch_size)
-    kept = kept or args.grad_accum // WORLD
-    probe(vlm, batch, largest, len(batch) * kept * len(batch[0].images))
+    together = args.batch_size * (kept or args.grad_accum // WORLD)
+    args.batch_size = fitting(args.batch_size, attempt)
 
 
 def try_largest_rollout(vlm, samples, args, data, loop):
-    """`probe` of what the rollout may sample at most: the largest image, all steps full.
+    """`probe` of what the rollout may sample at most: the largest image, all steps full. Without a
+    --batch-size it is what fits, by `plan`.
 
     data: the folder that the samples' images are relative to.
     """
 
     def size(sample):
-        return image_token_count(vlm, sample), len(sample["expression"])
+        return plan.image_token_count(vlm, sample), len(sample["expression"])
 
     largest = max(samples, key=size)
     working_on([largest])
@@ -69,7 +90,11 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     prompts = args.grad_accum // WORLD
     pictures = prompts + prompts * args.group_size * args.steps
     pictures = max(pictures, args.val_prompts // WORLD * count)  # those of a validation
-    probe(vlm, [trajectory] * args.batch_size, largest, pictures)
+    kept = pictures * size_of(images[:1])
+    each = plan.training_bytes(vlm, len(trajectory.ids))
+    free = plan.free_bytes() - kept - 3 * trained_bytes(vlm)  # and gradients
+    rows = args.batch_size or plan.at_once(prompts * args.group_size, each, free)
+    args.batch_size = fitting(rows, lambda n: probe(vlm, [trajectory] * n, largest, kept))
 
 
 KEPT_BYTES = 2**30

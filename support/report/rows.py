@@ -58,10 +58,11 @@ def model_of(args, row, flag):
     return loaded[row.adapter]
 
 
-def play_row(args, row, test, work, *flags, **more):
+def play_row(args, row, test, work, *flags, rows=(), **more):
     """The lines of log/evaluate_<row.log>.jsonl, one for each test sample; `work`, as of
     `resumable`, makes those that are missing. flags, more: as of `begin`, what this row depends on;
-    others are not compared, so that `--restart` does not play all rows."""
+    others are not compared, so that `--restart` does not play all rows. rows: all that the
+    evaluation plays, of which the first tells the time."""
     inputs = [args.out / "data/test.jsonl"]
     if row.adapter:
         say_if_unfinished(args.out / row.adapter)
@@ -69,7 +70,13 @@ def play_row(args, row, test, work, *flags, **more):
     only = ["model", "quantize", "dtype", "engine", "max_pixels", "max_tokens", *flags]
     path = args.out / f"log/evaluate_{row.log}.jsonl"
     begin(args, path.stem, *inputs, only=only, log=path, **more)
-    return resumable(path, test, args.batch_size, row.name, work)
+    whole = 0
+    if row in rows and not loaded:
+        left = [other for other in rows[rows.index(row) :] if is_trained(args, other)]
+        tokens = [3 if "<think>" in other.loop.prompt else 1 for other in left]  # about
+        costs = [n * other.samples * (other.steps + 1) for n, other in zip(tokens, left)]
+        whole = sum(costs) / costs[0]
+    return resumable(path, test, args.batch_size, row.name, work, whole)
 
 
 # The log ------------------------------------------------------------------------------------------

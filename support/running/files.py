@@ -4,16 +4,19 @@ whole or not at all; logs that a stopped run goes on with; one run at a time on 
 import hashlib
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 
 from support.running.errors import explained, stop, working_on
 from support.running.processes import (
     RANK,
+    WORLD,
     barrier,
     catch_interrupts,
     gather,
     leave_if_interrupted,
+    say_hours,
     share,
 )
 
@@ -111,15 +114,17 @@ class Log:
                 file.write(self.line(rounded))
 
 
-def resumable(path, samples, batch_size, name, work):
+def resumable(path, samples, batch_size, name, work, whole=1):
     """The rows of the log `path`, one for each sample in order; those not yet there are made.
 
     work: takes a list of (number, sample), this process's share of a batch, and returns their
     rows, each with the "id" of its sample. Of a run that was killed, the whole batches stay whose
-    ids are these samples', so that the rest is batched as in a run that never stopped.
+    ids are these samples', so that the rest is batched as in a run that never stopped. whole: the
+    time of the phase, in that of all these samples; 0: it was told already.
     """
     from tqdm import tqdm
 
+    batch_size = batch_size or 48 * WORLD  # `play` parts what does not fit
     rows = sealed_rows(path, samples)
     if len(rows) < len(samples):
         rows = rows[: len(rows) - len(rows) % batch_size]
@@ -128,12 +133,16 @@ def resumable(path, samples, batch_size, name, work):
     with tqdm(**shown, disable=RANK > 0 or done == len(samples)) as bar:
         for i in range(done, len(samples), batch_size):
             catch_interrupts()
+            start = time.time()
             batch = list(enumerate(samples[i : i + batch_size], i))
             working_on([sample for _, sample in batch])
             mine = share(batch)
             for row in gather(work(mine) if mine else []):
                 log.write(**row)
             bar.update(len(batch))
+            batches = (len(samples) - done) / len(batch) * whole
+            if i == done and batches > 1:
+                say_hours(name if whole == 1 else "evaluation", (time.time() - start) * batches)
             leave_if_interrupted()
     barrier()
     return log.rows

@@ -71,7 +71,7 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
             "student", "student", "step 0: the student's, or perturbed", ("student", "perturbed")
         ),
         "teacher": Setting("vlm", "template", "what writes the traces", ("vlm", "template")),
-        "batch_size": Setting(8, 128, "samples decoded at once; ours"),
+        "batch_size": Setting(0, 128, "samples decoded at once; 0: what fits; ours", low=0),
     },
     "sft": {
         **TRAINING,
@@ -95,15 +95,15 @@ PRESETS = {  # phase -> name -> Setting, None where a row of "all" is no flag of
         "kl": Setting("paper", "paper", "mean |log pi - log ref|; k3 is ours", ("paper", "k3")),
         "grad_accum": Setting(8, 16, "prompts per update: our reading of 8 accumulation steps"),
         "updates": Setting(300, 14, "300 x 8 is one pass over 2,400 prompts; ours"),
-        "batch_size": Setting(6, 6, "trajectories per forward pass; ours"),
-        "prompts_at_once": Setting(2, 32, "prompts decoded together; ours"),
+        "batch_size": Setting(0, 6, "trajectories per forward pass; 0: what fits; ours", low=0),
+        "prompts_at_once": Setting(0, 32, "prompts decoded together; 0: what fits; ours", low=0),
         "val_every": Setting(25, 14, "updates between validations; ours"),
         "val_prompts": Setting(64, 510, "validation prompts; ours"),
         "save_every": Setting(5, 5, "updates between checkpoints; ours"),
     },
     "evaluate": {
         **ENGINE,
-        "batch_size": Setting(6, 128, "samples decoded at once; ours"),
+        "batch_size": Setting(0, 128, "samples decoded at once; 0: what fits; ours", low=0),
         "guard": GUARD,
     },
     "merge": {"quantize": None},  # it takes the weights in full

@@ -120,3 +120,11 @@ def leave_if_interrupted():
 def minutes(start):
     """Since `start`, a time.time(): "1.5 min"."""
     return f"{(time.time() - start) / 60:.1f} min"
+
+
+def say_hours(name, seconds):
+    """One line, after the first update or batch: what the whole phase will take."""
+    from tqdm import tqdm
+
+    text = f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{seconds / 60:.1f} min"
+    tqdm.write(f"{name}: about {text} in all")
