@@ -46,8 +46,8 @@ IVT_PROMPT = (
     "<think> </think> about where it is, then report its bbox coordinates in JSON format."
 )
 CORRECTION = (
-    "The red box is your last prediction. Examine it: think inside <think> </think>, then report the "
-    "corrected bbox coordinates in JSON format. How well does the red box lie around {text}?"
+    "The red box is your last prediction. Examine it: think inside <think> </think>, then report "
+    "the corrected bbox coordinates in JSON format. How well does the red box lie around {text}?"
 )
 NO_BOX = (  # as long as no step has given a valid box, and nothing is drawn
     "Your last prediction is no box, so the image shows none. Think inside <think> </think>, then "
