@@ -411,7 +411,7 @@ def pad_pieces(vlm, pieces, images, offsets):
 class Context:
     """B growing sequences over one cache: what it holds of each, and where each of them stands."""
 
-    def __init__(self, vlm, count, new_cache):
+    def __init__(self, vlm, count, new_cache=DynamicCache):
         self.vlm = vlm
         self.cache = new_cache()
         self.mask = torch.zeros(count, 0, dtype=torch.long, device=vlm.base.device)  # [B, cached]
