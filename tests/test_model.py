@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 
 
 def model_args(folder, **changes):
@@ -442,6 +443,23 @@ SHAPES = [
     (torch.bfloat16, dict(num_hidden_layers=6, intermediate_size=640)),
     (torch.bfloat16, dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=4)),
 ]
+
+
+def test_a_cache_with_room_holds_what_torch_cat_does():
+    roomy, plain = decoding.RoomyLayer(), DynamicLayer()
+    for k in (5, 1, decoding.ROOM, 1, 2):
+        new = torch.randn(2, 3, k, 4), torch.randn(2, 3, k, 4)
+        before = roomy.keys
+        kept = None if before is None else before.clone()
+        for held, expected in zip(roomy.update(*new), plain.update(*new)):
+            assert torch.equal(held, expected)
+        if kept is not None:  # what is shown of it before is not written over
+            assert torch.equal(before, kept)
+    for layer in (roomy, plain):  # a group shares its prompt, then each row goes on by itself
+        layer.batch_repeat_interleave(2)
+    new = torch.randn(4, 3, 1, 4)
+    for held, expected in zip(roomy.update(new, new), plain.update(new, new)):
+        assert torch.equal(held, expected)
 
 
 @pytest.mark.parametrize("dtype, shape", SHAPES)

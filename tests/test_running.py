@@ -221,7 +221,8 @@ def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeyp
 
 
 def test_the_first_row_tells_the_time_of_all(tmp_path, monkeypatch, capsys):
-    files.write_jsonl(tmp_path / "data/test.jsonl", [GOOD])
+    two = [GOOD, {**GOOD, "id": "2"}]
+    files.write_jsonl(tmp_path / "data/test.jsonl", two)
     args = argparse.Namespace(out=tmp_path, restart=False, model="m", batch_size=1)
     rows = [Row("a", "a", SINGLE_SHOT), Row("b", "b", IVT, 2), Row("c", "c", IVT, 2, "missing")]
     clock = itertools.count(step=60)
@@ -233,11 +234,10 @@ def test_the_first_row_tells_the_time_of_all(tmp_path, monkeypatch, capsys):
 
     loaded.clear()
     for row in rows[:2]:
-        play_row(args, row, [GOOD], work, rows=rows)
+        play_row(args, row, two, work, rows=rows)
     loaded.clear()
-    assert (
-        capsys.readouterr().out == "evaluation: about 10.0 min in all\n"
-    )  # 1 + 3 steps with words
+    # 1 + 3 steps with words, three times each, of two batches
+    assert capsys.readouterr().out == "evaluation: about 20.0 min in all\n"
 
 
 # Ctrl-C and memory --------------------------------------------------------------------------------

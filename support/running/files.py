@@ -141,7 +141,7 @@ def resumable(path, samples, batch_size, name, work, whole=1):
                 log.write(**row)
             bar.update(len(batch))
             batches = (len(samples) - done) / len(batch) * whole
-            if i == done and batches > 1:
+            if i == done + batch_size and batches > 1:  # the first one loads the model
                 say_hours(name if whole == 1 else "evaluation", (time.time() - start) * batches)
             leave_if_interrupted()
     barrier()
