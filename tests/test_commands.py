@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-# A small rate, so that two processes and one differ by rounding alone
+# A small rate, so that two processes and one differ by rounding alone; an entropy bonus, so that
+# there is a gradient where the rewards of all groups are equal
 GRPO = "grpo.py --updates 2 --val-every 2 --val-prompts 3 --grad-accum 2 --group-size 2 --lr 1e-4"
+GRPO += " --entropy 0.01"
 SMALL = {  # a step of the main job -> its command, in the order of the README
     "make_data": "make_data.py --train-samples 54 --val-samples 6 --test-samples 7 --max-tokens 60",
     "sft": "sft.py --epochs 1 --batch-size 2 --grad-accum 2 --lr 1e-3 --save-every 2",
