@@ -154,13 +154,15 @@ def test_resumed_rows_belong_to_their_samples(tmp_path, capsys):
 
     rows = run()
     assert [row["id"] for row in rows] == list("01234") and asked == [0, 1, 2, 3, 4]
-    assert capsys.readouterr().out == "x: about 0.0 min in all\n"  # after the first batch
+    assert capsys.readouterr().out == "x: about 0.0 min in all\n"  # after the second batch
     assert run() == rows and len(asked) == 5
     path.write_bytes(path.read_bytes()[:-4])
-    assert run() == rows and asked[5:] == [4]
+    capsys.readouterr()
+    assert run() == rows and asked[5:] == [4] and capsys.readouterr().out == ""
     content = path.read_bytes()
     path.write_bytes(content.replace(b"a", b"b", 1))  # still JSON, and another text
     assert run() == rows and asked[6:] == [0, 1, 2, 3, 4]
+    assert f"{path}:1: damaged; made again from here" in capsys.readouterr().out
     assert path.read_bytes() == content
     path.write_bytes(b"")  # as of a phase that was killed in its first batch
     assert run() == rows and path.read_bytes() == content
