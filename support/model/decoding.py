@@ -102,9 +102,6 @@ def project(x, weight, bias, loras):
     return out
 
 
-ROOM = 64  # tokens
-
-
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, kept where there is room for those of tokens to come."""
 
@@ -125,7 +122,7 @@ def appended(held, new):
     there is room for the next tokens."""
     count, total = held.shape[2], held.shape[2] + new.shape[2]
     if count == 0 or total * held.shape[3] > held.stride(1):  # numbers from one head to the next
-        longer = held.new_empty(*held.shape[:2], total + ROOM, held.shape[3])
+        longer = held.new_empty(*held.shape[:2], total + plan.ROOM, held.shape[3])
         longer[:, :, :count] = held
         held = longer
     held = held.as_strided((*held.shape[:2], total, held.shape[3]), held.stride())
