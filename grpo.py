@@ -85,6 +85,37 @@ def validate(update):
         adapters.save_adapter(vlm, run.adapter)
 
 
+def accumulate(size, trajectories, owners, advantage, tokens):
+    """Adds up the gradients of an update, of `size` trajectories at a time.
+
+    advantage [P * N]. tokens: of the whole update, by which each term is divided, whichever
+    micro-batch or process it is in, so that accumulation equals one large batch. Returns loss,
+    policy, KL and entropy [4], means over these tokens, and each token's |log pi as sampled - log
+    pi here|: rounding, or something is wrong.
+    """
+    gaps = []
+    terms = torch.zeros(4)
+    for i in range(0, len(trajectories), size):
+        batch = trajectories[i : i + size]
+        run.at_work(owners[i : i + size])
+        with torch.no_grad(), adapters.using(vlm, "reference"):
+            reference = trajectory_logprobs(vlm, batch)
+        policy = trajectory_logprobs(vlm, batch)
+        loss, *parts = grpo_loss(  # Eq. 2, sums over the tokens of the micro-batch
+            policy.logprob,  # [M]
+            reference.logprob,  # [M]
+            advantage[i : i + size].to(policy.row.device)[policy.row],  # [M], its trajectory's
+            policy.entropy,  # [M]
+            beta=args.beta,
+            entropy_weight=args.entropy,
+            kl=args.kl,
+        )
+        (loss / tokens).backward()
+        gaps += health.sampler_gaps(batch, policy.logprob)
+        terms += torch.stack([loss, *parts]).detach().cpu() / tokens  # [4]
+    return terms, gaps
+
+
 # Training -----------------------------------------------------------------------------------------
 memory.try_largest_rollout(vlm, train, args, data, loop)
 for update in run.updates(args.updates, vlm, optimizer):
@@ -110,30 +141,9 @@ for update in run.updates(args.updates, vlm, optimizer):
     advantage = advantages(rewards).flatten()  # [P * N]
 
     # Update ---------------------------------------------------------------------------------------
-    # One gradient step. Each term is divided by the tokens of the whole update, whichever
-    # micro-batch or process they are in, so that accumulation equals one large batch.
+    # One gradient step, over all tokens that the policy wrote.
     tokens = run.total(sum(len(t.target) for t in trajectories))
-    gaps = []  # |log pi as sampled - log pi here| of each token: rounding, or something is wrong
-    terms = torch.zeros(4)  # loss, policy, KL, entropy: means over the tokens of the update
-    for i in range(0, len(trajectories), args.batch_size):
-        batch = trajectories[i : i + args.batch_size]
-        run.at_work(owners[i : i + args.batch_size])
-        with torch.no_grad(), adapters.using(vlm, "reference"):
-            reference = trajectory_logprobs(vlm, batch)
-        policy = trajectory_logprobs(vlm, batch)
-        token_advantage = advantage[i : i + args.batch_size].to(policy.row.device)[policy.row]
-        loss, *parts = grpo_loss(  # Eq. 2, sums over the tokens of the micro-batch
-            policy.logprob,  # [M]
-            reference.logprob,  # [M]
-            token_advantage,  # [M], that of the token's trajectory
-            policy.entropy,  # [M]
-            beta=args.beta,
-            entropy_weight=args.entropy,
-            kl=args.kl,
-        )
-        (loss / tokens).backward()
-        gaps += health.sampler_gaps(batch, policy.logprob)
-        terms += torch.stack([loss, *parts]).detach().cpu() / tokens  # [4]
+    terms, gaps = memory.fitting(vlm, args, accumulate, trajectories, owners, advantage, tokens)
     run.sum_gradients(parameters)
     loss, policy_term, kl, entropy = run.total(terms).tolist()  # [4], of all processes
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()

@@ -31,7 +31,6 @@ from common import (
     IVT,
     SINGLE_SHOT,
     answer_of,
-    box_in_view,
     box_iou,
     format_box,
     normalize_box,
@@ -92,23 +91,13 @@ def boxes_to_the_truth(sample, prediction, args, loop):
 
 
 # The teacher, a VLM that is told the next box and may not say so ----------------------------------
-def box_before(row, t):
-    """The box that step t of a row will see: none at step 0."""
-    return row["boxes"][t - 1] if t > 0 else None
-
-
-def in_picture(box, row, t, loop):
-    """A box as step t of a row has to write it: relative to the picture that the step sees."""
-    return box_in_view(box, loop.view(box_before(row, t)))
-
-
 def teacher_prompt(row, t, loop):
     """What the teacher is asked about step t, and told: the box that the step will write."""
     box = row["boxes"][t]
     words = teacher.ABOUT_STEP if t > 0 else teacher.ABOUT_FIRST
-    if t > 0 and box == box_before(row, t):
+    if t > 0 and box == teacher.box_before(row, t):
         words = teacher.ABOUT_HOLD
-    told = format_box(in_picture(box, row, t, loop))
+    told = format_box(teacher.in_picture(box, row, t, loop))
     return words.format(expression=row["expression"], box=told)
 
 
@@ -116,7 +105,7 @@ def ask_once(vlm, images, rows, t, seeds, *, temperature, max_tokens, loop, roll
     """The teacher's trace of step t for each row."""
     trajectories = roll(
         vlm,
-        [loop.feedback(image, box_before(row, t)) for image, row in zip(images, rows)],
+        [loop.feedback(image, teacher.box_before(row, t)) for image, row in zip(images, rows)],
         [teacher_prompt(row, t, loop) for row in rows],
         0,
         max_tokens=max_tokens,
@@ -154,12 +143,6 @@ def vlm_traces(vlm, images, rows, seeds, *, max_tokens, loop=IVT, roll=rollout):
         for i in todo:
             made[i]["traces"] = None  # the trajectory is dropped
     return made
-
-
-def geometric_trace(row, t, loop):
-    """The other teacher: the trace of step t, from where the boxes lie in its picture."""
-    boxes = [in_picture(box, row, t, loop) for box in row["boxes"]]
-    return teacher.template_trace(boxes, in_picture(row["truth"], row, t, loop), t)
 
 
 if __name__ == "__main__":
@@ -207,7 +190,9 @@ if __name__ == "__main__":
     # The teacher sees at each step what the student will see there, and knows the next box besides.
     if args.teacher == "template":
         for row in rows:
-            row["traces"] = [geometric_trace(row, t, loop) for t in range(len(row["boxes"]))]
+            row["traces"] = [
+                teacher.geometric_trace(row, t, loop) for t in range(len(row["boxes"]))
+            ]
     else:
         if args.teacher_model:
             vlm = None  # free it before another model is loaded

@@ -63,6 +63,17 @@ def examples(rows):
     return trajectories
 
 
+def accumulate(size, batch, tokens):
+    """Adds up the gradients of an update, of `size` trajectories at a time; returns its loss."""
+    loss = 0.0
+    for i in range(0, len(batch), size):
+        scores = trajectory_logprobs(vlm, batch[i : i + size])
+        micro_loss = -scores.logprob.sum() / tokens  # [M] -> []
+        micro_loss.backward()
+        loss += micro_loss.item()
+    return loss
+
+
 # Training -----------------------------------------------------------------------------------------
 memory.try_largest(vlm, rows, examples, args)
 for chosen in run.epochs(rows, vlm, optimizer):
@@ -70,14 +81,8 @@ for chosen in run.epochs(rows, vlm, optimizer):
     # Every generated token weighs the same, whichever micro-batch or process it is in: divided by
     # the tokens of the whole update, accumulation equals one large batch.
     tokens = run.total(sum(len(t.target) for t in batch))
-    loss = 0.0
-    for i in range(0, len(batch), args.batch_size):
-        scores = trajectory_logprobs(vlm, batch[i : i + args.batch_size])
-        micro_loss = -scores.logprob.sum() / tokens  # [M] -> []
-        micro_loss.backward()
-        loss += micro_loss.item()
+    loss = run.total(memory.fitting(vlm, args, accumulate, batch, tokens))
     run.sum_gradients(parameters)
-    loss = run.total(loss)
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     run.check(loss, norm, chosen)
     rate = run.set_rate(optimizer)

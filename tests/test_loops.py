@@ -16,6 +16,7 @@ from common import (
     rollout,
     written_boxes,
 )
+from support.data import teacher
 from support.model.views import asked_again, guarded, implausible, loop_of, view_of, zoom
 from tests.small import picture, sampler_gap, vlm
 from tests.test_make_data import WORDS
@@ -176,11 +177,11 @@ def test_traces_are_of_the_view():
     """The target is at the right of the view, and in the middle of the image."""
     truth = [620, 420, 700, 500]
     row = {"boxes": [BOX, [510, 410, 650, 500], truth], "truth": truth}
-    trace = make_data.geometric_trace(row, 1, zoom(2.0))
+    trace = teacher.geometric_trace(row, 1, zoom(2.0))
     wrong = "apart, left, high: the red box is on the wrong object. I see the target at the right."
     assert trace.startswith(wrong)
-    assert "at the middle" in make_data.geometric_trace(row, 1, IVT)
-    assert "at the middle" in make_data.geometric_trace(row, 0, zoom(2.0))
+    assert "at the middle" in teacher.geometric_trace(row, 1, IVT)
+    assert "at the middle" in teacher.geometric_trace(row, 0, zoom(2.0))
 
 
 def test_the_vlm_teacher_is_told_the_box_of_the_view():

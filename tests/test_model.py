@@ -623,15 +623,34 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
         assert args.batch_size == expected
 
 
-def test_a_training_pass_without_memory_is_halved(capsys):
+def test_an_update_without_memory_is_halved(vlm, capsys):
+    """And its gradients are what half as many at a time give."""
+    weight = vlm.base.model.language_model.norm.weight.requires_grad_(True)
+    image = encode_images(vlm, [picture(32, 32)])
+    batch = [build_trajectory(vlm, image, text, TEXTS[:1], IVT) for text in "abcdefgh"]
     tried = []
 
-    def attempt(rows):
-        tried.append(rows)
-        if rows > 2:
-            raise torch.OutOfMemoryError
+    def accumulate(size, batch, fit):
+        tried.append(size)
+        for i in range(0, len(batch), size):
+            trajectory_logprobs(vlm, batch[i : i + size]).logprob.sum().backward()
+            if size > fit:
+                raise torch.OutOfMemoryError
+        return "done"
 
-    assert memory.fitting(11, attempt) == 2 and tried == [11, 5, 2]
+    def gradient(size, fit):
+        tried.clear()
+        args = argparse.Namespace(batch_size=size)
+        assert memory.fitting(vlm, args, accumulate, batch, fit) == "done"
+        assert args.batch_size == tried[-1]  # from here on
+        found = weight.grad
+        weight.grad = None
+        return found
+
+    plain = gradient(2, 2)
+    assert capsys.readouterr().out == ""
+    assert torch.equal(gradient(11, 2), plain) and tried == [11, 5, 2]
     assert "out of memory: --batch-size 2 instead" in capsys.readouterr().out
     with pytest.raises(torch.OutOfMemoryError):
-        memory.fitting(1, lambda rows: attempt(3))
+        gradient(1, 0)
+    weight.requires_grad_(False).grad = None

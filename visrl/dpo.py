@@ -112,17 +112,18 @@ def drift(pairs):
     return (policy - reference).mean().clamp(min=0)
 
 
-# Training -----------------------------------------------------------------------------------------
-memory.try_largest(vlm, pairs, examples, args, kept=1)
-for chosen in run.epochs(pairs, vlm, optimizer):
-    mine = run.share(chosen)
-    # Each pair weighs the same: divided by those of the whole update, accumulation equals one large
-    # batch. The reference's log-probabilities need no gradient.
-    facts = []  # of each pair: loss, right, a margin for each step, KL, loss of the chosen path
-    for i in range(0, len(mine), args.batch_size):
-        part = mine[i : i + args.batch_size]
+def accumulate(size, pairs, count):
+    """Adds up the gradients of an update, of `size` pairs at a time. Each pair weighs the same:
+    divided by `count`, those of the whole update, accumulation equals one large batch.
+
+    Returns of each pair: loss, right, a margin for each step, KL, loss of the chosen path.
+    """
+    facts = []
+    for i in range(0, len(pairs), size):
+        part = pairs[i : i + size]
         run.at_work(part)
         batch = examples(part)
+        # The reference's log-probabilities need no gradient
         with torch.no_grad(), adapters.using(vlm, "reference"):
             reference = trajectory_logprobs(vlm, batch)
         policy = trajectory_logprobs(vlm, batch)
@@ -135,11 +136,18 @@ for chosen in run.epochs(pairs, vlm, optimizer):
         # holds the chosen one's up (as in arXiv:2404.19733, Section 2.2)
         nll = loop.chosen_nll(policy, len(part))  # [N]
         losses, weight = (nll, 0.0) if args.loss == "sft" else (losses, args.nll)
-        ((losses + weight * nll).sum() / len(chosen)).backward()
+        ((losses + weight * nll).sum() / count).backward()
         # As GRPO's: mean |log pi - log ref| over the tokens of the pairs
         kl = (policy.logprob - reference.logprob).abs().mean()
         for loss, margin, own in zip(losses.tolist(), margins.tolist(), nll.tolist()):
             facts.append([loss, float(sum(margin) > 0), *margin, kl.item(), own])
+    return facts
+
+
+# Training -----------------------------------------------------------------------------------------
+memory.try_largest(vlm, pairs, examples, args, kept=1)
+for chosen in run.epochs(pairs, vlm, optimizer):
+    facts = memory.fitting(vlm, args, accumulate, run.share(chosen), len(chosen))
     run.sum_gradients(parameters)
     facts = torch.tensor(run.gather(facts))  # [pairs of the update, 4 + K]
     loss, accuracy, *margin, kl, nll = facts.mean(0).tolist()

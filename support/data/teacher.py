@@ -5,7 +5,7 @@ moved at random. All boxes are in 0..1000."""
 import math
 import re
 
-from common import iou, step_text
+from common import box_in_view, iou, step_text
 from support.data.samples import is_words
 from support.running.errors import stop
 
@@ -50,6 +50,16 @@ def trace_fault(vlm, trace, expression, max_tokens):
     return None
 
 
+def box_before(row, t):
+    """The box that step t of a row will see: none at step 0."""
+    return row["boxes"][t - 1] if t > 0 else None
+
+
+def in_picture(box, row, t, loop):
+    """A box as step t of a row has to write it: relative to the picture that the step sees."""
+    return box_in_view(box, loop.view(box_before(row, t)))
+
+
 def join(words):
     if len(words) < 2:
         return "".join(words)
@@ -84,6 +94,12 @@ def template_trace(boxes, truth, t):
     if sizes:
         cures.append(f"make it {join(sizes)}")
     return f"{', '.join(words)}: the red box is {join(faults)}. I {join(cures)}."
+
+
+def geometric_trace(row, t, loop):
+    """The trace of step t of a row, from where the boxes lie in its picture."""
+    boxes = [in_picture(box, row, t, loop) for box in row["boxes"]]
+    return template_trace(boxes, in_picture(row["truth"], row, t, loop), t)
 
 
 # Geometry -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from support.running.errors import out_of_memory, working_on
 from support.running.processes import WORLD, device
 
 import torch
+from tqdm import tqdm
 
 
 def probe(vlm, trajectories, sample, kept):
@@ -39,18 +40,18 @@ def trained_bytes(vlm):
     return sum(p.nbytes for p in vlm.model.parameters() if p.requires_grad)
 
 
-def fitting(rows, attempt):
-    """How many rows a training pass takes: as given, halved until `attempt` has the memory."""
+def fitting(vlm, args, attempt, *more):
+    """attempt(rows, *more), where rows is --batch-size, halved until there is the memory."""
     while True:
         try:
-            attempt(rows)
-            return rows
+            return attempt(args.batch_size, *more)
         except Exception as e:
-            if rows == 1 or not out_of_memory(e):
+            if args.batch_size == 1 or not out_of_memory(e):
                 raise
-        rows //= 2
-        free_memory()
-        print(f"out of memory: --batch-size {rows} instead")
+        args.batch_size //= 2
+        vlm.model.zero_grad()
+        free_memory()  # what the attempt held is free here, where the exception is no more
+        tqdm.write(f"out of memory: --batch-size {args.batch_size} instead")
 
 
 def try_largest(vlm, rows, examples, args, kept=None):
@@ -67,7 +68,7 @@ def try_largest(vlm, rows, examples, args, kept=None):
 
     largest = max(rows, key=size)
     together = args.batch_size * (kept or args.grad_accum // WORLD)
-    args.batch_size = fitting(args.batch_size, attempt)
+    fitting(vlm, args, attempt)
 
 
 def try_largest_rollout(vlm, samples, args, data, loop):
@@ -93,8 +94,8 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     kept = pictures * size_of(images[:1])
     each = plan.training_bytes(vlm, len(trajectory.ids))
     free = plan.free_bytes() - kept - 3 * trained_bytes(vlm)  # and gradients
-    rows = args.batch_size or plan.at_once(prompts * args.group_size, each, free)
-    args.batch_size = fitting(rows, lambda n: probe(vlm, [trajectory] * n, largest, kept))
+    args.batch_size = args.batch_size or plan.at_once(prompts * args.group_size, each, free)
+    fitting(vlm, args, lambda rows: probe(vlm, [trajectory] * rows, largest, kept))
 
 
 KEPT_BYTES = 2**30
