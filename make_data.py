@@ -40,7 +40,7 @@ from common import (
 from support.data import sources, teacher
 from support.data.samples import load_image
 from support.model.decoding import rollouts
-from support.model.loading import load_vlm
+from support.model.loading import check_kind, load_vlm
 from support.model.views import loop_of
 from support.running.files import resumable
 from support.running.flags import flags
@@ -150,6 +150,8 @@ if __name__ == "__main__":
     loop = loop_of(args)
     start = time.time()
     data = args.out / "data"
+    if args.teacher_model:
+        check_kind(args.teacher_model, args.quantize)  # now, not when the student is done
     sources.begin_data(args, data)
 
     # 1. Samples -----------------------------------------------------------------------------------

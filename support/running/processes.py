@@ -18,8 +18,9 @@ from support.running.errors import explained
 import torch
 import torch.distributed as dist
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets both
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+with explained("RANK or WORLD_SIZE is no number", "unset both; torchrun sets them"):
+    RANK = int(os.environ.get("RANK", 0))
+    WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 stop_asked = []  # the signals of Ctrl-C so far
 
