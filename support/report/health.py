@@ -70,5 +70,5 @@ def show_gain(run):
     before, after = (torch.tensor(rewards[update]) for update in (0, run.best[1]))  # [prompts] each
     change = estimate(after - before)
     said = f"{before.mean():.3f}, then {after.mean():.3f}: {signed(change)}"
-    run.bar.write(f"reward on {len(before)} validation prompts: {said}")
+    run.bar.write(f"sampled reward on {len(before)} validation prompts: {said}")
     run.log(update=run.count, change=change)
