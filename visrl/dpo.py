@@ -114,7 +114,8 @@ def drift(pairs):
 
 def accumulate(size, pairs, count):
     """Adds up the gradients of an update, of `size` pairs at a time. Each pair weighs the same:
-    divided by `count`, those of the whole update, accumulation equals one large batch.
+    divided by `count`, those of the whole update, accumulation equals one large batch, but for
+    KTO's `drift`, which is estimated from each part.
 
     Returns of each pair: loss, right, a margin for each step, KL, loss of the chosen path.
     """

@@ -122,7 +122,7 @@ def appended(held, new):
     there is room for the next tokens."""
     count, total = held.shape[2], held.shape[2] + new.shape[2]
     if count == 0 or total * held.shape[3] > held.stride(1):  # numbers from one head to the next
-        longer = held.new_empty(*held.shape[:2], total + plan.ROOM, held.shape[3])
+        longer = held.new_empty(*held.shape[:2], total + plan.SPARE, held.shape[3])
         longer[:, :, :count] = held
         held = longer
     held = held.as_strided((*held.shape[:2], total, held.shape[3]), held.stride())
@@ -130,29 +130,29 @@ def appended(held, new):
     return held
 
 
-room = float("inf")  # bytes: half of what has run out of memory
+limit = float("inf")  # bytes: half of what has run out of memory
 told = set()  # (T, N) of rollouts whose plan was printed
 
 
 def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
     """`rollout` in parts that fit, with the weights as decoding likes them: LoRA a part of them
-    where they can take it, 4-bit ones unpacked where that leaves half of the memory.
+    where they can take it, 4-bit ones unpacked where they fit too.
 
     planned: a part is what fits, by `plan`; otherwise it is all. What runs out of memory is played
     again in halves, at last from 4-bit weights. Parts change rounding alone.
     """
-    global room
+    global limit
     options |= dict(group_size=group_size, new_cache=partial(Cache, None, RoomyLayer))
-    length, cache, each = plan.rollout_bytes(vlm, images, texts, steps, **options)
+    length, cache, shown, each = plan.rollout_bytes(vlm, images, texts, steps, **options)
     copies = sum(2 * base.weight.quant_state.shape.numel() for _, base, _ in unpackable(vlm))
     lists = {key: options.pop(key) for key in ("seeds", "first_texts") if options.get(key)}
     made, done = [], 0
     while done < len(images):
-        free, size = min(plan.free_bytes(), room), len(images) - done
-        # At most twice the passes, each of them two to three times as fast
-        unpacks = 0 < copies <= free / 2
-        if planned or room < float("inf"):
-            size = plan.at_once(size, each, free - copies * unpacks)
+        left = len(images) - done
+        free = min(plan.free_bytes() - left * shown, limit)
+        size, unpacks = left, 0 < copies <= free - left * each
+        if planned or limit < float("inf"):
+            size, unpacks = plan.groups_at_once(left, each, free, copies)
         rows = size * group_size
         if planned and (steps, group_size) not in told:
             told.add((steps, group_size))
@@ -170,9 +170,9 @@ def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
         except Exception as e:
             if not out_of_memory(e) or (size == 1 and not unpacks):
                 raise
-        room = min(free, size * each + copies * unpacks) / 2
+        limit = min(free, size * each + copies * unpacks) / 2
         free_memory()  # what the rollout held is free here, where the exception is no more
-        tqdm.write(f"out of memory with {rows} trajectories at once; going on with half of it")
+        tqdm.write(f"out of memory with {rows} trajectories at once; half of it from here on")
     return made
 
 

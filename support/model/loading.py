@@ -99,7 +99,7 @@ def load_vlm(args, name=None):
 
 
 def free_memory():
-    """What a model before this one held goes now."""
+    """What nobody holds any more goes back to the device now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

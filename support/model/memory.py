@@ -86,8 +86,8 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     count = args.steps + 1
     images = encode_images(vlm, [load_image(largest, data)]) * count
     longest = vlm.tokenizer.decode(vlm.encode(" the")[:1] * args.max_tokens)
-    told = replace(loop, without_box="")  # as after a box: the longer instruction
-    trajectory = build_trajectory(vlm, images, largest["expression"], [longest] * count, told)
+    longer = replace(loop, without_box="")  # the instruction as after a box
+    trajectory = build_trajectory(vlm, images, largest["expression"], [longest] * count, longer)
     prompts = args.grad_accum // WORLD
     pictures = prompts + prompts * args.group_size * args.steps
     pictures = max(pictures, args.val_prompts // WORLD * count)  # those of a validation

@@ -23,6 +23,15 @@ def at_once(count, each, free):
     return math.ceil(count / math.ceil(count / max(1, min(count, free // each))))
 
 
+def groups_at_once(count, each, free, copies):
+    """How many of `count` groups of `each` bytes play together, and whether from unpacked weights
+    (`copies` bytes), which decode two to three times as fast (docs/tables/gpu.md)."""
+    packed, unpacked = (at_once(count, each, free - taken) for taken in (0, copies))
+    passes = math.ceil(count / unpacked) / math.ceil(count / packed)
+    unpacks = 0 < copies <= free - each and passes <= 2
+    return (unpacked if unpacks else packed), unpacks
+
+
 def image_token_count(vlm, sample):
     """How many tokens the sample's image is to the language model, after --max-pixels."""
     processor = vlm.image_processor
@@ -39,8 +48,9 @@ def widths(vlm):
     return number, text.num_hidden_layers, text.hidden_size, text.intermediate_size, *heads
 
 
-ROOM = 64  # tokens: how much longer a cache is made than it has to be, whenever it is too short
-# A patch's bytes in the vision tower for each number of its state, as counted
+SPARE = 64  # tokens: a cache that is too short is made so much longer than it has to be
+# A patch's bytes in the vision tower for each number of its state. This, LAYER and KEPT below are
+# fitted to the tensors of random models of many widths, counted as by tests/test_model.py
 PATCH = {2: 38, 4: 44}  # bfloat16, float32
 
 
@@ -65,8 +75,8 @@ def pass_bytes(vlm, new, total):
 
 
 def rollout_bytes(vlm, images, texts, steps, *, max_tokens, group_size=1, loop=IVT, **sampling):
-    """(tokens of a trajectory, bytes of its cache, bytes of a prompt's whole group), at most, for
-    these images (PIL) and texts."""
+    """For these images (PIL) and texts at most: tokens of a trajectory, bytes of its cache, of the
+    image tokens that a prompt's group has in the end, and of all else that the group takes."""
     number, layers, width, *_, keys = widths(vlm)
     sizes = [dict(width=image.width, height=image.height) for image in images]
     count = max(image_token_count(vlm, size) for size in sizes)
@@ -76,23 +86,23 @@ def rollout_bytes(vlm, images, texts, steps, *, max_tokens, group_size=1, loop=I
     length = first + steps * piece + (steps + 1) * max_tokens
     cache = 2 * layers * keys * number  # of a token
     levels = 1 + len(vlm.base.config.vision_config.deepstack_visual_indexes)
-    shown = count * levels * width * number  # the tokens of an image; a pass holds them twice
+    shown = count * levels * width * number  # of an image; a pass over it has them once more
     tower = tower_bytes(vlm, count)
-    written = math.ceil(max_tokens / (ROOM + 1)) * (ROOM + 1) - 1  # what a step adds to a cache
+    written = math.ceil(max_tokens / (SPARE + 1)) * (SPARE + 1) - 1  # what a step adds to a cache
     last = length - max_tokens  # tokens before the last step
-    prompt = max(tower + shown, (first + ROOM) * cache + 2 * shown + pass_bytes(vlm, first, first))
+    prompt = max(tower, (first + SPARE) * cache + shown + pass_bytes(vlm, first, first))
     # Of each trajectory, while a step is written: half a layer is there twice when it grows
-    moments = [(last + written) * cache * (1 + 0.5 / layers) + steps * shown]
+    peaks = [(last + written) * cache * (1 + 0.5 / layers) + 16 * vlm.base.lm_head.out_features]
     if steps:
-        moments.append((last - piece - max_tokens + written) * cache + tower + steps * shown)
-        passing = pass_bytes(vlm, piece, last)
-        moments.append((last + ROOM) * cache + (steps + 1) * shown + passing)
-    return length, length * cache, math.ceil(max(prompt, shown + group_size * max(moments)))
+        peaks.append((last - piece - max_tokens + written) * cache + tower)
+        peaks.append((last + SPARE) * cache + shown + pass_bytes(vlm, piece, last))
+    group = math.ceil(max(prompt, group_size * max(peaks)))
+    return length, length * cache, (1 + group_size * steps) * shown, group
 
 
 # A token's bytes in one layer of a training pass with LoRA in float32, forward and backward, and
 # what the forward pass alone leaves there without checkpointing: for each number of the states, the
-# MLP, the queries and the keys, as counted
+# MLP, the queries and the keys. Logits, in parts, are not counted: 0.1 GiB
 LAYER = {2: (43, 14, 13, 9), 4: (21, 24, 13, 13)}  # bfloat16, float32
 KEPT = {2: (28, 10, 13, 9), 4: (16, 16, 13, 13)}
 
