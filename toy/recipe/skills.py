@@ -12,15 +12,14 @@ from itertools import count, islice, product
 from common import SINGLE_PROMPT, SINGLE_SHOT, VLM, format_box, iou, parse_box, rollout
 from support.running.flags import check_path
 from toy import questions, world
-from toy.model import make_image_processor
+from toy.model import BASE
 from toy.questions import FRAMES, RELATED
 from toy.recipe.lessons import random_box
-from toy.recipe.train import BASE
 from toy.world import MARKS, SOURCES
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
 ASK = replace(SINGLE_SHOT, prompt="{text}")
 # 200 wordings that the base has not learnt
@@ -38,7 +37,8 @@ def load(folder):
     """The VLM of a checkpoint folder, in float32."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model.eval().requires_grad_(False)
-    return VLM(model, AutoTokenizer.from_pretrained(folder), make_image_processor())
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    return VLM(model, AutoTokenizer.from_pretrained(folder), processor)
 
 
 # Items: (image, question, answer), the answer a text or a box (0..1000) ---------------------------
