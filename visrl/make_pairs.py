@@ -6,22 +6,16 @@
 
 For each question, in five steps, none of which sees a true box:
 
-1. Boxes: the actor, the model trained so far, samples 3 attempts of two boxes, at temperature 2.
-   Of each token's distribution the 50 likeliest, then 0.7 of the mass are left (the authors' code).
-2. Diversity controller (Eq. 3): where the two boxes of an attempt overlap (IoU above tau), the
-   second becomes a random box outside the first, of about its area.
+1. Boxes: the actor, the model trained so far, samples attempts of two boxes.
+2. Diversity controller (Eq. 3): where both overlap, the second becomes a box outside the first.
 3. Answers: the actor sees each box's crop and samples an answer. Box and answer are a path.
 4. Critics: the model before SFT scores each path's box and answer, knowing the true answer.
-   `prompted` asks it for JSON scores: of the box it sees the crop alone, of the answer the whole
-   image. `likelihood` (ours, for a base too small for that) takes as the box's score how probable
-   it finds the true answer to the bare question about the crop; an answer is right or wrong.
 5. Filter (Eq. 4): paths with two high scores win, with two low ones lose; a question without both
-   is too easy or too hard. The chosen path has the highest of both scores among the winners, the
-   rejected one the lowest of both among the losers; where no path has, the question is dropped.
+   is too easy or too hard.
 
 Where the authors' code is weaker than the paper's text, it is the text (visrl/README.md). Ours: an
 attempt with an invalid box, or without room for another, is lost; answers that do not end are no
-candidates; the critics' wording. The tolerance of Eq. 3 is the authors'.
+candidates; a question is dropped where no winner has both highest scores, or no loser both lowest.
 
 Reads data/train.jsonl and an adapter. Writes data/paths.jsonl and pairs.jsonl under --out, with the
 iteration and the ablation in their names.
