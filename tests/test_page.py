@@ -59,8 +59,8 @@ def a_run(folder, count=6, words=""):
 
 
 def write(folder, **options):
-    path = page.write_evaluation(*a_run(folder, **options))
-    return path.read_text(encoding="utf-8")
+    page.write_evaluation(folder, *a_run(folder, **options))
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
 def json_of(text):
@@ -127,11 +127,12 @@ def test_what_comes_from_data_is_inert(tmp_path):
 def test_pictures_are_embedded_once_and_up_to_a_size(tmp_path, monkeypatch):
     args, results, samples, lines_of = a_run(tmp_path, words="ä %'\"#?")
     samples[1]["image"] = samples[0]["image"]  # two expressions on one picture
-    whole = page.write_evaluation(args, results, samples, lines_of)
+    page.write_evaluation(tmp_path, args, results, samples, lines_of)
+    whole = tmp_path / "report.html"
     pictures = list(json.loads(json_of(whole.read_text()))["pictures"].values())
     assert len(pictures) == 5
     monkeypatch.setattr(page, "PICTURES", sum(map(len, pictures)) - 10)
-    page.write_evaluation(args, results, samples, lines_of)
+    page.write_evaluation(tmp_path, args, results, samples, lines_of)
     *embedded, path = json.loads(json_of(whole.read_text()))["pictures"].values()
     assert embedded == pictures[:4]
     assert re.fullmatch(r"[\w./%-]+", path) and (tmp_path / unquote(path)).is_file()
@@ -232,7 +233,8 @@ def choose(run, name, value):
 def test_the_page_in_a_browser(tmp_path):
     args, results, samples, lines_of = a_run(tmp_path, words=HOSTILE)
     write_jsonl(tmp_path / "log/grpo.jsonl", [{"update": 1, "kl": 0.1}])
-    address = page.write_evaluation(args, results, samples, lines_of).as_uri()
+    page.write_evaluation(tmp_path, args, results, samples, lines_of)
+    address = (tmp_path / "report.html").as_uri()
     with browser() as send:
         with tab(send, address, height=800) as (run, ask):
             # Sentence, chart and verdicts are on the first screen

@@ -71,19 +71,18 @@ def write_all(args, samples, lines_of, others, start):
         image = load_image(samples[best], args.out / "data")
         write_strip(lead, samples[best], image, lines_of[shown][best], shown.loop)
     with drawing(page):
-        write_evaluation(args, results, samples, lines_of)
+        write_evaluation(args.out, args, results, samples, lines_of)
     places = f"tables in {args.out / 'results.md'}, trajectories to look at in {page}"
     print(f"{places}, {minutes(start)}")
 
 
-def write_evaluation(args, results, samples, lines_of):
-    """report.html of an evaluation; returns its path."""
-    return write_page(
-        args.out / "report.html",
-        title=headline(args.out.name, results),
+def write_evaluation(folder, args, results, samples, lines_of):
+    """report.html of an evaluation."""
+    write_page(
+        folder,
+        title=headline(folder.name, results),
         chart=result_chart(results),
         tables=report(results),
-        curves=log_curves(args.out / "log"),
         groups=[group("test", samples, lines_of, args.steps, shown=results["shown"])],
         data=args.out / "data",
     )
@@ -119,28 +118,27 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
         lines_of[Row(f"{name}, update {number}", loop=loop, drawn=drawn)] = own
     with drawing(args.out / "report.html"):
         write_page(
-            args.out / "report.html",
+            args.out,
             title=f"{args.out.name}: {name} trains, after {update} of {args.updates} updates, on "
             f"{len(samples)} validation samples",
             chart=log_charts(args.out / f"log/{name}.jsonl")["val_iou"],
-            curves=log_curves(args.out / "log"),
             groups=[group("validation", samples, lines_of, args.steps)],
             data=args.out / "data",
         )
 
 
 # The file -----------------------------------------------------------------------------------------
-def write_page(path, *, title, groups, data, about=ABOUT, chart="", tables=(), curves=()):
-    """Writes a page whole, or not at all, and returns its path.
+def write_page(folder, *, title, groups, data, chart, about=ABOUT, tables=()):
+    """Writes report.html to a folder, with the curves of its log/.
 
     title, about: a sentence, and what its words mean. groups: of `group`; the first one's gains
-    and losses are shown first. chart: of `chart`. tables: sections, as of tables.report. curves:
-    (heading, charts) pairs. data: the folder that the images' paths start from.
+    and losses are shown first. chart: of `chart`. tables: sections, as of tables.report. data: the
+    folder that the images' paths start from.
     """
     if RANK:
-        return path
+        return
     verdicts, folded = [], []
-    for heading, charts in curves:
+    for heading, charts in log_curves(folder / "log"):
         body = f'<div class="charts">{"".join(charts)}</div>'
         folded.append(fold(heading, body, is_open=not tables))
     for name, text, head, rows in tables:
@@ -149,7 +147,7 @@ def write_page(path, *, title, groups, data, about=ABOUT, chart="", tables=(), c
             verdicts = [f"<h2>{name}</h2>", *(said(*row) for row in rows), text]
         else:
             folded.append(fold(name, text + table(head, rows), is_open=name in OPEN))
-    pictures = addresses(groups, data, Path(path).parent)
+    pictures = addresses(groups, data, folder)
     parts = {
         "title": escape(title),
         "about": escape(about),
@@ -162,8 +160,8 @@ def write_page(path, *, title, groups, data, about=ABOUT, chart="", tables=(), c
     }
     skeleton = (HERE / "page.html").read_text(encoding="utf-8")
     # In one pass: what is put in is not searched for further places
-    write_text(path, re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], skeleton))
-    return path
+    page = re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], skeleton)
+    write_text(folder / "report.html", page)
 
 
 def said(finding, words):
