@@ -84,12 +84,6 @@ def image_key(origin, name):
     return f"{origin} {stem}"
 
 
-def inside(file_name):
-    """Where an image that comes inside a parquet file is put, relative to data/. Folders in its
-    name are dropped, so that nothing is ever written elsewhere."""
-    return f"images/{Path(file_name).name}"
-
-
 def refcocog(folder, coco):
     """RefCOCOg, a row per sentence. coco: COCO's train2014 images, or the folder around them."""
     if (coco / "train2014").is_dir():
@@ -113,13 +107,14 @@ def refcocog(folder, coco):
 
 
 def refadv(folder):
-    """Ref-Adv-s; the id is the row number. The images stay in the parquet until `write_images`."""
+    """Ref-Adv-s; the id is the row number. The images stay in the parquet until `write_images`;
+    folders in their names are dropped, so that nothing is ever written elsewhere."""
     columns = ["file_name", "normal_caption", "solution", "width", "height", "image_source"]
     for number, row in enumerate(read_parquet(folder, columns)):
         yield {
             "id": f"refadv_{number}",
             "source": "refadv",
-            "image": inside(row["file_name"]),
+            "image": f"images/{Path(row['file_name']).name}",
             "key": image_key(row["image_source"], row["file_name"]),
             "width": row["width"],
             "height": row["height"],
@@ -228,7 +223,7 @@ def write_images(samples, data, folders):
     folder = Path(folders["refadv"])
     with explained(f"--refadv: {folder} is not as published", how_to_get("refadv", folder)):
         for row in read_parquet(folder, ["file_name", "image"]):
-            image = inside(row["file_name"])
+            image = f"images/{Path(row['file_name']).name}"
             if wanted.pop(image, None):
                 write_bytes(data / image, lambda file: file.write(row["image"]["bytes"]))
     for image, source in sorted(wanted.items())[:1]:
