@@ -140,65 +140,44 @@ if __name__ == "__main__":
             name = f"{name}_{args.ablation}"
         return data / f"{named(name, args.iteration)}.jsonl"
 
-    def seed_of(number):
-        """Of a question's boxes; those of its paths' answers follow."""
-        return args.seed * 1_000_003 + (size + 1) * number
-
-    def sample_boxes(batch, images):
-        """1. Two boxes or None for each attempt, a list for each question."""
-        questions = [sample["question"] for _, sample in batch]
-        seeds = [seed_of(number) for number, _ in batch]
-        vlm = load_model()
-        rows = roll(vlm, images, questions, 0, group_size=size, seeds=seeds, **options)
-        boxes = [row.boxes[0] for row in rows]
-        return [boxes[i : i + size] for i in range(0, len(boxes), size)]
-
-    def sample_answers(batch, images, boxes_of):
-        """3. (image, sample, path) for each box whose answer has an end."""
-        flat = []  # (image, sample, box, seed) of each path
-        for (number, sample), image, boxes in zip(batch, images, boxes_of):
-            for i, box in enumerate(boxes):
-                flat.append((image, sample, box, seed_of(number) + 1 + i))
-        if not flat:
-            return []
-        images, samples, boxes, seeds = map(list, zip(*flat))
-        questions = [sample["question"] for sample in samples]
-        given = dict(seeds=seeds, first_texts=[format_box(box) for box in boxes])
-        items = []
-        rows = roll(load_model(), images, questions, 1, **given, **options)
-        for image, sample, box, row in zip(images, samples, boxes, rows):
-            # Cut short, or with a special token in it, it is no text to be learnt
-            if row.target[-1] in load_model().turn_ends and "<|" not in row.texts[1]:
-                items.append((image, sample, {"box": box, "answer": row.texts[1]}))
-        return items
-
-    def score(items):
-        """4. The paths of these, with the critics' scores."""
-        vlm = load_model()
-        judge = vlm.model.disable_adapter()  # the model before SFT
-        if args.ablation == "sft_critic":
-            judge = adapters.using(vlm, "critic")
-        critics = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
-        with judge:
-            return score_paths(vlm, items, **critics, roll=roll) if items else []
-
     def make_paths(batch):
         """All that is kept of these questions: sampled boxes, what became of them, scored paths."""
+        vlm = load_model()
         images = [load_image(sample, data) for _, sample in batch]
-        rows = {}  # of each question
-        kept = []
-        for (_, sample), boxes in zip(batch, sample_boxes(batch, images)):
+        # 1. Two boxes or None for each attempt
+        questions = [sample["question"] for _, sample in batch]
+        seeds = [args.seed * 1_000_003 + (size + 1) * number for number, _ in batch]
+        made = roll(vlm, images, questions, 0, group_size=size, seeds=seeds, **options)
+        rows, paths = {}, []  # of each question; of each path: image, sample, box, seed
+        for i, ((_, sample), image, seed) in enumerate(zip(batch, images, seeds)):
             # 2. The diversity controller
+            boxes = [row.boxes[0] for row in made[i * size : (i + 1) * size]]
             tau = None if args.ablation == "no_controller" else args.iou_max
             rng = random.Random(f"{args.seed} {args.iteration} {sample['id']}")
-            own, counts = controlled(rng, boxes, tau)
-            kept.append(own)
+            kept, counts = controlled(rng, boxes, tau)
+            counts["answers without an end"] = len(kept)  # so far
             rows[sample["id"]] = {"id": sample["id"], "boxes": boxes, "paths": [], "counts": counts}
-        items = sample_answers(batch, images, kept)
-        for (_, sample, _), path in zip(items, score(items)):
+            paths += [(image, sample, box, seed + n) for n, box in enumerate(kept, 1)]
+        if not paths:
+            return list(rows.values())
+        # 3. An answer after the crop of each box
+        images, samples, boxes, seeds = map(list, zip(*paths))
+        questions = [sample["question"] for sample in samples]
+        given = dict(seeds=seeds, first_texts=[format_box(box) for box in boxes])
+        made = roll(vlm, images, questions, 1, **given, **options)
+        items = []
+        for image, sample, box, row in zip(images, samples, boxes, made):
+            # Cut short, or with a special token in it, it is no text to be learnt
+            if row.target[-1] in vlm.turn_ends and "<|" not in row.texts[1]:
+                items.append((image, sample, {"box": box, "answer": row.texts[1]}))
+        # 4. The critics' scores, of the model before SFT
+        sft_judges = args.ablation == "sft_critic"
+        critics = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
+        with adapters.using(vlm, "critic") if sft_judges else vlm.model.disable_adapter():
+            scored = score_paths(vlm, items, **critics, roll=roll)
+        for (_, sample, _), path in zip(items, scored):
             rows[sample["id"]]["paths"].append(path)
-        for row, own in zip(rows.values(), kept):
-            row["counts"]["answers without an end"] = len(own) - len(row["paths"])
+            rows[sample["id"]]["counts"]["answers without an end"] -= 1
         return list(rows.values())
 
     only = "model quantize dtype engine max_pixels max_tokens seed iteration attempts temperature"
