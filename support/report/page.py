@@ -15,11 +15,9 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 from common import WHOLE, box_iou, last_valid, normalize_box
 from support.data.samples import load_image
@@ -33,10 +31,7 @@ from support.report.tables import FINDINGS, cell, report, results_of_run, summar
 from support.running.files import parse, read_jsonl, write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
 
-from PIL import Image
-
 HERE = Path(__file__).parent
-PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
 SAMPLES = 1000  # of a group, at most
 ABOUT = (
     "IoU: the area that two boxes share over the area that they cover; Acc@0.5: share of boxes "
@@ -147,7 +142,8 @@ def write_page(folder, *, title, groups, data, chart, about=ABOUT, tables=()):
             verdicts = [f"<h2>{name}</h2>", *(said(*row) for row in rows), text]
         else:
             folded.append(fold(name, text + table(head, rows), is_open=name in OPEN))
-    pictures = addresses(groups, data, folder)
+    samples = {sample["image"]: sample for one in groups for sample in one["samples"]}
+    pictures = {image: embedded(sample, data) for image, sample in samples.items()}
     parts = {
         "title": escape(title),
         "about": escape(about),
@@ -190,38 +186,17 @@ def to_json(value):
 
 
 # Pictures -----------------------------------------------------------------------------------------
-def addresses(groups, data, folder):
-    """The path of each image of the groups -> its address: its content, up to PICTURES bytes of
-    them all, then a path relative to `folder`; "" where it cannot be read."""
-    found = {}
-    room = PICTURES
-    samples = {sample["image"]: sample for one in groups for sample in one["samples"]}
-    for image, sample in samples.items():
-        file = Path(data) / image
-        try:
-            address = embedded(file, sample, data)
-        except (OSError, ValueError):  # it was there when the samples were checked
-            address = ""
-        if len(address) > room:
-            address = quote(Path(os.path.relpath(file, folder)).as_posix())
-        room -= len(address)
-        found[image] = address
-    return found
-
-
-def embedded(file, sample, data):
-    """An image in an address: the file as it is, or a JPEG where a browser could show the file
-    otherwise than the model saw it (turned, other colours, no known format)."""
-    with Image.open(file) as image:
-        turned = image.getexif().get(0x0112, 1) != 1  # EXIF's orientation
-        plain = image.format in ("PNG", "JPEG") and image.mode in ("RGB", "L", "P") and not turned
-        kind = image.format
-    content = file.read_bytes()
-    if not plain:
-        kind, buffer = "JPEG", io.BytesIO()
-        load_image(sample, data).save(buffer, format=kind, quality=90)
-        content = buffer.getvalue()
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+def embedded(sample, data):
+    """A sample's picture in an address, as the model saw it, of 800 pixels at most; "" where it
+    cannot be read."""
+    buffer = io.BytesIO()
+    try:
+        image = load_image(sample, data)
+    except ValueError:  # it was there when the samples were checked
+        return ""
+    image.thumbnail((800, 800))
+    image.save(buffer, "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # Trajectories -------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from support.model.checkpoints import load_checkpoint, save_checkpoint
 from support.model.loading import quiet
 from support.running import processes
 from support.running.errors import stop
-from support.running.files import write_bytes, writing
+from support.running.files import writing
 from support.running.flags import check_path
 from toy.model import BASE, WIDTH, make_model
 from toy.questions import FRAMES, RELATED
@@ -349,25 +350,18 @@ def update(parts, optimizers, rate):
 
 
 # A run --------------------------------------------------------------------------------------------
-def save(path, step, steps, parts, optimizers):
-    """All that it takes to go on, written whole."""
-    states = {"step": step, "steps": steps, "parts": parts.state_dict()}
-    states["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    write_bytes(path, lambda file: torch.save(states, file))
-
-
 def restore(path, steps, parts, optimizers):
     """The step to go on from: 0 where nothing was saved."""
-    if not path.exists():
+    saved = load_checkpoint(path)
+    if not saved:
         return 0
-    saved = torch.load(path, weights_only=True, map_location="cpu")
     if saved["steps"][:3] != steps[:3]:
         stop(f"--steps {steps}: {path} has {saved['steps']}; give the same, or another --out")
     parts.load_state_dict(saved["parts"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
-    print(f"going on from step {saved['step']}")
-    return saved["step"]
+    print(f"going on from step {saved['update']}")
+    return saved["update"]
 
 
 def read_flags():
@@ -443,7 +437,9 @@ def main():
             continue
         line = {name: round(mean(values), 3) for name, values in sorted(history.items())}
         history.clear()
-        save(checkpoint, step + 1, args.steps, parts, optimizers)
+        states = dict(steps=args.steps, parts=parts.state_dict())
+        states["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(checkpoint, update=step + 1, finished=False, **states)
         if not processes.RANK:
             with writing(args.out), open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": step + 1, **line}) + "\n")
