@@ -154,31 +154,23 @@ def usable(title, rows, texts=("expression",)):
     dropped = Counter()
     for row in rows:
         row |= {name: row[name].strip() for name in texts}
-        fault = fault_of(row, [row[name] for name in texts])
-        if row["id"] in samples:
-            fault = "with the id of another"
-        if fault:
-            dropped[fault] += 1
+        words = [row[name] for name in texts]
+        x1, y1, x2, y2 = box = clip(row["bbox"] or [0] * 4, row["width"] or 0, row["height"] or 0)
+        faults = {
+            "with the id of another": row["id"] in samples,
+            "without words, or with too many or special tokens": not all(map(is_words, words)),
+            "without one box": not row["bbox"],
+            "without a readable image": not row["width"],
+            "without a box inside the image": not (x1 < x2 and y1 < y2),
+        }
+        found = [fault for fault, is_so in faults.items() if is_so]
+        if found:
+            dropped[found[0]] += 1
         else:
-            box = clip(row["bbox"], row["width"], row["height"])
             samples[row["id"]] = {**row, "bbox": box}
     read = len(samples) + dropped.total()
     print(f"{title}: {read} read, {len(samples)} kept; dropped: {counted(dropped)}")
     return [samples[name] for name in sorted(samples)]
-
-
-def fault_of(row, words):
-    """Why a row is no sample, or None."""
-    if not all(map(is_words, words)):
-        return "without words, or with too many or special tokens"
-    if not row["bbox"]:
-        return "without one box"
-    if not row["width"]:
-        return "without a readable image"
-    x1, y1, x2, y2 = clip(row["bbox"], row["width"], row["height"])
-    if not (x1 < x2 and y1 < y2):
-        return "without a box inside the image"
-    return None
 
 
 def counted(dropped):
