@@ -81,15 +81,9 @@ def play(row):
         first_texts = None
         if row.box != "own":
             first_texts = [format_box(given_box(sample, row.box)) for sample in part]
-        trajectories = roll(
-            vlm,
-            images,
-            [sample["question"] for sample in part],
-            row.steps,
-            max_tokens=args.max_tokens,
-            loop=row.loop,
-            first_texts=first_texts,
-        )
+        questions = [sample["question"] for sample in part]
+        options = dict(max_tokens=args.max_tokens, loop=row.loop, first_texts=first_texts)
+        trajectories = roll(vlm, images, questions, row.steps, **options)
         lines = []
         answers = [trajectory.texts[-1].strip() for trajectory in trajectories]
         scores = [None] * len(part)

@@ -57,11 +57,9 @@ def read_pairs(data):
 
 def right_pairs(pairs):
     """[pairs] bool: whether the chosen box is right (IoU > 0.5) and the rejected one is not."""
-    good = []
-    for pair in pairs:
-        chosen, rejected = (box_iou(pair[side]["box"], pair) for side in ("chosen", "rejected"))
-        good.append(chosen > 0.5 >= rejected)
-    return np.array(good)
+    sides = "chosen", "rejected"
+    ious = [[box_iou(pair[side]["box"], pair) for side in sides] for pair in pairs]
+    return np.array([chosen > 0.5 >= rejected for chosen, rejected in ious])
 
 
 def unpaired(a, b):
