@@ -94,7 +94,7 @@ def test_the_file_has_everything(tmp_path):
     assert "true box 0.0, 0.0, 250.0, 500.0 in 0..1000" in test["samples"][0]["facts"]
     assert not any("seen" in step for step in samples["lines"][0]["steps"])
     pictures = data["pictures"].values()
-    assert len(pictures) == 6 and all(p.startswith("data:image/jpeg;base64,") for p in pictures)
+    assert len(pictures) == 6 and all(p.startswith("data:image/webp;base64,") for p in pictures)
     assert re.findall("<details open><summary>(.*?)<", text) == ["Table 1", "Table 2"]
     assert "<details><summary>Table 1, differences" in text
     # What the run is, a line a method with its interval, and the verdicts
@@ -140,7 +140,7 @@ def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
         sample = {**GOOD, "image": name, "width": width, "height": width // 2}
         kind, content = page.embedded(sample, tmp_path).split(",")
         image = Image.open(io.BytesIO(base64.b64decode(content)))
-        assert kind == "data:image/jpeg;base64" and image.size == shown and not image.getexif()
+        assert kind == "data:image/webp;base64" and image.size == shown and not image.getexif()
     assert page.embedded({**GOOD, "image": "none.png"}, tmp_path) == ""
 
 

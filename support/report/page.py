@@ -189,8 +189,8 @@ def embedded(sample, data):
     except ValueError:  # it was there when the samples were checked
         return ""
     image.thumbnail((800, 800))
-    image.save(buffer, "JPEG", quality=90, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # Trajectories -------------------------------------------------------------------------------------
