@@ -10,10 +10,15 @@ import argparse
 
 from support.running.flags import check_path
 from support.running.processes import device
-from toy.model import make_image_processor, make_tokenizer
+from toy.model import BASE
 
 import torch
-from transformers import AutoModelForImageTextToText, Qwen3VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+)
 
 TEXT = dict(  # Qwen3-VL-4B-Instruct's published config
     hidden_size=2560,
@@ -40,8 +45,8 @@ VISION = dict(
 
 def save_random(folder):
     """Writes the checkpoint in bfloat16 -> how many weights it has. Its tokenizer is the toy's."""
-    tokenizer = make_tokenizer()
-    processor = make_image_processor()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(BASE)
     processor.patch_size = 16
     processor.size = {"shortest_edge": 32 * 32, "longest_edge": 2**20}
     large = 1.2 / TEXT["hidden_size"] ** 0.5  # so that greedy words differ

@@ -2,11 +2,12 @@
 
 from common import VLM, format_box, trajectory_logprobs
 from support.model.loading import quiet
-from toy.model import make_image_processor, make_model, make_tokenizer
+from toy.model import BASE, make_model
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 TEXTS = [
     "<think>I look for it.</think>\n" + format_box([1, 2, 30, 40]),
@@ -24,8 +25,8 @@ def vlm():
     """Random weights: it writes nonsense, and never the same twice in a row."""
     quiet()
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, layers=2, vision_layers=3).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = make_model(layers=2, vision_layers=3).requires_grad_(False)
     for merger in model.model.visual.deepstack_merger_list:  # the toy's begin at zero
         merger.linear_fc2.weight.normal_(0, 0.08)
     language = model.model.language_model  # as the toy begins its training, it would repeat a word
@@ -33,7 +34,7 @@ def vlm():
     # Some steps end early.
     language.embed_tokens.weight[tokenizer.convert_tokens_to_ids("<|im_end|>")] *= 4
     language.norm.weight.fill_(1.0)
-    processor = make_image_processor()
+    processor = Qwen2VLImageProcessorPil.from_pretrained(BASE)
     processor.size = {"shortest_edge": 16**2, "longest_edge": 2**20}  # small pictures stay so
     return VLM(model, tokenizer, processor)
 

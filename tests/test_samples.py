@@ -126,9 +126,6 @@ def test_every_kind_of_image_is_read_or_refused_by_name(tmp_path, monkeypatch, c
     Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load("clear.png").getpixel((0, 0)) == (255, 255, 255)
 
-    deep = torch.full((10, 20), 128 * 256, dtype=torch.int32).numpy().astype("uint16")
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert load("deep.png").getpixel((0, 0)) == (128, 128, 128)
     ramp = torch.arange(200, dtype=torch.int32).view(10, 20).numpy()
     for count, values in enumerate((ramp.astype("uint16"), ramp * 10**7, ramp - 1000)):
         name = "low.png" if count == 0 else "low.tiff"  # a PNG has no 32 bits

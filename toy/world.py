@@ -123,14 +123,10 @@ def outline(kind, x1, y1, x2, y2):
         return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     if kind == "triangle":
         return [((x1 + x2) / 2, y1), (x2, y2), (x1, y2)]
-    star = []
-    for i in range(10):
-        radius, angle = (1, 0.45)[i % 2], -math.pi / 2 + i * math.pi / 5
-        star.append((radius * math.cos(angle), radius * math.sin(angle)))
-    left, right = min(p[0] for p in star), max(p[0] for p in star)
-    top, bottom = min(p[1] for p in star), max(p[1] for p in star)
-    w, h = (x2 - x1) / (right - left), (y2 - y1) / (bottom - top)
-    return [(x1 + (x - left) * w, y1 + (y - top) * h) for x, y in star]
+    radius, angle = np.resize((1, 0.45), 10), np.arange(10) * math.pi / 5 - math.pi / 2
+    star = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # [10, 2]
+    star = (star - star.min(0)) / np.ptp(star, 0)  # its box is 0..1
+    return [(x1 + x * (x2 - x1), y1 + y * (y2 - y1)) for x, y in star.tolist()]
 
 
 def draw_mark(draw, mark, x, y, ink):
@@ -281,15 +277,14 @@ def make_samples(folder, per_source, seed, styles=None, words=None):
     """Draws a scene for each of `per_source` samples of each source into folder/images -> the
     samples. styles: source -> how its expressions describe the object (default: each its own).
     words: (expression, object) -> what a sample says and asks (default: the expression)."""
-    folder = Path(folder)
-    styles = styles or {source: source for source in SOURCES}
+    styles = styles or dict(zip(SOURCES, SOURCES))
     samples = []
     for i in tqdm(range(len(styles) * per_source), desc="scenes", unit="scene"):
         source = list(styles)[i % len(styles)]
         rng = random.Random(f"{seed} {i}")
         picture, expression, target = crowded(rng, styles[source])
         name = f"images/scene_{i:05d}.png"
-        write_bytes(folder / name, partial(picture["image"].save, format="PNG"))
+        write_bytes(Path(folder, name), partial(picture["image"].save, format="PNG"))
         sample = {"id": f"{source}_{i:05d}", "source": source, "image": name}
         sample |= {"width": SIDE, "height": SIDE}
         sample |= words(expression, target) if words else {"expression": expression}

@@ -5,10 +5,10 @@ or, for an answer, the whole image; never a true box. The paper's prompts are in
 wording here is ours.
 """
 
-import json
 import re
 
 from common import encode_images, rollout, trajectory_logprobs
+from support.running.files import parse
 from visrl.loop import ASK, answer_trajectory, is_right, step_logprobs
 
 import torch
@@ -30,16 +30,14 @@ RESPONSE_CRITIC = (
 def parse_score(text):
     """A critic's reply -> its score in 0..1, or None. JSON, JSON in a fence, or a bare number."""
     fence = re.search(r"```(?:json)?\s*(.*?)```", text, re.S)
-    for candidate in (text, fence and fence[1]):
-        try:
-            value = json.loads(candidate)
-        except (TypeError, ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            value = value.get("score")
-        if type(value) in (int, float) and 0 <= value <= 1:  # NaN is in no range
-            return float(value)
-    return None
+    try:
+        value = parse(fence[1] if fence else text)
+    except ValueError:
+        return None
+    if isinstance(value, dict):
+        value = value.get("score")
+    is_score = type(value) in (int, float) and 0 <= value <= 1  # NaN is in no range
+    return float(value) if is_score else None
 
 
 def prompted_scores(vlm, pictures, prompts, max_tokens, roll):
@@ -50,18 +48,15 @@ def prompted_scores(vlm, pictures, prompts, max_tokens, roll):
 
 def response_scores(vlm, images, samples, responses, max_tokens, roll):
     """As `prompted_scores`, of the response to each sample's question about its image."""
-    prompts = []
-    for sample, response in zip(samples, responses):
-        words = dict(question=sample["question"], answer=sample["answer"], response=response)
-        prompts.append(RESPONSE_CRITIC.format(**words))
+    rows = [{**sample, "response": response} for sample, response in zip(samples, responses)]
+    prompts = [RESPONSE_CRITIC.format_map(row) for row in rows]
     return prompted_scores(vlm, images, prompts, max_tokens, roll)
 
 
 @torch.no_grad()
 def likelihood_scores(vlm, pictures, questions, answers):
     """The probability of each answer, as a whole turn, after a picture and the bare question."""
-    tokens = encode_images(vlm, pictures)
-    rows = zip(questions, tokens, answers)
+    rows = zip(questions, encode_images(vlm, pictures), answers)
     trajectories = [answer_trajectory(vlm, *row) for row in rows]
     scores = step_logprobs(trajectory_logprobs(vlm, trajectories), len(trajectories), 1)
     return [float(f"{p:.6g}") for p in scores[:, 0].exp().tolist()]
@@ -70,19 +65,18 @@ def likelihood_scores(vlm, pictures, questions, answers):
 def score_paths(vlm, items, *, critic, crop, max_tokens, roll=rollout):
     """(image, sample, path) of each candidate -> the paths with "box_score" and "response_score",
     or None. crop: (image, box) -> picture. Of a sample, question and answer are read."""
-    images = [image for image, _, _ in items]
-    crops = [crop(image, path["box"]) for image, _, path in items]
-    questions = [sample["question"] for _, sample, _ in items]
-    answers = [sample["answer"] for _, sample, _ in items]
-    responses = [path["answer"] for _, _, path in items]
+    if not items:
+        return []
+    images, samples, paths = map(list, zip(*items))
+    crops = [crop(image, path["box"]) for image, path in zip(images, paths)]
+    questions, answers = zip(*((sample["question"], sample["answer"]) for sample in samples))
+    responses = [path["answer"] for path in paths]
     if critic == "likelihood":
         of_box = likelihood_scores(vlm, crops, questions, answers)
         of_response = [float(is_right(*pair)) for pair in zip(responses, answers)]
     else:
-        words = zip(questions, answers)
-        prompts = [BOX_CRITIC.format(question=q, answer=a) for q, a in words]
+        prompts = [BOX_CRITIC.format_map(sample) for sample in samples]
         of_box = prompted_scores(vlm, crops, prompts, max_tokens, roll)
-        samples = [sample for _, sample, _ in items]
         of_response = response_scores(vlm, images, samples, responses, max_tokens, roll)
-    scores = zip(items, of_box, of_response)
-    return [{**path, "box_score": b, "response_score": r} for (_, _, path), b, r in scores]
+    scores = zip(paths, of_box, of_response)
+    return [{**path, "box_score": b, "response_score": r} for path, b, r in scores]

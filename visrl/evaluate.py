@@ -71,34 +71,25 @@ def given_box(sample, kind):
     return [x1, y1, x2, y2]
 
 
-def judged(row, part, answers):
-    """The base's score (0..1, or None) of each answer to these samples."""
-    vlm = rows.model_of(args, row, "crop")
-    images = [samples.load_image(sample, data) for sample in part]
-    with vlm.model.disable_adapter() if row.adapter else nullcontext():
-        return response_scores(vlm, images, part, answers, args.max_tokens, roll)
-
-
 def play(row):
     """The lines of log/evaluate_<row.log>.jsonl; those not yet there are made."""
 
     def work(batch):
         part = [sample for _, sample in batch]
+        vlm = rows.model_of(args, row, "crop")
+        images = [samples.load_image(sample, data) for sample in part]
         first_texts = None
         if row.box != "own":
             first_texts = [format_box(given_box(sample, row.box)) for sample in part]
-        trajectories = roll(
-            rows.model_of(args, row, "crop"),
-            [samples.load_image(sample, data) for sample in part],
-            [sample["question"] for sample in part],
-            row.steps,
-            max_tokens=args.max_tokens,
-            loop=row.loop,
-            first_texts=first_texts,
-        )
+        questions = [sample["question"] for sample in part]
+        options = dict(max_tokens=args.max_tokens, loop=row.loop, first_texts=first_texts)
+        trajectories = roll(vlm, images, questions, row.steps, **options)
         lines = []
         answers = [trajectory.texts[-1].strip() for trajectory in trajectories]
-        scores = judged(row, part, answers) if args.judge == "base" else [None] * len(part)
+        scores = [None] * len(part)
+        if args.judge == "base":
+            with vlm.model.disable_adapter() if row.adapter else nullcontext():
+                scores = response_scores(vlm, images, part, answers, args.max_tokens, roll)
         for sample, trajectory, answer, score in zip(part, trajectories, answers, scores):
             line = {"id": sample["id"], "answer": answer, "box": None}
             line["right"] = is_right(answer, sample["answer"])

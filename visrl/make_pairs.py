@@ -6,22 +6,16 @@
 
 For each question, in five steps, none of which sees a true box:
 
-1. Boxes: the actor, the model trained so far, samples 3 attempts of two boxes, at temperature 2.
-   Of each token's distribution the 50 likeliest, then 0.7 of the mass are left (the authors' code).
-2. Diversity controller (Eq. 3): where the two boxes of an attempt overlap (IoU above tau), the
-   second becomes a random box outside the first, of about its area.
+1. Boxes: the actor, the model trained so far, samples attempts of two boxes.
+2. Diversity controller (Eq. 3): where both overlap, the second becomes a box outside the first.
 3. Answers: the actor sees each box's crop and samples an answer. Box and answer are a path.
 4. Critics: the model before SFT scores each path's box and answer, knowing the true answer.
-   `prompted` asks it for JSON scores: of the box it sees the crop alone, of the answer the whole
-   image. `likelihood` (ours, for a base too small for that) takes as the box's score how probable
-   it finds the true answer to the bare question about the crop; an answer is right or wrong.
 5. Filter (Eq. 4): paths with two high scores win, with two low ones lose; a question without both
-   is too easy or too hard. The chosen path has the highest of both scores among the winners, the
-   rejected one the lowest of both among the losers; where no path has, the question is dropped.
+   is too easy or too hard.
 
 Where the authors' code is weaker than the paper's text, it is the text (visrl/README.md). Ours: an
 attempt with an invalid box, or without room for another, is lost; answers that do not end are no
-candidates; the critics' wording. The tolerance of Eq. 3 is the authors'.
+candidates; a question is dropped where no winner has both highest scores, or no loser both lowest.
 
 Reads data/train.jsonl and an adapter. Writes data/paths.jsonl and pairs.jsonl under --out, with the
 iteration and the ablation in their names.
@@ -146,65 +140,44 @@ if __name__ == "__main__":
             name = f"{name}_{args.ablation}"
         return data / f"{named(name, args.iteration)}.jsonl"
 
-    def seed_of(number):
-        """Of a question's boxes; those of its paths' answers follow."""
-        return args.seed * 1_000_003 + (size + 1) * number
-
-    def sample_boxes(batch, images):
-        """1. Two boxes or None for each attempt, a list for each question."""
-        questions = [sample["question"] for _, sample in batch]
-        seeds = [seed_of(number) for number, _ in batch]
-        vlm = load_model()
-        rows = roll(vlm, images, questions, 0, group_size=size, seeds=seeds, **options)
-        boxes = [row.boxes[0] for row in rows]
-        return [boxes[i : i + size] for i in range(0, len(boxes), size)]
-
-    def sample_answers(batch, images, boxes_of):
-        """3. (image, sample, path) for each box whose answer has an end."""
-        flat = []  # (image, sample, box, seed) of each path
-        for (number, sample), image, boxes in zip(batch, images, boxes_of):
-            for i, box in enumerate(boxes):
-                flat.append((image, sample, box, seed_of(number) + 1 + i))
-        if not flat:
-            return []
-        images, samples, boxes, seeds = map(list, zip(*flat))
-        questions = [sample["question"] for sample in samples]
-        given = dict(seeds=seeds, first_texts=[format_box(box) for box in boxes])
-        items = []
-        rows = roll(load_model(), images, questions, 1, **given, **options)
-        for image, sample, box, row in zip(images, samples, boxes, rows):
-            # Cut short, or with a special token in it, it is no text to be learnt
-            if row.target[-1] in load_model().turn_ends and "<|" not in row.texts[1]:
-                items.append((image, sample, {"box": box, "answer": row.texts[1]}))
-        return items
-
-    def score(items):
-        """4. The paths of these, with the critics' scores."""
-        vlm = load_model()
-        judge = vlm.model.disable_adapter()  # the model before SFT
-        if args.ablation == "sft_critic":
-            judge = adapters.using(vlm, "critic")
-        critics = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
-        with judge:
-            return score_paths(vlm, items, **critics, roll=roll) if items else []
-
     def make_paths(batch):
         """All that is kept of these questions: sampled boxes, what became of them, scored paths."""
+        vlm = load_model()
         images = [load_image(sample, data) for _, sample in batch]
-        rows = {}  # of each question
-        kept = []
-        for (_, sample), boxes in zip(batch, sample_boxes(batch, images)):
+        # 1. Two boxes or None for each attempt
+        questions = [sample["question"] for _, sample in batch]
+        seeds = [args.seed * 1_000_003 + (size + 1) * number for number, _ in batch]
+        made = roll(vlm, images, questions, 0, group_size=size, seeds=seeds, **options)
+        rows, paths = {}, []  # of each question; of each path: image, sample, box, seed
+        for i, ((_, sample), image, seed) in enumerate(zip(batch, images, seeds)):
             # 2. The diversity controller
+            boxes = [row.boxes[0] for row in made[i * size : (i + 1) * size]]
             tau = None if args.ablation == "no_controller" else args.iou_max
             rng = random.Random(f"{args.seed} {args.iteration} {sample['id']}")
-            own, counts = controlled(rng, boxes, tau)
-            kept.append(own)
+            kept, counts = controlled(rng, boxes, tau)
+            counts["answers without an end"] = len(kept)  # so far
             rows[sample["id"]] = {"id": sample["id"], "boxes": boxes, "paths": [], "counts": counts}
-        items = sample_answers(batch, images, kept)
-        for (_, sample, _), path in zip(items, score(items)):
+            paths += [(image, sample, box, seed + n) for n, box in enumerate(kept, 1)]
+        if not paths:
+            return list(rows.values())
+        # 3. An answer after the crop of each box
+        images, samples, boxes, seeds = map(list, zip(*paths))
+        questions = [sample["question"] for sample in samples]
+        given = dict(seeds=seeds, first_texts=[format_box(box) for box in boxes])
+        made = roll(vlm, images, questions, 1, **given, **options)
+        items = []
+        for image, sample, box, row in zip(images, samples, boxes, made):
+            # Cut short, or with a special token in it, it is no text to be learnt
+            if row.target[-1] in vlm.turn_ends and "<|" not in row.texts[1]:
+                items.append((image, sample, {"box": box, "answer": row.texts[1]}))
+        # 4. The critics' scores, of the model before SFT
+        sft_judges = args.ablation == "sft_critic"
+        critics = dict(critic=args.critic, crop=loop.feedback, max_tokens=args.max_tokens)
+        with adapters.using(vlm, "critic") if sft_judges else vlm.model.disable_adapter():
+            scored = score_paths(vlm, items, **critics, roll=roll)
+        for (_, sample, _), path in zip(items, scored):
             rows[sample["id"]]["paths"].append(path)
-        for row, own in zip(rows.values(), kept):
-            row["counts"]["answers without an end"] = len(own) - len(row["paths"])
+            rows[sample["id"]]["counts"]["answers without an end"] -= 1
         return list(rows.values())
 
     only = "model quantize dtype engine max_pixels max_tokens seed iteration attempts temperature"

@@ -7,7 +7,7 @@ interval; differences between rows are paired. A row is one of evaluate.py, a li
 from common import WHOLE, box_iou, format_box, normalize_box
 from support.data.samples import with_samples
 from support.report import tables
-from support.report.page import STYLES, chart, group, log_curves, write_page
+from support.report.page import STYLES, chart, group, write_page
 from support.report.rows import Row
 from support.report.statistics import estimate, judged, main_row, resampled
 from support.report.tables import cells
@@ -57,11 +57,9 @@ def read_pairs(data):
 
 def right_pairs(pairs):
     """[pairs] bool: whether the chosen box is right (IoU > 0.5) and the rejected one is not."""
-    good = []
-    for pair in pairs:
-        chosen, rejected = (box_iou(pair[side]["box"], pair) for side in ("chosen", "rejected"))
-        good.append(chosen > 0.5 >= rejected)
-    return np.array(good)
+    sides = "chosen", "rejected"
+    ious = [[box_iou(pair[side]["box"], pair) for side in sides] for pair in pairs]
+    return np.array([chosen > 0.5 >= rejected for chosen, rejected in ious])
 
 
 def unpaired(a, b):
@@ -126,8 +124,8 @@ def summary(results):
     """Answers and boxes of each row and the verdicts, without intervals."""
     lines = [f"{results['n']} test samples: right answers, right boxes (IoU > 0.5)"]
     for name in results["answers"]:
-        shares = [results[what][name] for what in ("answers", "boxes") if name in results[what]]
-        lines.append(f"{name:40}{tables.means(shares)}")
+        shares = [results[what][name][0] for what in ("answers", "boxes") if name in results[what]]
+        lines.append(f"{name:40}" + " ".join(f"{share:.3f}" for share in shares))
     return "\n".join([*lines, "", *tables.summary_of_findings(results)])
 
 
@@ -175,13 +173,12 @@ def page(args, results, samples, lines_of, pairs):
     share = {row.name: results["answers"][row.name][0] for row in lines_of if row.box == "own"}
     best = max(share, key=share.get)
     write_page(
-        args.out / "report.html",
+        args.out,
         title=f"{args.out.name}, {results['n']} test questions: best is “{best}”, with a share of "
         f"{share[best]:.3f} right answers; {shown}: {share[shown]:.3f}; {BASE}: {share[BASE]:.3f}",
         chart=stages_chart(results),
         about=ABOUT,
         tables=sections(results),
-        curves=log_curves(args.out / "log"),
         groups=groups,
         data=args.out / "data",
     )

@@ -84,12 +84,6 @@ def image_key(origin, name):
     return f"{origin} {stem}"
 
 
-def inside(file_name):
-    """Where an image that comes inside a parquet file is put, relative to data/. Folders in its
-    name are dropped, so that nothing is ever written elsewhere."""
-    return f"images/{Path(file_name).name}"
-
-
 def refcocog(folder, coco):
     """RefCOCOg, a row per sentence. coco: COCO's train2014 images, or the folder around them."""
     if (coco / "train2014").is_dir():
@@ -113,13 +107,14 @@ def refcocog(folder, coco):
 
 
 def refadv(folder):
-    """Ref-Adv-s; the id is the row number. The images stay in the parquet until `write_images`."""
+    """Ref-Adv-s; the id is the row number. The images stay in the parquet until `write_images`;
+    folders in their names are dropped, so that nothing is ever written elsewhere."""
     columns = ["file_name", "normal_caption", "solution", "width", "height", "image_source"]
     for number, row in enumerate(read_parquet(folder, columns)):
         yield {
             "id": f"refadv_{number}",
             "source": "refadv",
-            "image": inside(row["file_name"]),
+            "image": f"images/{Path(row['file_name']).name}",
             "key": image_key(row["image_source"], row["file_name"]),
             "width": row["width"],
             "height": row["height"],
@@ -159,31 +154,23 @@ def usable(title, rows, texts=("expression",)):
     dropped = Counter()
     for row in rows:
         row |= {name: row[name].strip() for name in texts}
-        fault = fault_of(row, [row[name] for name in texts])
-        if row["id"] in samples:
-            fault = "with the id of another"
-        if fault:
-            dropped[fault] += 1
+        words = [row[name] for name in texts]
+        x1, y1, x2, y2 = box = clip(row["bbox"] or [0] * 4, row["width"] or 0, row["height"] or 0)
+        faults = {
+            "with the id of another": row["id"] in samples,
+            "without words, or with too many or special tokens": not all(map(is_words, words)),
+            "without one box": not row["bbox"],
+            "without a readable image": not row["width"],
+            "without a box inside the image": not (x1 < x2 and y1 < y2),
+        }
+        found = [fault for fault, is_so in faults.items() if is_so]
+        if found:
+            dropped[found[0]] += 1
         else:
-            box = clip(row["bbox"], row["width"], row["height"])
             samples[row["id"]] = {**row, "bbox": box}
     read = len(samples) + dropped.total()
     print(f"{title}: {read} read, {len(samples)} kept; dropped: {counted(dropped)}")
     return [samples[name] for name in sorted(samples)]
-
-
-def fault_of(row, words):
-    """Why a row is no sample, or None."""
-    if not all(map(is_words, words)):
-        return "without words, or with too many or special tokens"
-    if not row["bbox"]:
-        return "without one box"
-    if not row["width"]:
-        return "without a readable image"
-    x1, y1, x2, y2 = clip(row["bbox"], row["width"], row["height"])
-    if not (x1 < x2 and y1 < y2):
-        return "without a box inside the image"
-    return None
 
 
 def counted(dropped):
@@ -228,7 +215,7 @@ def write_images(samples, data, folders):
     folder = Path(folders["refadv"])
     with explained(f"--refadv: {folder} is not as published", how_to_get("refadv", folder)):
         for row in read_parquet(folder, ["file_name", "image"]):
-            image = inside(row["file_name"])
+            image = f"images/{Path(row['file_name']).name}"
             if wanted.pop(image, None):
                 write_bytes(data / image, lambda file: file.write(row["image"]["bytes"]))
     for image, source in sorted(wanted.items())[:1]:

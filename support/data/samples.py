@@ -239,18 +239,12 @@ def decode(image, size, upright):
     if max(image.size) > 150 * min(image.size):
         raise ValueError("{} x {}; Qwen3-VL takes 200 to 1 at most; crop it".format(*image.size))
     image.load()  # decodes: a truncated file shows here
-    if image.mode.startswith("I"):
-        image = Image.fromarray(to_8_bits(np.asarray(image)))
+    if image.mode.startswith("I"):  # up to 16 or 32 bits
+        say_once("warning: grey images of more than 8 bits are stretched to the range they use")
+        pixels = np.asarray(image, float)
+        low, high = pixels.min(), pixels.max()
+        image = Image.fromarray(((pixels - low) * (255 / max(1, high - low))).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def to_8_bits(pixels):
-    """Integers [height, width] -> 0..255. What uses 16 bits to the full keeps its upper 8."""
-    low, high = float(pixels.min()), float(pixels.max())
-    if low >= 0 and 2**15 <= high < 2**16:
-        return (pixels // 256).astype(np.uint8)
-    say_once("warning: grey images that do not fill 16 bits are stretched to the range they use")
-    return ((pixels - low) * (255 / max(1, high - low))).astype(np.uint8)

@@ -8,7 +8,6 @@ const { groups, pictures } = JSON.parse(byId("data").textContent);
 const fields = byId("controls").elements;
 let rows = []; // of the list: {sample, i, line}
 let at = 0; // the one whose steps are shown
-let started = false; // from then on the address follows the view
 
 // make("p", {class: "trace"}, "text", otherElement); "svg:rect" is an element of SVG.
 function make(name, attributes, ...children) {
@@ -69,7 +68,7 @@ function trajectory(sample, method, i) {
   return [head, make("div", { class: "strip", tabindex: 0 }, ...panels)];
 }
 
-// The view: what the controls say, and the sample; the address keeps it ---------------------------
+// The view: what the controls say, and the sample -------------------------------------------------
 function fill(select, names, value, otherwise = names[0]) {
   select.replaceChildren(...names.map((name) => make("option", { value: name }, name || "none")));
   select.value = names.includes(value) ? value : otherwise;
@@ -123,13 +122,7 @@ function show(place) {
     make("p", { class: "quiet" }, sample.facts),
     ...chosen.filter(Boolean).flatMap((method) => trajectory(sample, method, i)),
   );
-  const view = [...new FormData(byId("controls")), ["id", sample.id]];
-  // Replaced: going back leads to the page before, not through every sample that was looked at
-  const query = new URLSearchParams(view.filter(([, value]) => value));
-  if (started) history.replaceState(null, "", `#${query}`);
 }
-
-const address = () => Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
 
 // The largest gains and losses of what is shown first
 function showChanges() {
@@ -155,10 +148,7 @@ function onKey(event) {
 }
 
 showChanges();
-browse(address());
-started = true;
-if (location.hash) byId("trajectories").scrollIntoView(); // somebody sent a view
-window.addEventListener("hashchange", () => browse(address()));
+browse({});
 document.addEventListener("keydown", onKey);
 byId("controls").addEventListener("submit", (event) => event.preventDefault());
 byId("controls").addEventListener("input", () =>

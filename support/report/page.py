@@ -15,11 +15,9 @@ import base64
 import io
 import json
 import math
-import os
 import re
 from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 from common import WHOLE, box_iou, last_valid, normalize_box
 from support.data.samples import load_image
@@ -33,10 +31,7 @@ from support.report.tables import FINDINGS, cell, report, results_of_run, summar
 from support.running.files import parse, read_jsonl, write_jsonl, write_text
 from support.running.processes import RANK, gather, minutes
 
-from PIL import Image
-
 HERE = Path(__file__).parent
-PICTURES = 20_000_000  # bytes of the pictures that are embedded: a mail takes such a page
 SAMPLES = 1000  # of a group, at most
 ABOUT = (
     "IoU: the area that two boxes share over the area that they cover; Acc@0.5: share of boxes "
@@ -71,19 +66,18 @@ def write_all(args, samples, lines_of, others, start):
         image = load_image(samples[best], args.out / "data")
         write_strip(lead, samples[best], image, lines_of[shown][best], shown.loop)
     with drawing(page):
-        write_evaluation(args, results, samples, lines_of)
+        write_evaluation(args.out, args, results, samples, lines_of)
     places = f"tables in {args.out / 'results.md'}, trajectories to look at in {page}"
     print(f"{places}, {minutes(start)}")
 
 
-def write_evaluation(args, results, samples, lines_of):
-    """report.html of an evaluation; returns its path."""
-    return write_page(
-        args.out / "report.html",
-        title=headline(args.out.name, results),
+def write_evaluation(folder, args, results, samples, lines_of):
+    """report.html of an evaluation."""
+    write_page(
+        folder,
+        title=headline(folder.name, results),
         chart=result_chart(results),
         tables=report(results),
-        curves=log_curves(args.out / "log"),
         groups=[group("test", samples, lines_of, args.steps, shown=results["shown"])],
         data=args.out / "data",
     )
@@ -119,28 +113,27 @@ def write_validation(args, name, update, samples, trajectories, tokenizer):
         lines_of[Row(f"{name}, update {number}", loop=loop, drawn=drawn)] = own
     with drawing(args.out / "report.html"):
         write_page(
-            args.out / "report.html",
+            args.out,
             title=f"{args.out.name}: {name} trains, after {update} of {args.updates} updates, on "
             f"{len(samples)} validation samples",
             chart=log_charts(args.out / f"log/{name}.jsonl")["val_iou"],
-            curves=log_curves(args.out / "log"),
             groups=[group("validation", samples, lines_of, args.steps)],
             data=args.out / "data",
         )
 
 
 # The file -----------------------------------------------------------------------------------------
-def write_page(path, *, title, groups, data, about=ABOUT, chart="", tables=(), curves=()):
-    """Writes a page whole, or not at all, and returns its path.
+def write_page(folder, *, title, groups, data, chart, about=ABOUT, tables=()):
+    """Writes report.html to a folder, with the curves of its log/.
 
     title, about: a sentence, and what its words mean. groups: of `group`; the first one's gains
-    and losses are shown first. chart: of `chart`. tables: sections, as of tables.report. curves:
-    (heading, charts) pairs. data: the folder that the images' paths start from.
+    and losses are shown first. chart: of `chart`. tables: sections, as of tables.report. data: the
+    folder that the images' paths start from.
     """
     if RANK:
-        return path
+        return
     verdicts, folded = [], []
-    for heading, charts in curves:
+    for heading, charts in log_curves(folder / "log"):
         body = f'<div class="charts">{"".join(charts)}</div>'
         folded.append(fold(heading, body, is_open=not tables))
     for name, text, head, rows in tables:
@@ -149,7 +142,9 @@ def write_page(path, *, title, groups, data, about=ABOUT, chart="", tables=(), c
             verdicts = [f"<h2>{name}</h2>", *(said(*row) for row in rows), text]
         else:
             folded.append(fold(name, text + table(head, rows), is_open=name in OPEN))
-    pictures = addresses(groups, data, Path(path).parent)
+    samples = {sample["image"]: sample for one in groups for sample in one["samples"]}
+    pictures = {image: embedded(sample, data) for image, sample in samples.items()}
+    content = json.dumps({"groups": groups, "pictures": pictures}, allow_nan=False)
     parts = {
         "title": escape(title),
         "about": escape(about),
@@ -157,13 +152,13 @@ def write_page(path, *, title, groups, data, about=ABOUT, chart="", tables=(), c
         "chart": chart,
         "verdicts": "".join(verdicts),
         "folded": "".join(folded),
-        "data": to_json({"groups": groups, "pictures": pictures}),
+        "data": content.replace("<", "\\u003c"),  # nothing in it ends the script
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
     }
     skeleton = (HERE / "page.html").read_text(encoding="utf-8")
     # In one pass: what is put in is not searched for further places
-    write_text(path, re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], skeleton))
-    return path
+    page = re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], skeleton)
+    write_text(folder / "report.html", page)
 
 
 def said(finding, words):
@@ -184,46 +179,18 @@ def table(head, rows):
     return f'<div class="wide" tabindex="0"><table>{lines}</table></div>'
 
 
-def to_json(value):
-    """JSON that no browser takes for markup: it holds neither <, > and & nor a character beyond
-    ASCII."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"})
-
-
 # Pictures -----------------------------------------------------------------------------------------
-def addresses(groups, data, folder):
-    """The path of each image of the groups -> its address: its content, up to PICTURES bytes of
-    them all, then a path relative to `folder`; "" where it cannot be read."""
-    found = {}
-    room = PICTURES
-    samples = {sample["image"]: sample for one in groups for sample in one["samples"]}
-    for image, sample in samples.items():
-        file = Path(data) / image
-        try:
-            address = embedded(file, sample, data)
-        except (OSError, ValueError):  # it was there when the samples were checked
-            address = ""
-        if len(address) > room:
-            address = quote(Path(os.path.relpath(file, folder)).as_posix())
-        room -= len(address)
-        found[image] = address
-    return found
-
-
-def embedded(file, sample, data):
-    """An image in an address: the file as it is, or a JPEG where a browser could show the file
-    otherwise than the model saw it (turned, other colours, no known format)."""
-    with Image.open(file) as image:
-        turned = image.getexif().get(0x0112, 1) != 1  # EXIF's orientation
-        plain = image.format in ("PNG", "JPEG") and image.mode in ("RGB", "L", "P") and not turned
-        kind = image.format
-    content = file.read_bytes()
-    if not plain:
-        kind, buffer = "JPEG", io.BytesIO()
-        load_image(sample, data).save(buffer, format=kind, quality=90)
-        content = buffer.getvalue()
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+def embedded(sample, data):
+    """A sample's picture in an address, as the model saw it, of 800 pixels at most; "" where it
+    cannot be read."""
+    buffer = io.BytesIO()
+    try:
+        image = load_image(sample, data)
+    except ValueError:  # it was there when the samples were checked
+        return ""
+    image.thumbnail((800, 800))
+    image.save(buffer, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # Trajectories -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from support.data.samples import is_inside, read_side
 from support.report.analysis import LISTS, results_of
-from support.report.page import group, headline, result_chart, write_page
+from support.report.page import write_evaluation
 from support.report.pictures import drawing
 from support.report.rows import Row
 from support.report.tables import report, summary, write_results
@@ -73,14 +73,6 @@ if __name__ == "__main__":
     results = results_of(samples, lines_of, args.steps)
     folder = args.out / Path(args.predictions).stem
     write_results(results, folder, summary(results), report(results))
-    shown = results["shown"]
     with drawing(folder / "report.html"):
-        write_page(
-            folder / "report.html",
-            title=headline(folder.name, results),
-            tables=report(results),
-            chart=result_chart(results),
-            groups=[group("test", samples, lines_of, args.steps, shown=shown)],
-            data=args.out / "data",
-        )
+        write_evaluation(folder, args, results, samples, lines_of)
     print(f"tables and page of {args.predictions} in {folder}")

@@ -91,11 +91,6 @@ def summary_of_findings(results):
     return [FINDINGS, *lines] if lines else []
 
 
-def means(estimates):
-    """The means of some estimates, as text."""
-    return " ".join(f"{mean:.3f}" for mean, _, _ in estimates)
-
-
 # The report ---------------------------------------------------------------------------------------
 def cell(value, sign=""):
     """An estimate as text; sign "+": of a difference, where * marks an interval without zero."""

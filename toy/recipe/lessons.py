@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from common import SINGLE_PROMPT, format_box, mrope_positions
 from toy import questions, world
-from toy.model import PATCH, vocabulary_words
+from toy.model import PATCH, VOCABULARY
 from toy.questions import FRAMES, RELATED, Question
 from toy.world import COLORS, KINDS, MARKS, SEEN, SIZES, SOURCES, SUPERLATIVES
 
@@ -157,9 +157,9 @@ def random_box(rng):
 
 def random_words(rng):
     """A few words in no order: to repeat them teaches every word, and no sentence."""
-    text = rng.choice(vocabulary_words())
+    text = rng.choice(VOCABULARY)
     for _ in range(rng.randint(2, 8)):
-        text += rng.choice((" ", " ", " ", ", ", ". ", "\n")) + rng.choice(vocabulary_words())
+        text += rng.choice((" ", " ", " ", ", ", ". ", "\n")) + rng.choice(VOCABULARY)
     return text + rng.choice((".", ""))
 
 
@@ -177,7 +177,7 @@ def filler(rng, mean, words):
 def reword(rng, question):
     """Puts a question in other words: what is asked is the one thing in them to be answered."""
     is_box = question.kind in BOXES
-    plain = [word for word in vocabulary_words() if word.lower().rstrip("s") not in NAMES]
+    plain = [word for word in VOCABULARY if word.lower().rstrip("s") not in NAMES]
     way = rng.random()
     if way < 0.1 or question.kind in ("words", "repeat", "again"):
         before, after = "", ""
@@ -189,7 +189,7 @@ def reword(rng, question):
     else:
         quote = rng.choice(("", "", '"', "'", "*"))
         length = rng.choice((2, 12)) if is_box else 5
-        words = plain if rng.random() < 0.7 else vocabulary_words()
+        words = plain if rng.random() < 0.7 else VOCABULARY
         before = filler(rng, length, words) + rng.choice((": ", ". ", "\n", " ", " "))
         after = rng.choice(("", ". ", " - ", "\n", "?", ", ", " "))
         after += filler(rng, length, words) + rng.choice(("", "", ".", "?"))

@@ -12,15 +12,14 @@ from itertools import count, islice, product
 from common import SINGLE_PROMPT, SINGLE_SHOT, VLM, format_box, iou, parse_box, rollout
 from support.running.flags import check_path
 from toy import questions, world
-from toy.model import make_image_processor
+from toy.model import BASE
 from toy.questions import FRAMES, RELATED
 from toy.recipe.lessons import random_box
-from toy.recipe.train import BASE
 from toy.world import MARKS, SOURCES
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
 ASK = replace(SINGLE_SHOT, prompt="{text}")
 # 200 wordings that the base has not learnt
@@ -38,7 +37,8 @@ def load(folder):
     """The VLM of a checkpoint folder, in float32."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     model.eval().requires_grad_(False)
-    return VLM(model, AutoTokenizer.from_pretrained(folder), make_image_processor())
+    processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+    return VLM(model, AutoTokenizer.from_pretrained(folder), processor)
 
 
 # Items: (image, question, answer), the answer a text or a box (0..1000) ---------------------------
@@ -49,18 +49,17 @@ def draw(n, make):
 
 def in_scene(rng, sizes=True):
     """(picture, expression, object) of a fresh scene, like those that the base learnt on."""
-    source = rng.choice(SOURCES)
-    picture = world.make_scene(rng, distractors=True if source == "distractors" else None)
-    found = world.refer(rng, picture["objects"], source, sizes)
-    return (picture, *found) if found else None
+    while True:
+        source = rng.choice(SOURCES)
+        picture = world.make_scene(rng, distractors=True if source == "distractors" else None)
+        found = world.refer(rng, picture["objects"], source, sizes)
+        if found:
+            return picture, *found
 
 
 def scene_and_view(rng):
     """Two items for one object, the scene and an enlarged view; the expression fits it in both."""
-    made = in_scene(rng, sizes=False)
-    if not made:
-        return None
-    picture, expression, target = made
+    picture, expression, target = in_scene(rng, sizes=False)
     part = questions.view(picture, questions.random_view(rng, target["bbox"], rng.uniform(1.5, 3)))
     inner = [o for o in part["objects"] if o["bbox"] == target["bbox"] and o["seen"] >= 0.9]
     if part["zoom"] < 1.4 or not inner:
@@ -103,10 +102,7 @@ def about_mark(rng, kind):
 
 def to_repeat(rng):
     """A box that the user wrote, or that was an answer earlier in the conversation."""
-    made = in_scene(rng)
-    if not made:
-        return None
-    picture, expression, target = made
+    picture, expression, target = in_scene(rng)
     box = format_box(random_box(rng))
     if rng.random() < 0.5:
         return picture["image"], f"Here is a box: {box}. Repeat the box.", box
@@ -216,7 +212,7 @@ def table(vlm, n):
     chance = f1_of_words(rng.sample(truths, n), truths)
     yield "how the frame lies around X", "mean F1 of words", f1, chance
 
-    items = draw(n, lambda: to_repeat(rng))
+    items = [to_repeat(rng) for _ in range(n)]
     yield "repeat a box of the conversation", "exact", exact(vlm, items), 0.0
     items = draw(n, lambda: about_mark(rng, "mark"))
     yield "the mark, in a crop", "exact", exact(vlm, items), 1 / len(MARKS)

@@ -25,24 +25,23 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
+from support.model.checkpoints import load_checkpoint, save_checkpoint
 from support.model.loading import quiet
 from support.running import processes
 from support.running.errors import stop
-from support.running.files import write_bytes, writing
+from support.running.files import writing
 from support.running.flags import check_path
-from toy.model import WIDTH, make_image_processor, make_model, make_tokenizer
+from toy.model import BASE, WIDTH, make_model
 from toy.questions import FRAMES, RELATED
 from toy.recipe.lessons import ANSWERS, CELLS, WORDS, Batches
 from toy.world import MARKS
 
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoTokenizer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
-BASE = Path(__file__).resolve().parents[1] / "base"
 DECAY_STEPS = 2600  # the last ones of stage 2, with falling rates
 SAVE_EVERY = 100  # steps; so often a line of the log and a checkpoint are written
 # Throw-away heads, name -> width: on the image tokens
@@ -101,10 +100,10 @@ def attend_causal(module, query, key, value, attention_mask, **kwargs):
     return attend(query, key, value, ahead).transpose(1, 2), None
 
 
-def make_parts(tokenizer):
+def make_parts():
     """All that is trained, with random weights: the model, and the heads."""
     torch.manual_seed(0)
-    model = make_model(tokenizer).train()
+    model = make_model().train()
     AttentionInterface.register("attend_causal", attend_causal)
     model.model.language_model.config._attn_implementation = "attend_causal"
     parts = torch.nn.ModuleDict({"model": model})
@@ -351,36 +350,27 @@ def update(parts, optimizers, rate):
 
 
 # A run --------------------------------------------------------------------------------------------
-def save(path, step, steps, parts, optimizers):
-    """All that it takes to go on, written whole."""
-    states = {"step": step, "steps": steps, "parts": parts.state_dict()}
-    states["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    write_bytes(path, lambda file: torch.save(states, file))
-
-
 def restore(path, steps, parts, optimizers):
     """The step to go on from: 0 where nothing was saved."""
-    if not path.exists():
+    saved = load_checkpoint(path)
+    if not saved:
         return 0
-    saved = torch.load(path, weights_only=True, map_location="cpu")
     if saved["steps"][:3] != steps[:3]:
         stop(f"--steps {steps}: {path} has {saved['steps']}; give the same, or another --out")
     parts.load_state_dict(saved["parts"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
-    print(f"going on from step {saved['step']}")
-    return saved["step"]
+    print(f"going on from step {saved['update']}")
+    return saved["update"]
 
 
 def read_flags():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     out = "of the log, of what a killed run goes on from, and of base/, the result (runs/toy_base)"
     steps = "of stage 1, of stage 2 without answers and with them, of stage 3 (800 400 4800 1600)"
-    base = "a base that has gone through stages 1 and 2: stage 3 alone, from it"
     dtype = "of the products: bfloat16 is quicker on a CPU that has units for it (float32)"
     parser.add_argument("--out", type=Path, default="runs/toy_base", help=out)
     parser.add_argument("--steps", type=int, nargs=4, default=[800, 400, 4800, 1600], help=steps)
-    parser.add_argument("--base", type=Path, help=base)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype)
     args = parser.parse_args()
     check_path("--out", args.out, "new folder")
@@ -402,13 +392,12 @@ def draw_batches(steps, first, halves, tokenizer):
     return iter(loader)
 
 
-def write_base(folder, model, tokenizer):
+def write_base(folder, model):
     """The checkpoint folder, in half precision, whole or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
     with writing(folder):
-        model.half().save_pretrained(temporary)  # safetensors
-        tokenizer.save_pretrained(temporary)
-        make_image_processor().save_pretrained(temporary)
+        shutil.copytree(BASE, temporary, dirs_exist_ok=True)
+        model.half().save_pretrained(temporary)  # over BASE's weights
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     print(folder)
@@ -420,17 +409,14 @@ def main():
     args = read_flags()
     if processes.device().type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    tokenizer = make_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
     known = known_ids(tokenizer)
-    parts = make_parts(tokenizer)
+    parts = make_parts()
     model = parts["model"]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.dtype}")
     optimizers = make_optimizers(parts)
     checkpoint = args.out / "checkpoint.pt"
     first, total = restore(checkpoint, args.steps, parts, optimizers), sum(args.steps)
-    if args.base and not first:
-        model.load_state_dict(load_file(args.base / "model.safetensors"), strict=False)
-        first = sum(args.steps[:3])
     halves = processes.share([0, 1])
     batches = draw_batches(args.steps, first, halves, tokenizer)
     history = defaultdict(list)
@@ -451,12 +437,14 @@ def main():
             continue
         line = {name: round(mean(values), 3) for name, values in sorted(history.items())}
         history.clear()
-        save(checkpoint, step + 1, args.steps, parts, optimizers)
+        states = dict(steps=args.steps, parts=parts.state_dict())
+        states["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(checkpoint, update=step + 1, finished=False, **states)
         if not processes.RANK:
             with writing(args.out), open(args.out / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": step + 1, **line}) + "\n")
     if not processes.RANK:
-        write_base(args.out / "base", model, tokenizer)
+        write_base(args.out / "base", model)
 
 
 if __name__ == "__main__":
