@@ -181,16 +181,20 @@ def table(head, rows):
 
 # Pictures -----------------------------------------------------------------------------------------
 def embedded(sample, data):
-    """A sample's picture in an address, as the model saw it, of 800 pixels at most; "" where it
-    cannot be read."""
-    buffer = io.BytesIO()
+    """A sample's picture in an address: a small PNG file as it is, others as the model saw them, of
+    512 pixels at most; "" where it cannot be read."""
+    file, kind = Path(data) / sample["image"], "png"
     try:
-        image = load_image(sample, data)
-    except ValueError:  # it was there when the samples were checked
+        if file.suffix == ".png" and file.stat().st_size < 20_000:
+            content = file.read_bytes()
+        else:
+            image, buffer, kind = load_image(sample, data), io.BytesIO(), "webp"
+            image.thumbnail((512, 512))
+            image.save(buffer, kind)
+            content = buffer.getvalue()
+    except (OSError, ValueError):  # it was there when the samples were checked
         return ""
-    image.thumbnail((800, 800))
-    image.save(buffer, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # Trajectories -------------------------------------------------------------------------------------
