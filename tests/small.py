@@ -6,6 +6,7 @@ from toy.model import make_image_processor, make_model, make_tokenizer
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 
 TEXTS = [
@@ -15,6 +16,8 @@ TEXTS = [
 GOOD = dict(
     id="1", source="s", image="a.png", width=20, height=10, expression="x", bbox=[0, 0, 5, 5]
 )
+SPANS = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
+BOXES = st.builds(lambda x, y: [x[0], y[0], x[1], y[1]], SPANS, SPANS)  # any valid one
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # as a camera marks a photo taken upright: a viewer turns it
 
