@@ -17,7 +17,7 @@ from common import (
     written_boxes,
 )
 from support.model.views import asked_again, guarded, implausible, loop_of, view_of, zoom
-from tests.small import BOXES, picture, sampler_gap, vlm
+from tests.small import ANY_BOX, picture, sampler_gap, vlm
 from tests.test_make_data import WORDS
 
 import pytest
@@ -57,7 +57,7 @@ def test_a_view_by_hand(box, view, inside):
 
 
 @settings(max_examples=300, deadline=None)
-@given(BOXES, BOXES, st.floats(1, 5))
+@given(ANY_BOX, ANY_BOX, st.floats(1, 5))
 def test_coordinates_go_there_and_back(box, other, surroundings):
     view = view_of(box, surroundings)
     assert view[2] - view[0] == view[3] - view[1] <= 1000 and 0 <= min(view) <= max(view) <= 1000

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import make_data
 from common import IVT, Trajectory, draw_overlay, format_box, iou, parse_box
 from support.data.teacher import perturb, template_trace, trace_fault
-from tests.small import BOXES, picture
+from tests.small import ANY_BOX, picture
 
 import pytest
 from hypothesis import example, given
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 WORDS = SimpleNamespace(encode=str.split)  # a VLM, as far as a trace is measured
 
 
-@given(BOXES, BOXES, st.integers(1, 5))
+@given(ANY_BOX, ANY_BOX, st.integers(1, 5))
 @example([100, 0, 101, 10], [103, 0, 104, 10], 2)
 def test_no_box_between_is_without_an_area(first, last, steps):
     for box in make_data.interpolate(first, last, steps):

@@ -22,7 +22,7 @@ from common import (
 from support.data.samples import VISRL_FIELDS, read_samples
 from support.model import adapters
 from support.running.files import write_jsonl
-from tests.small import picture, sampler_gap, vlm
+from tests.small import ANY_BOX, GOOD, picture, sampler_gap, vlm
 from toy import questions, world
 from visrl import critics, make_pairs, report, sources
 from visrl.loop import (
@@ -35,6 +35,7 @@ from visrl.loop import (
     answer_trajectory,
     chosen_nll,
     crop,
+    crop_bbox,
     dpo_loss,
     is_right,
     kto_loss,
@@ -70,28 +71,15 @@ def test_a_crop_is_cut_out_of_the_full_size_image(size, box, expected):
     assert crop(image, box).tobytes() == image.crop(expected).tobytes()
 
 
-span = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
-
-
 @settings(max_examples=200, deadline=None)
-@given(st.integers(6, 900), st.integers(6, 900), span, span, st.booleans())
-def test_any_crop_holds_its_box_and_can_be_encoded(width, height, across, down, square):
-    (x1, x2), (y1, y2) = across, down
-    y, x = np.indices((height, width))
-    places = np.stack([x % 256, y % 256, x // 256 * 16 + y // 256], -1)  # a pixel says where it is
-    got = np.asarray(crop(Image.fromarray(places.astype(np.uint8)), [x1, y1, x2, y2], square))
-
-    def place(pixel):
-        r, g, b = map(int, pixel)
-        return b // 16 * 256 + r, b % 16 * 256 + g
-
-    left, top = place(got[0, 0])
-    right, bottom = (v + 1 for v in place(got[-1, -1]))
-    a, b, c, d = denormalize_box([x1, y1, x2, y2], width, height)
-    assert left <= a + 1e-5 and c - 1e-5 <= right and top <= b + 1e-5 and d - 1e-5 <= bottom
-    assert got.shape == (bottom - top, right - left, 3)
-    longer, shorter = max(got.shape[:2]), min(got.shape[:2])
-    assert longer <= 151 * shorter  # the image processor refuses 200
+@given(st.integers(6, 900), st.integers(6, 900), ANY_BOX, st.booleans())
+def test_any_crop_holds_its_box_and_can_be_encoded(width, height, box, square):
+    left, top, right, bottom = crop_bbox(box, width, height, square)
+    x1, y1, x2, y2 = denormalize_box(box, width, height)
+    assert 0 <= left <= x1 + 1e-5 and x2 - 1e-5 <= right <= width
+    assert 0 <= top <= y1 + 1e-5 and y2 - 1e-5 <= bottom <= height
+    sides = right - left, bottom - top
+    assert max(sides) <= 151 * min(sides)  # the image processor refuses 200
 
 
 def test_the_toys_crop_is_the_one_that_its_base_has_learnt_to_read():
@@ -376,11 +364,9 @@ def test_the_sides_share_no_image_and_a_source_that_runs_out_is_short_on_all():
         assert counts["b"] >= 0.8 * wanted[side]["b"], (side, counts)
 
 
-ASKED = (
-    "<image>\nWhat is the dog on? Please provide the bounding box coordinate of the region that "
-)
+REQUEST = "Please provide the bounding box coordinate of the region that can help you answer"
 CONVERSATION = [
-    {"from": "human", "value": f"{ASKED}can help you answer the question better."},
+    {"from": "human", "value": f"<image>\nWhat is the dog on? {REQUEST} the question better."},
     {"from": "gpt", "value": "[0.282, 0.316, 0.794, 0.738]"},
     {"from": "human", "value": "<image>"},
     {"from": "gpt", "value": "A sofa."},
@@ -490,11 +476,8 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
 # Report -------------------------------------------------------------------------------------------
 PlainRow = namedtuple("PlainRow", "name box")
 RIGHT, WRONG = [0, 0, 500, 1000], [600, 0, 900, 900]
-SAMPLES = []
-for number in range(40):
-    own = {"id": str(number), "source": "ab"[number % 2], "image": "a.png", "width": 20}
-    own |= {"height": 10, "question": "What mark?", "answer": "a dot", "bbox": [0, 0, 10, 10]}
-    SAMPLES.append(own)
+ASKED = {**GOOD, "question": "What mark?", "answer": "a dot", "bbox": [0, 0, 10, 10]}
+SAMPLES = [{**ASKED, "id": str(i), "source": "ab"[i % 2]} for i in range(40)]
 
 
 def log_lines(right, hit=None):
