@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from support.data.foreign import own_samples
-from tests.small import picture
+from support.data.sources import begin_files
+from tests.small import one_line, picture
 from tests.test_commands import SMALL, lines, run
 
 import pytest
@@ -87,11 +88,8 @@ def test_boxes_of_coco_that_are_no_sizes_are_warned_of(tmp_path, capsys, boxes, 
     if not units:
         assert read(tmp_path, {"a.png": (64, 48)}, files)[0]["bbox"] == [30, 20, 40, 30]
     else:
-        with (
-            pytest.raises(SystemExit, match="row 1: bbox is")
-            if units == "pixels"
-            else nullcontext()
-        ):
+        fault = pytest.raises(SystemExit, match="row 1: bbox is")
+        with fault if units == "pixels" else nullcontext():
             read(tmp_path, {"a.png": (64, 48)}, files)
         assert f"What settles it: --boxes {units}, or --boxes sizes," in capsys.readouterr().out
         assert len(read(tmp_path, {}, files, units)) == 2
@@ -106,6 +104,8 @@ def test_boxes_are_what_the_flag_says(tmp_path):
     samples = read(tmp_path, {"a.png": (20, 10)}, {"s.jsonl": rows}, "0..1000")
     assert [sample["bbox"] for sample in samples] == [[0, 0, 10, 5], [0, 0, 20, 10]]
     assert not any("units" in sample for sample in samples)
+    args = SimpleNamespace(data=None, images=None, boxes="0..1", skip_bad=False)
+    assert "--boxes is about the files of --data" in one_line(begin_files, args, tmp_path, "a")
 
 
 def test_orientation_that_no_size_settles_is_counted(tmp_path, capsys):
@@ -154,29 +154,6 @@ def test_faults_of_foreign_rows_are_named(tmp_path):
         own_samples(args)
     with pytest.raises(SystemExit, match=r"s.json is not as COCO's .*\(KeyError: 397133\); repair"):
         read(tmp_path, {}, {"s.json": {**FORMS[-1]["rows"], "images": []}})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("boxes", [None, "0..1000", "0..1"])
-def test_each_form_goes_through_make_data(tmp_path, boxes):
-    forms = [form for form in FORMS if form["boxes"] == boxes]
-    files = {form["file"]: form["rows"] for form in forms}
-    write(tmp_path, {name: size for form in forms for name, size in form["sizes"].items()}, files)
-    # Sides are split by picture and balanced over the files: the first fills val and test
-    others = [{**OWN, "image": f"{i}.png", "bbox": [0, 0, 1, 1]} for i in range(3)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, others)))
-    for i in range(3):
-        picture(20, 10, seed=i).save(tmp_path / f"{i}.png")
-    argv = f"make_data.py --data a.jsonl {' '.join(files)}" + f" --boxes {boxes}" * bool(boxes)
-    argv += f" --train-samples {len(files) + 1} --val-samples 1 --test-samples 1 --max-tokens 40"
-    status, printed = run([*argv.split(), "--out", "run"], tmp_path)
-    assert status == 0, printed
-    made = lines(tmp_path / "run/data/train.jsonl")
-    assert sorted(row["source"] for row in made) == sorted(["a", *(Path(f).stem for f in files)])
-    words = {words for form in forms for words, *_ in form["samples"]}
-    assert {row["expression"] for row in made} <= {"x", *words}
-    status, printed = run("make_data.py --boxes 0..1 --out other".split(), tmp_path)
-    assert status == 1 and printed.endswith("--data; give --data FILE, or leave it out\n")
 
 
 @pytest.mark.slow
