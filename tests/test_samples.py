@@ -169,7 +169,7 @@ ANY = VALUES | st.lists(VALUES, max_size=4) | st.lists(VALUES, min_size=4, max_s
 LINES = st.builds(lambda name, value: {**GOOD, name: value}, st.sampled_from(list(GOOD)), ANY)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60) | LINES.map(json.dumps))
 def test_fuzz_the_manifest(tmp_path_factory, line):
     path = tmp_path_factory.mktemp("fuzz") / "s.jsonl"
