@@ -48,7 +48,7 @@ def chromium(address, *flags):
     """What it prints."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={profile}", address]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=60)
 
 
 def look_at(file, *views):

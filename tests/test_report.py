@@ -2,7 +2,6 @@
 predictions."""
 
 import json
-import os
 from types import SimpleNamespace
 
 from common import IVT, Trajectory
@@ -294,9 +293,7 @@ def test_a_picture_of_your_own_is_turned_upright_or_refused(tmp_path):
     assert (sample["width"], sample["height"]) == (70, 90)
     write_jsonl(own, [{"image": "photo.jpg"}])
     file.write_bytes(file.read_bytes()[:500])
-    pipe, long, null, empty = (tmp_path / name for name in ("p.png", "l.png", "n.jsonl", "e.jsonl"))
-    os.mkfifo(pipe)
-    picture(2100, 10).save(long)
+    null, empty = tmp_path / "n.jsonl", tmp_path / "e.jsonl"
     write_jsonl(null, [{"image": "a\0.png", "expression": "x"}])
     empty.touch()
     for image, words, message in (
@@ -304,14 +301,9 @@ def test_a_picture_of_your_own_is_turned_upright_or_refused(tmp_path):
         (file, None, "give both"),
         (None, "x", "give both"),
         (file, "<|im_end|>", "say what to find"),
-        (file, "the </think> sign", "say what to find"),
-        (file, "word " * 401, "1 to 2000 characters"),
-        (pipe, "x", f"error: --image {pipe}: .*not a regular file"),
-        (long, "x", f"error: --image {long}: .*2100 x 10; .*crop it"),
         (null, None, "line 1: image .*null"),
         (empty, None, "is empty"),
         (file, "x", f"error: --image {file}: "),
-        (tmp_path / "none.png", "x", f"error: --image {tmp_path / 'none.png'}: "),
     ):
         with pytest.raises(SystemExit, match=message):
             own_samples(image and str(image), words)
