@@ -9,16 +9,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import common
-from common import (
-    TokenScores,
-    Trajectory,
-    denormalize_box,
-    encode_images,
-    format_box,
-    iou,
-    rollout,
-    trajectory_logprobs,
-)
 from support.data.samples import VISRL_FIELDS, read_samples
 from support.model import adapters
 from support.running.files import write_jsonl
@@ -75,7 +65,7 @@ def test_a_crop_is_cut_out_of_the_full_size_image(size, box, expected):
 @given(st.integers(6, 900), st.integers(6, 900), ANY_BOX, st.booleans())
 def test_any_crop_holds_its_box_and_can_be_encoded(width, height, box, square):
     left, top, right, bottom = crop_bbox(box, width, height, square)
-    x1, y1, x2, y2 = denormalize_box(box, width, height)
+    x1, y1, x2, y2 = common.denormalize_box(box, width, height)
     assert 0 <= left <= x1 + 1e-5 and x2 - 1e-5 <= right <= width
     assert 0 <= top <= y1 + 1e-5 and y2 - 1e-5 <= bottom <= height
     sides = right - left, bottom - top
@@ -86,17 +76,17 @@ def test_the_toys_crop_is_the_one_that_its_base_has_learnt_to_read():
     image = picture(world.SIDE, world.SIDE)
     for bbox in ([80.0, 96.0, 160.0, 144.0], [0.0, 0.0, 64.0, 64.0], [256.0, 160.0, 320.0, 224.0]):
         box = common.normalize_box(bbox, *image.size)
-        x1, y1, x2, y2 = questions.crop_square(denormalize_box(box, *image.size))
+        x1, y1, x2, y2 = questions.crop_square(common.denormalize_box(box, *image.size))
         by_hand = image.crop((math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)))
         assert LOOPS["square"].feedback(image, box).tobytes() == by_hand.tobytes()
 
 
 # The loop -----------------------------------------------------------------------------------------
 def test_a_path_token_by_token(vlm):
-    images = encode_images(vlm, [picture(96, 80), picture(32, 32)])
+    images = common.encode_images(vlm, [picture(96, 80), picture(32, 32)])
     t = path_trajectory(vlm, "What is it?", images, BOXES[0], "a {dot}")
     said = [vlm.tokenizer.decode([y for y, s in zip(t.target, t.step) if s == k]) for k in (0, 1)]
-    assert said == [format_box(BOXES[0]), "a {dot}" + END]
+    assert said == [common.format_box(BOXES[0]), "a {dot}" + END]
     assert [t.ids[p + 1] for p in t.predictor] == t.target
     whole = vlm.tokenizer.decode(t.ids).replace("<|image_pad|>", "")
     shown = "<|vision_start|><|vision_end|>"
@@ -106,26 +96,26 @@ def test_a_path_token_by_token(vlm):
     )
     # Stage 1 has the box alone as target, and no crop
     t = path_trajectory(vlm, "What is it?", images, BOXES[0], None)
-    assert vlm.tokenizer.decode(t.target) == format_box(BOXES[0]) and len(t.images) == 1
+    assert vlm.tokenizer.decode(t.target) == common.format_box(BOXES[0]) and len(t.images) == 1
     t = answer_trajectory(vlm, "What is it?", images[0], "a dot")
     assert vlm.tokenizer.decode(t.target) == "a dot" + END and set(t.step) == {0}
 
 
 def test_a_box_ends_step_0_and_the_turn_step_1():
     for loop in LOOPS.values():
-        assert loop.ends(format_box(BOXES[0]), 0) and not loop.ends("{", 0)
-        assert not loop.ends(format_box(BOXES[0]), 1)
+        assert loop.ends(common.format_box(BOXES[0]), 0) and not loop.ends("{", 0)
+        assert not loop.ends(common.format_box(BOXES[0]), 1)
     assert not ASK.ends("anything", 0)
 
 
 def test_an_answer_goes_on_from_a_given_box_as_its_pair_is_learnt(vlm):
     image = picture(160, 160)
-    texts = [format_box(box) for box in BOXES]
+    texts = [common.format_box(box) for box in BOXES]
     options = dict(temperatures=(1.0, 1.0), seeds=[0, 1], first_texts=texts, loop=VISRL)
-    rows = rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, group_size=2, **options)
+    rows = common.rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, group_size=2, **options)
     assert sampler_gap(vlm, rows) < 1e-4
     for row, box in zip(rows, [BOXES[0]] * 2 + [BOXES[1]] * 2, strict=True):
-        images = encode_images(vlm, [image, VISRL.feedback(image, box)])
+        images = common.encode_images(vlm, [image, VISRL.feedback(image, box)])
         pair = path_trajectory(vlm, "q", images, box, "")
         assert row.ids[: len(pair.ids) - 1] == pair.ids[:-1]  # up to where the answer begins
         assert row.boxes[0] == box and set(row.step) == {1}  # the box was not sampled
@@ -135,7 +125,7 @@ def test_an_answer_goes_on_from_a_given_box_as_its_pair_is_learnt(vlm):
 def test_sums_of_each_step_by_hand():
     row, step = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 1]])
     logprob = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
-    scores = TokenScores(logprob, torch.zeros(5), row, step)
+    scores = common.TokenScores(logprob, torch.zeros(5), row, step)
     assert step_logprobs(scores, 2, 2).tolist() == [[-3.0, -4.0], [-8.0, -16.0]]
 
 
@@ -175,7 +165,7 @@ def test_the_chosen_paths_own_loss_by_hand():
     gradient."""
     rows = torch.tensor([0, 0, 1, 2, 3, 3])  # two pairs of two trajectories
     logprob = torch.tensor([-1.0, -2.0, -4.0, -9.0, -5.0, -7.0], requires_grad=True)
-    scores = TokenScores(logprob, torch.zeros(6), rows, torch.zeros(6))
+    scores = common.TokenScores(logprob, torch.zeros(6), rows, torch.zeros(6))
     chosen_nll(scores, 2).sum().backward()
     assert chosen_nll(scores, 2).tolist() == [1.5, 9.0]
     assert logprob.grad.tolist() == [-0.5, -0.5, 0, -1, 0, 0]
@@ -191,13 +181,13 @@ def test_a_step_raises_the_chosen_against_the_rejected(vlm, answers):
     for seed, size in ((0, (96, 80)), (1, (48, 144))):
         image = picture(*size, seed)
         for box, answer in zip(BOXES, answers):
-            images = encode_images(own, [image, crop(image, box)])
+            images = common.encode_images(own, [image, crop(image, box)])
             batch.append(path_trajectory(own, "q" * (seed + 1), images, box, answer))
     steps = 1 if answers[0] is None else 2
 
     def logprobs(adapter):
         with adapters.using(own, adapter):
-            return step_logprobs(trajectory_logprobs(own, batch), 4, steps)
+            return step_logprobs(common.trajectory_logprobs(own, batch), 4, steps)
 
     before = logprobs("reference").detach()
     dpo_loss(logprobs("policy"), before, 0.1)[0].mean().backward()
@@ -215,7 +205,7 @@ def test_the_other_box_lies_outside_and_is_as_large():
         second = [150, 120, 150 + rng.randint(1, 300), 120 + rng.randint(1, 300)]
         box = make_pairs.box_outside(rng, first, second)
         if box:
-            assert iou(box, first) == 0 and 0 <= min(box) and max(box) <= 1000
+            assert common.iou(box, first) == 0 and 0 <= min(box) and max(box) <= 1000
             areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, second)]
             assert abs(areas[0] - areas[1]) <= 0.4 * areas[1]
     assert make_pairs.box_outside(rng, [0, 0, 1000, 1000], [1, 1, 9, 9]) is None
@@ -226,7 +216,7 @@ def test_only_boxes_that_overlap_are_replaced():
     everywhere = [0, 0, 1000, 1000]
     boxes = [near, far, near, near, None, far, far, None, everywhere, near]
     kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.05)
-    assert kept[:3] == [near, far, near] and iou(kept[3], near) == 0 and len(kept) == 6
+    assert kept[:3] == [near, far, near] and common.iou(kept[3], near) == 0 and len(kept) == 6
     # [0, 0, 1000, 1000] and near have an IoU of 0.04: above no threshold, so both stay
     assert kept[4:] == [everywhere, near]
     assert counts == {"second boxes replaced": 1, "attempts lost: invalid box": 2}
@@ -269,7 +259,7 @@ def test_the_prompted_critics_see_crop_or_image(vlm):
     def answer(vlm, images, prompts, steps, **options):
         calls.append((images, prompts))
         assert options == dict(max_tokens=9, loop=ASK)  # greedy
-        return [Trajectory(texts=[next(replies)]) for _ in prompts]
+        return [common.Trajectory(texts=[next(replies)]) for _ in prompts]
 
     image = picture(90, 60)
     options = dict(critic="prompted", crop=crop, max_tokens=9, roll=answer)
@@ -286,9 +276,9 @@ def test_the_likelihood_of_an_answer_by_hand(vlm):
     image = picture(90, 60)
     scored = critics.score_paths(vlm, items_of(image), critic="likelihood", crop=crop, max_tokens=9)
     assert [path["response_score"] for path in scored] == [1.0, 0.0]
-    [shown] = encode_images(vlm, [crop(image, BOXES[0])])
+    [shown] = common.encode_images(vlm, [crop(image, BOXES[0])])
     true_answer = answer_trajectory(vlm, "What mark?", shown, "a dot")
-    by_hand = trajectory_logprobs(vlm, [true_answer]).logprob.sum().exp().item()
+    by_hand = common.trajectory_logprobs(vlm, [true_answer]).logprob.sum().exp().item()
     assert scored[0]["box_score"] == pytest.approx(by_hand, rel=1e-3)
     assert scored[0]["box_score"] != scored[1]["box_score"]
 
