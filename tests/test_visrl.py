@@ -446,8 +446,7 @@ def test_what_lacks_of_visual_cot_is_named_before_an_image_is_opened(viscot, mon
 
 def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
     picture(20, 10).save(tmp_path / "a.png")
-    own = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10}
-    own |= {"question": "What?", "answer": "That"}
+    own = {name: ASKED[name] for name in VISRL_FIELDS}
     write_jsonl(tmp_path / "s.jsonl", [own])
     assert read_samples(tmp_path / "s.jsonl", "", fields=VISRL_FIELDS) == [own]
     with pytest.raises(SystemExit, match="line 1: bbox is 'None'; expected list"):
