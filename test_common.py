@@ -8,27 +8,7 @@ import timeit
 from dataclasses import replace
 
 import common
-from common import (
-    IVT,
-    IVT_PROMPT,
-    SINGLE_SHOT,
-    advantages,
-    box_complete,
-    box_iou,
-    build_trajectory,
-    denormalize_box,
-    draw_overlay,
-    encode_images,
-    format_box,
-    grpo_loss,
-    iou,
-    mrope_positions,
-    normalize_box,
-    parse_box,
-    reward,
-    rollout,
-    trajectory_logprobs,
-)
+from common import IVT, box_complete, build_trajectory, encode_images, parse_box, rollout
 from tests.small import TEXTS, picture, sampler_gap, vlm
 
 import pytest
@@ -40,25 +20,25 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 # Boxes --------------------------------------------------------------------------------------------
 def test_boxes_are_normalized_by_floor_and_back():
-    assert normalize_box([0, 10.9, 320, 480], 640, 480) == [0, 22, 500, 1000]
-    assert normalize_box([-3, 0, 700, 481], 640, 480) == [0, 0, 1000, 1000]
+    assert common.normalize_box([0, 10.9, 320, 480], 640, 480) == [0, 22, 500, 1000]
+    assert common.normalize_box([-3, 0, 700, 481], 640, 480) == [0, 0, 1000, 1000]
     rng = random.Random(0)
     for _ in range(200):
         sizes = rng.randint(1, 4000), rng.randint(1, 4000)
         bbox = [rng.uniform(0, size) for size in sizes * 2]
-        back = denormalize_box(normalize_box(bbox, *sizes), *sizes)
+        back = common.denormalize_box(common.normalize_box(bbox, *sizes), *sizes)
         for before, after, size in zip(bbox, back, sizes * 2):
             assert 0 <= before - after < size / 1000 + 1e-6
 
 
 def test_iou_by_hand():
-    assert iou([0, 0, 10, 10], [5, 5, 15, 15]) == pytest.approx(25 / 175)
-    assert iou([0, 0, 10, 10], [0, 0, 10, 10]) == 1
-    assert iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0
+    assert common.iou([0, 0, 10, 10], [5, 5, 15, 15]) == pytest.approx(25 / 175)
+    assert common.iou([0, 0, 10, 10], [0, 0, 10, 10]) == 1
+    assert common.iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0
     sample = {"width": 200, "height": 100, "bbox": [0, 0, 100, 50]}
-    assert box_iou([0, 0, 500, 500], sample) == 1
-    assert box_iou([0, 0, 500, 1000], sample) == pytest.approx(0.5)
-    assert box_iou(None, sample) == 0
+    assert common.box_iou([0, 0, 500, 500], sample) == 1
+    assert common.box_iou([0, 0, 500, 1000], sample) == pytest.approx(0.5)
+    assert common.box_iou(None, sample) == 0
 
 
 WHOLE = [1, 2, 30, 40]
@@ -106,7 +86,7 @@ def test_what_is_no_box(text):
 
 
 PIECES = '{}[]()",:.-0123456789ebox_2d <|think>/\n`'
-CUT_SHORT = format_box([1, 2, 3, 4])[:20]
+CUT_SHORT = common.format_box([1, 2, 3, 4])[:20]
 
 
 @settings(max_examples=300, deadline=None)
@@ -142,14 +122,14 @@ def test_a_step_ends_with_its_object():
 
 def test_overlay_pixels():
     image = picture(100, 100)
-    drawn = draw_overlay(image, [200, 300, 600, 700])
+    drawn = common.draw_overlay(image, [200, 300, 600, 700])
     assert drawn.getpixel((20, 30)) == (255, 0, 0)  # the outline
     inside = [0.75 * a + 0.25 * b for a, b in zip(image.getpixel((40, 50)), (255, 0, 0))]
     assert drawn.getpixel((40, 50)) == pytest.approx(inside, abs=2)
     assert drawn.getpixel((80, 50)) == image.getpixel((80, 50))
-    whole = draw_overlay(image, [0, 0, 1000, 1000])  # its outline lies within the image too
+    whole = common.draw_overlay(image, [0, 0, 1000, 1000])  # its outline lies within the image too
     assert {whole.getpixel(at) for at in ((0, 9), (9, 0), (99, 9), (9, 99))} == {(255, 0, 0)}
-    unmarked = draw_overlay(image, None)
+    unmarked = common.draw_overlay(image, None)
     assert unmarked is not image
     assert unmarked.tobytes() == image.tobytes()
 
@@ -163,13 +143,13 @@ def test_positions_equal_the_models_own(vlm):
     token = vlm.base.config.image_token_id
     kinds = (ids == token).int()
     own, _ = vlm.base.model.get_rope_index(ids, kinds, image_grid_thw=grid)  # [3, 1, L]
-    whole, end = mrope_positions(t.ids, images, token)
+    whole, end = common.mrope_positions(t.ids, images, token)
     assert torch.equal(torch.tensor(whole).T, own[:, 0])
     assert end == own.max() + 1
     # A continuation computed from the running offset is the same as the whole
     cut = len(common.prompt_ids(vlm, images[0], "it", IVT))
-    head, offset = mrope_positions(t.ids[:cut], images[:1], token)
-    tail, _ = mrope_positions(t.ids[cut:], images[1:], token, offset)
+    head, offset = common.mrope_positions(t.ids[:cut], images[:1], token)
+    tail, _ = common.mrope_positions(t.ids[cut:], images[1:], token, offset)
     assert head + tail == whole
 
 
@@ -189,7 +169,7 @@ def test_loss_mask_token_by_token(vlm):
         return "".join(f"[{vlm.tokenizer.decode([token])}]" for token in vlm.encode(words))
 
     image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
-    prompt = IVT_PROMPT.format(text="the cat")
+    prompt = common.IVT_PROMPT.format(text="the cat")
     user = f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
     instruction = f"\n{image}\nLook.\n"
     assert text == user + bracketed(TEXTS[0]) + instruction + bracketed(TEXTS[1])
@@ -210,7 +190,7 @@ def test_cached_decoding_equals_one_full_pass(vlm):
     lengths = {t.step.count(step) for t in rows for step in range(3)}
     assert len(rows) == 6 and all(len(t.images) == len(t.texts) == 3 for t in rows)
     assert rows[0].ids != rows[1].ids and len(lengths) > 2, lengths
-    scores = trajectory_logprobs(vlm, rows)
+    scores = common.trajectory_logprobs(vlm, rows)
     assert sampler_gap(vlm, rows) < 1e-4  # no mask hides that shorter rows are padded
     assert (scores.entropy > 0).all()
     assert scores.row.tolist() == [i for i, t in enumerate(rows) for _ in t.target]
@@ -270,7 +250,7 @@ def test_whatever_ends_the_turn_ends_the_step(vlm, monkeypatch):
 def test_a_greedy_single_shot_equals_generate(vlm):
     image = picture(96, 80)
     images = [image, picture(32, 32)]
-    row, _ = rollout(vlm, images, ["the cat", "a dog"], 0, max_tokens=12, loop=SINGLE_SHOT)
+    row, _ = rollout(vlm, images, ["the cat", "a dog"], 0, max_tokens=12, loop=common.SINGLE_SHOT)
     cut = row.predictor[0] + 1
     prompt = vlm.tokenizer.decode(row.ids[:cut])
     assert common.SINGLE_PROMPT.format(text="the cat") in prompt and len(row.boxes) == 1
@@ -294,7 +274,7 @@ def test_the_last_valid_box_is_shown_in_the_rollout_as_in_sft(vlm, monkeypatch):
     answers = iter(boxes)
     monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
     [row] = rollout(vlm, [image], ["x"], 4, max_tokens=2)
-    drawn = [draw_overlay(image, box) for box in (None, None, boxes[1], boxes[1], boxes[3])]
+    drawn = [common.draw_overlay(image, box) for box in (None, None, boxes[1], boxes[1], boxes[3])]
     for shown in (drawn, common.feedback_pictures(image, boxes)):
         for a, b in zip(row.images, encode_images(vlm, shown), strict=True):
             assert torch.allclose(a.embeds, b.embeds, atol=1e-5)
@@ -310,7 +290,7 @@ def test_entropy_logprob_and_their_gradient_by_hand(vlm, monkeypatch):
     t = build_trajectory(vlm, encode_images(vlm, pictures), "it", TEXTS, IVT)
     monkeypatch.setattr(common, "LOGITS_AT_ONCE", 7 * vlm.base.lm_head.out_features)
     weight = vlm.base.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
-    scores = trajectory_logprobs(vlm, [t])
+    scores = common.trajectory_logprobs(vlm, [t])
     ids = torch.tensor([t.ids])
     logits = vlm.base(
         input_ids=ids,
@@ -333,10 +313,10 @@ def test_entropy_logprob_and_their_gradient_by_hand(vlm, monkeypatch):
 def test_reward_and_advantage_by_hand():
     sample = {"width": 100, "height": 100, "bbox": [0, 0, 50, 100]}
     boxes = [None, [0, 0, 1000, 1000], [0, 0, 500, 500]]
-    assert reward(boxes, sample) == pytest.approx(0.5 + 0.1 * 2 / 3)
+    assert common.reward(boxes, sample) == pytest.approx(0.5 + 0.1 * 2 / 3)
     right = [0, 0, 500, 1000]
-    assert reward([right, right, None], sample) == pytest.approx(0.1 * 2 / 3)
-    a = advantages(torch.tensor([[0.0, 1.0, 0.5], [0.3, 0.3, 0.3]]))
+    assert common.reward([right, right, None], sample) == pytest.approx(0.1 * 2 / 3)
+    a = common.advantages(torch.tensor([[0.0, 1.0, 0.5], [0.3, 0.3, 0.3]]))
     deviation = (1 / 6) ** 0.5
     by_hand = torch.tensor([[-0.5, 0.5, 0], [0, 0, 0]]) / (deviation + 1e-4)
     assert torch.allclose(a, by_hand, atol=1e-6)
@@ -345,13 +325,13 @@ def test_reward_and_advantage_by_hand():
 def test_each_term_of_the_grpo_loss_by_hand():
     logprob = torch.tensor([-1.0, -2.0])
     tensors = (torch.tensor([-1.5, -1.0]), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.25]))
-    loss, policy, kl, entropy = grpo_loss(logprob, *tensors, beta=0.04, entropy_weight=0.01)
+    loss, policy, kl, entropy = common.grpo_loss(logprob, *tensors, beta=0.04, entropy_weight=0.01)
     assert (policy.item(), kl.item(), entropy.item()) == pytest.approx((0.0, 1.5, 0.75))
     assert loss.item() == pytest.approx(0.04 * 1.5 - 0.01 * 0.75)
     e = 2.718281828
-    k3 = grpo_loss(logprob, *tensors, beta=1, entropy_weight=0, kl="k3")[2]
+    k3 = common.grpo_loss(logprob, *tensors, beta=1, entropy_weight=0, kl="k3")[2]
     assert k3.item() == pytest.approx(e**-0.5 + 0.5 - 1 + e - 1 - 1)
     # The gradient of the policy term alone raises what was better than its group
     logprob.requires_grad_(True)
-    grpo_loss(logprob, *tensors, beta=0, entropy_weight=0)[0].backward()
+    common.grpo_loss(logprob, *tensors, beta=0, entropy_weight=0)[0].backward()
     assert logprob.grad.tolist() == [-2.0, 1.0]
