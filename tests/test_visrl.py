@@ -14,24 +14,8 @@ from support.model import adapters
 from support.running.files import write_jsonl
 from tests.small import ANY_BOX, GOOD, picture, sampler_gap, vlm
 from toy import questions, world
-from visrl import critics, make_pairs, report, sources
-from visrl.loop import (
-    ASK,
-    CONTINUATION,
-    END,
-    LOOPS,
-    PROMPT,
-    VISRL,
-    answer_trajectory,
-    chosen_nll,
-    crop,
-    crop_bbox,
-    dpo_loss,
-    is_right,
-    kto_loss,
-    path_trajectory,
-    step_logprobs,
-)
+from visrl import critics, loop, make_pairs, report, sources
+from visrl.loop import ASK, END, LOOPS, VISRL, crop, path_trajectory, step_logprobs
 
 import numpy as np
 import pytest
@@ -64,7 +48,7 @@ def test_a_crop_is_cut_out_of_the_full_size_image(size, box, expected):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(6, 900), st.integers(6, 900), ANY_BOX, st.booleans())
 def test_any_crop_holds_its_box_and_can_be_encoded(width, height, box, square):
-    left, top, right, bottom = crop_bbox(box, width, height, square)
+    left, top, right, bottom = loop.crop_bbox(box, width, height, square)
     x1, y1, x2, y2 = common.denormalize_box(box, width, height)
     assert 0 <= left <= x1 + 1e-5 and x2 - 1e-5 <= right <= width
     assert 0 <= top <= y1 + 1e-5 and y2 - 1e-5 <= bottom <= height
@@ -91,20 +75,20 @@ def test_a_path_token_by_token(vlm):
     whole = vlm.tokenizer.decode(t.ids).replace("<|image_pad|>", "")
     shown = "<|vision_start|><|vision_end|>"
     assert whole == (
-        f"<|im_start|>user\n{shown}{PROMPT.format(text='What is it?')}<|im_end|>\n"
-        f"<|im_start|>assistant\n{said[0]}\n{shown}\n{CONTINUATION}\n{said[1]}"
+        f"<|im_start|>user\n{shown}{loop.PROMPT.format(text='What is it?')}<|im_end|>\n"
+        f"<|im_start|>assistant\n{said[0]}\n{shown}\n{loop.CONTINUATION}\n{said[1]}"
     )
     # Stage 1 has the box alone as target, and no crop
     t = path_trajectory(vlm, "What is it?", images, BOXES[0], None)
     assert vlm.tokenizer.decode(t.target) == common.format_box(BOXES[0]) and len(t.images) == 1
-    t = answer_trajectory(vlm, "What is it?", images[0], "a dot")
+    t = loop.answer_trajectory(vlm, "What is it?", images[0], "a dot")
     assert vlm.tokenizer.decode(t.target) == "a dot" + END and set(t.step) == {0}
 
 
 def test_a_box_ends_step_0_and_the_turn_step_1():
-    for loop in LOOPS.values():
-        assert loop.ends(common.format_box(BOXES[0]), 0) and not loop.ends("{", 0)
-        assert not loop.ends(common.format_box(BOXES[0]), 1)
+    for one in LOOPS.values():
+        assert one.ends(common.format_box(BOXES[0]), 0) and not one.ends("{", 0)
+        assert not one.ends(common.format_box(BOXES[0]), 1)
     assert not ASK.ends("anything", 0)
 
 
@@ -136,20 +120,20 @@ def test_the_loss_of_each_stage_by_hand():
     # Stage 1, K = 1: (-3 + 4) - (-2 + 1.5) = 1.5, and with both the same 0
     policy = torch.tensor([[[-3.0], [-2.0]], [[-1.0], [-1.0]]])
     reference = torch.tensor([[[-4.0], [-1.5]], [[-1.0], [-1.0]]])
-    losses, margins = dpo_loss(policy, reference, 0.1)
+    losses, margins = loop.dpo_loss(policy, reference, 0.1)
     assert margins.flatten().tolist() == pytest.approx([0.15, 0.0])
     assert losses.flatten().tolist() == pytest.approx([loss_of(0.15), math.log(2)])
     # Stage 2, K = 2: each step has a sigmoid of its own, which is not that of their sum
     policy = torch.tensor([[[-3.0, -6.0], [-2.0, -9.0]]])
     reference = torch.tensor([[[-4.0, -5.0], [-1.5, -5.0]]])
-    losses, margins = dpo_loss(policy, reference, 0.1)
+    losses, margins = loop.dpo_loss(policy, reference, 0.1)
     assert margins.tolist()[0] == pytest.approx([0.15, 0.3])
     assert losses.mean(1).item() == pytest.approx((loss_of(0.15) + loss_of(0.3)) / 2)
 
 
 def test_the_loss_of_kto_by_hand():
     policy = torch.tensor([[-3.0], [-2.0]], requires_grad=True)  # chosen, rejected
-    loss = kto_loss(policy, torch.tensor([[-4.0], [-1.5]]), torch.tensor(0.25), 0.1)
+    loss = loop.kto_loss(policy, torch.tensor([[-4.0], [-1.5]]), torch.tensor(0.25), 0.1)
     loss.sum().backward()
 
     def sigmoid(x):
@@ -166,8 +150,8 @@ def test_the_chosen_paths_own_loss_by_hand():
     rows = torch.tensor([0, 0, 1, 2, 3, 3])  # two pairs of two trajectories
     logprob = torch.tensor([-1.0, -2.0, -4.0, -9.0, -5.0, -7.0], requires_grad=True)
     scores = common.TokenScores(logprob, torch.zeros(6), rows, torch.zeros(6))
-    chosen_nll(scores, 2).sum().backward()
-    assert chosen_nll(scores, 2).tolist() == [1.5, 9.0]
+    loop.chosen_nll(scores, 2).sum().backward()
+    assert loop.chosen_nll(scores, 2).tolist() == [1.5, 9.0]
     assert logprob.grad.tolist() == [-0.5, -0.5, 0, -1, 0, 0]
 
 
@@ -190,7 +174,7 @@ def test_a_step_raises_the_chosen_against_the_rejected(vlm, answers):
             return step_logprobs(common.trajectory_logprobs(own, batch), 4, steps)
 
     before = logprobs("reference").detach()
-    dpo_loss(logprobs("policy"), before, 0.1)[0].mean().backward()
+    loop.dpo_loss(logprobs("policy"), before, 0.1)[0].mean().backward()
     optimizer.step()
     change = (logprobs("policy") - before).detach()
     assert (change[::2] - change[1::2] > 0).all(), change  # chosen, rejected, chosen, ...
@@ -277,7 +261,7 @@ def test_the_likelihood_of_an_answer_by_hand(vlm):
     scored = critics.score_paths(vlm, items_of(image), critic="likelihood", crop=crop, max_tokens=9)
     assert [path["response_score"] for path in scored] == [1.0, 0.0]
     [shown] = common.encode_images(vlm, [crop(image, BOXES[0])])
-    true_answer = answer_trajectory(vlm, "What mark?", shown, "a dot")
+    true_answer = loop.answer_trajectory(vlm, "What mark?", shown, "a dot")
     by_hand = common.trajectory_logprobs(vlm, [true_answer]).logprob.sum().exp().item()
     assert scored[0]["box_score"] == pytest.approx(by_hand, rel=1e-3)
     assert scored[0]["box_score"] != scored[1]["box_score"]
@@ -285,9 +269,9 @@ def test_the_likelihood_of_an_answer_by_hand(vlm):
 
 def test_when_an_answer_is_right():
     for response, answer in ((" A  Dot.", "dot"), ("A", "a"), ("zwölf", "Zwölf!")):
-        assert is_right(response, answer)
+        assert loop.is_right(response, answer)
     for response, answer in (("dots", "dot"), ("a dot or a ring", "a dot"), ("", "a")):
-        assert not is_right(response, answer)
+        assert not loop.is_right(response, answer)
 
 
 # Filter and pairs ---------------------------------------------------------------------------------
