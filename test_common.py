@@ -8,27 +8,7 @@ import timeit
 from dataclasses import replace
 
 import common
-from common import (
-    IVT,
-    IVT_PROMPT,
-    SINGLE_SHOT,
-    advantages,
-    box_complete,
-    box_iou,
-    build_trajectory,
-    denormalize_box,
-    draw_overlay,
-    encode_images,
-    format_box,
-    grpo_loss,
-    iou,
-    mrope_positions,
-    normalize_box,
-    parse_box,
-    reward,
-    rollout,
-    trajectory_logprobs,
-)
+from common import IVT, box_complete, build_trajectory, encode_images, parse_box, rollout
 from tests.small import TEXTS, picture, sampler_gap, vlm
 
 import pytest
@@ -40,26 +20,25 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 # Boxes --------------------------------------------------------------------------------------------
 def test_boxes_are_normalized_by_floor_and_back():
-    assert normalize_box([0, 10.9, 320, 480], 640, 480) == [0, 22, 500, 1000]
-    assert normalize_box([-3, 0, 700, 481], 640, 480) == [0, 0, 1000, 1000]
+    assert common.normalize_box([0, 10.9, 320, 480], 640, 480) == [0, 22, 500, 1000]
+    assert common.normalize_box([-3, 0, 700, 481], 640, 480) == [0, 0, 1000, 1000]
     rng = random.Random(0)
     for _ in range(200):
-        w = rng.randint(1, 4000)
-        h = rng.randint(1, 4000)
-        bbox = [rng.uniform(0, w), rng.uniform(0, h), rng.uniform(0, w), rng.uniform(0, h)]
-        back = denormalize_box(normalize_box(bbox, w, h), w, h)
-        for before, after, size in zip(bbox, back, (w, h, w, h)):
+        sizes = rng.randint(1, 4000), rng.randint(1, 4000)
+        bbox = [rng.uniform(0, size) for size in sizes * 2]
+        back = common.denormalize_box(common.normalize_box(bbox, *sizes), *sizes)
+        for before, after, size in zip(bbox, back, sizes * 2):
             assert 0 <= before - after < size / 1000 + 1e-6
 
 
 def test_iou_by_hand():
-    assert iou([0, 0, 10, 10], [5, 5, 15, 15]) == pytest.approx(25 / 175)
-    assert iou([0, 0, 10, 10], [0, 0, 10, 10]) == 1
-    assert iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0
+    assert common.iou([0, 0, 10, 10], [5, 5, 15, 15]) == pytest.approx(25 / 175)
+    assert common.iou([0, 0, 10, 10], [0, 0, 10, 10]) == 1
+    assert common.iou([0, 0, 10, 10], [10, 0, 20, 10]) == 0
     sample = {"width": 200, "height": 100, "bbox": [0, 0, 100, 50]}
-    assert box_iou([0, 0, 500, 500], sample) == 1
-    assert box_iou([0, 0, 500, 1000], sample) == pytest.approx(0.5)
-    assert box_iou(None, sample) == 0
+    assert common.box_iou([0, 0, 500, 500], sample) == 1
+    assert common.box_iou([0, 0, 500, 1000], sample) == pytest.approx(0.5)
+    assert common.box_iou(None, sample) == 0
 
 
 WHOLE = [1, 2, 30, 40]
@@ -107,7 +86,7 @@ def test_what_is_no_box(text):
 
 
 PIECES = '{}[]()",:.-0123456789ebox_2d <|think>/\n`'
-CUT_SHORT = format_box([1, 2, 3, 4])[:20]
+CUT_SHORT = common.format_box([1, 2, 3, 4])[:20]
 
 
 @settings(max_examples=300, deadline=None)
@@ -143,14 +122,14 @@ def test_a_step_ends_with_its_object():
 
 def test_overlay_pixels():
     image = picture(100, 100)
-    drawn = draw_overlay(image, [200, 300, 600, 700])
+    drawn = common.draw_overlay(image, [200, 300, 600, 700])
     assert drawn.getpixel((20, 30)) == (255, 0, 0)  # the outline
     inside = [0.75 * a + 0.25 * b for a, b in zip(image.getpixel((40, 50)), (255, 0, 0))]
     assert drawn.getpixel((40, 50)) == pytest.approx(inside, abs=2)
     assert drawn.getpixel((80, 50)) == image.getpixel((80, 50))
-    whole = draw_overlay(image, [0, 0, 1000, 1000])  # its outline lies within the image too
+    whole = common.draw_overlay(image, [0, 0, 1000, 1000])  # its outline lies within the image too
     assert {whole.getpixel(at) for at in ((0, 9), (9, 0), (99, 9), (9, 99))} == {(255, 0, 0)}
-    unmarked = draw_overlay(image, None)
+    unmarked = common.draw_overlay(image, None)
     assert unmarked is not image
     assert unmarked.tobytes() == image.tobytes()
 
@@ -164,13 +143,13 @@ def test_positions_equal_the_models_own(vlm):
     token = vlm.base.config.image_token_id
     kinds = (ids == token).int()
     own, _ = vlm.base.model.get_rope_index(ids, kinds, image_grid_thw=grid)  # [3, 1, L]
-    whole, end = mrope_positions(t.ids, images, token)
+    whole, end = common.mrope_positions(t.ids, images, token)
     assert torch.equal(torch.tensor(whole).T, own[:, 0])
     assert end == own.max() + 1
     # A continuation computed from the running offset is the same as the whole
     cut = len(common.prompt_ids(vlm, images[0], "it", IVT))
-    head, offset = mrope_positions(t.ids[:cut], images[:1], token)
-    tail, _ = mrope_positions(t.ids[cut:], images[1:], token, offset)
+    head, offset = common.mrope_positions(t.ids[:cut], images[:1], token)
+    tail, _ = common.mrope_positions(t.ids[cut:], images[1:], token, offset)
     assert head + tail == whole
 
 
@@ -190,7 +169,7 @@ def test_loss_mask_token_by_token(vlm):
         return "".join(f"[{vlm.tokenizer.decode([token])}]" for token in vlm.encode(words))
 
     image = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"
-    prompt = IVT_PROMPT.format(text="the cat")
+    prompt = common.IVT_PROMPT.format(text="the cat")
     user = f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
     instruction = f"\n{image}\nLook.\n"
     assert text == user + bracketed(TEXTS[0]) + instruction + bracketed(TEXTS[1])
@@ -211,15 +190,13 @@ def test_cached_decoding_equals_one_full_pass(vlm):
     lengths = {t.step.count(step) for t in rows for step in range(3)}
     assert len(rows) == 6 and all(len(t.images) == len(t.texts) == 3 for t in rows)
     assert rows[0].ids != rows[1].ids and len(lengths) > 2, lengths
-    scores = trajectory_logprobs(vlm, rows)
+    scores = common.trajectory_logprobs(vlm, rows)
     assert sampler_gap(vlm, rows) < 1e-4  # no mask hides that shorter rows are padded
     assert (scores.entropy > 0).all()
     assert scores.row.tolist() == [i for i, t in enumerate(rows) for _ in t.target]
     assert scores.step.tolist() == [step for t in rows for step in t.step]
     alone = rollout(vlm, images[1:2], texts[1:2], 2, max_tokens=24, seeds=[1], loop=loop, **SAMPLED)
     assert [t.target for t in alone] == [t.target for t in rows[2:4]]  # whatever its batch
-    for t in rows:  # the end of turn is a target, and never enters the context
-        assert vlm.token("<|im_end|>") not in t.ids[t.predictor[0] + 1 :]
 
 
 def test_sampling_takes_seeds(vlm):
@@ -270,11 +247,14 @@ def test_whatever_ends_the_turn_ends_the_step(vlm, monkeypatch):
         assert row.ids[-1] == tokens[2]  # the end is a target, and never enters the context
 
 
-def test_greedy_rollout_equals_generate(vlm):
+def test_a_greedy_single_shot_equals_generate(vlm):
     image = picture(96, 80)
     images = [image, picture(32, 32)]
-    row, _ = rollout(vlm, images, ["the cat", "a dog on a sofa"], 0, max_tokens=12)
-    ids = torch.tensor([common.prompt_ids(vlm, row.images[0], "the cat", IVT)])
+    row, _ = rollout(vlm, images, ["the cat", "a dog"], 0, max_tokens=12, loop=common.SINGLE_SHOT)
+    cut = row.predictor[0] + 1
+    prompt = vlm.tokenizer.decode(row.ids[:cut])
+    assert common.SINGLE_PROMPT.format(text="the cat") in prompt and len(row.boxes) == 1
+    ids = torch.tensor([row.ids[:cut]])
     out = vlm.base.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -283,90 +263,60 @@ def test_greedy_rollout_equals_generate(vlm):
         do_sample=False,
         **vlm.image_processor(images=[image], return_tensors="pt"),
     )
-    assert out[0, ids.shape[1] :].tolist()[: len(row.target)] == row.target
+    assert out[0, cut:].tolist()[: len(row.target)] == row.target
 
 
-def test_the_last_valid_box_is_shown(vlm, monkeypatch):
-    """Step 1 gives a box, step 2 none: step 3 still sees the box of step 1. Before step 1 there is
-    none to be seen, and none is spoken of."""
-    answers = iter([None, [1, 2, 30, 40], None, None])
-    boxes = []
-
-    def feedback(image, box):
-        boxes.append(box)
-        return image
-
-    monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
-    loop = replace(IVT, feedback=feedback)
-    [row] = rollout(vlm, [picture(32, 32)], ["x"], 3, max_tokens=2, loop=loop)
-    assert boxes == [None, [1, 2, 30, 40], [1, 2, 30, 40]]
-    injected = vlm.tokenizer.decode(row.ids).split("<|vision_start|>")[2:]
-    assert [text.count("The red box") for text in injected] == [0, 1, 1]
-    assert common.NO_BOX.format(text="x") in injected[0]
-
-
-def test_sft_sees_what_the_rollout_sees(vlm, monkeypatch):
-    """Step t sees box t - 1, drawn on the original image, in training as in the rollout."""
-    boxes = [[0, 0, 300, 300], [500, 500, 900, 900], [100, 100, 200, 900]]
+def test_the_last_valid_box_is_shown_in_the_rollout_as_in_sft(vlm, monkeypatch):
+    """Drawn on the original image. Step 2 gives no box: step 3 still sees that of step 1. Before
+    step 1 there is none to be seen, and none is spoken of."""
+    boxes = [None, [0, 0, 300, 300], None, [500, 500, 900, 900], None]
     image = picture(48, 64)
     answers = iter(boxes)
     monkeypatch.setattr(common, "parse_box", lambda text: next(answers))
-    [row] = rollout(vlm, [image], ["x"], 2, max_tokens=2)
-    trained = encode_images(vlm, common.feedback_pictures(image, boxes))
-    assert len(row.images) == 3
-    assert not torch.equal(row.images[1].embeds, row.images[2].embeds)
-    for a, b in zip(row.images, trained):
-        assert torch.allclose(a.embeds, b.embeds, atol=1e-5)
+    [row] = rollout(vlm, [image], ["x"], 4, max_tokens=2)
+    drawn = [common.draw_overlay(image, box) for box in (None, None, boxes[1], boxes[1], boxes[3])]
+    for shown in (drawn, common.feedback_pictures(image, boxes)):
+        for a, b in zip(row.images, encode_images(vlm, shown), strict=True):
+            assert torch.allclose(a.embeds, b.embeds, atol=1e-5)
+    injected = vlm.tokenizer.decode(row.ids).split("<|vision_start|>")[2:]
+    assert [text.count("The red box") for text in injected] == [0, 1, 1, 1]
+    assert common.NO_BOX.format(text="x") in injected[0]
 
 
 # Log-probabilities --------------------------------------------------------------------------------
-def test_entropy_and_logprob_by_hand(vlm):
-    image = picture(32, 32)
-    t = build_trajectory(vlm, encode_images(vlm, [image]), "it", TEXTS[:1], IVT)
-    scores = trajectory_logprobs(vlm, [t])
+def test_entropy_logprob_and_their_gradient_by_hand(vlm, monkeypatch):
+    """Of logits that are made a part at a time, against the model's own forward pass."""
+    pictures = [picture(32, 32), picture(48, 64)]
+    t = build_trajectory(vlm, encode_images(vlm, pictures), "it", TEXTS, IVT)
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 7 * vlm.base.lm_head.out_features)
+    weight = vlm.base.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    scores = common.trajectory_logprobs(vlm, [t])
     ids = torch.tensor([t.ids])
     logits = vlm.base(
         input_ids=ids,
         mm_token_type_ids=(ids == vlm.base.config.image_token_id).int(),
-        **vlm.image_processor(images=[image], return_tensors="pt"),
-    ).logits[0]  # [L, V]
-    logits[:, vlm.base.config.image_token_id] = -torch.inf  # never a word
-    p = logits[t.predictor].double().softmax(-1)  # [M, V]
-    by_hand = p[range(len(t.target)), t.target].log()
-    assert torch.allclose(scores.logprob.double(), by_hand, atol=1e-4)
-    assert torch.allclose(scores.entropy.double(), -(p * p.log()).nansum(-1), atol=1e-4)
-
-
-def test_logits_a_part_at_a_time_give_the_same_gradient(vlm, monkeypatch):
-    images = [picture(96, 80), picture(48, 144, 1)]
-    rows = rollout(vlm, images, ["a", "b"], 1, max_tokens=9)
-    weight = vlm.base.model.language_model.norm.weight.requires_grad_(True)
-
-    def gradient():
-        scores = trajectory_logprobs(vlm, rows)
-        (scores.logprob.sum() + scores.entropy.sum()).backward()
-        grad = weight.grad
-        weight.grad = None
-        return torch.cat([scores.logprob, scores.entropy, grad]).detach()
-
-    with monkeypatch.context() as plain:  # all at once, and nothing computed again
-        plain.setattr(common, "checkpoint", lambda f, *args, use_reentrant: f(*args))
-        whole = gradient()
-    vocabulary = vlm.base.config.text_config.vocab_size
-    monkeypatch.setattr(common, "LOGITS_AT_ONCE", 7 * vocabulary)
-    parts = gradient()
+        **vlm.image_processor(images=pictures, return_tensors="pt"),
+    ).logits[0, t.predictor]  # [M, V]
+    logits[:, vlm.base.config.image_token_id] = -1e30  # never a word
+    p = logits.softmax(-1)
+    by_hand = p[range(len(t.target)), t.target].log(), -(p * p.clamp(1e-30).log()).sum(-1)
+    for ours, other in zip((scores.logprob, scores.entropy), by_hand):
+        assert torch.allclose(ours, other, atol=1e-4)
+        gradients = [
+            torch.autograd.grad(v.mean(), weight, retain_graph=True)[0] for v in (ours, other)
+        ]
+        assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
     weight.requires_grad_(False)
-    assert torch.allclose(whole, parts, atol=1e-4)
 
 
 # Reward, advantage and loss -----------------------------------------------------------------------
 def test_reward_and_advantage_by_hand():
     sample = {"width": 100, "height": 100, "bbox": [0, 0, 50, 100]}
     boxes = [None, [0, 0, 1000, 1000], [0, 0, 500, 500]]
-    assert reward(boxes, sample) == pytest.approx(0.5 + 0.1 * 2 / 3)
+    assert common.reward(boxes, sample) == pytest.approx(0.5 + 0.1 * 2 / 3)
     right = [0, 0, 500, 1000]
-    assert reward([right, right, None], sample) == pytest.approx(0.1 * 2 / 3)
-    a = advantages(torch.tensor([[0.0, 1.0, 0.5], [0.3, 0.3, 0.3]]))
+    assert common.reward([right, right, None], sample) == pytest.approx(0.1 * 2 / 3)
+    a = common.advantages(torch.tensor([[0.0, 1.0, 0.5], [0.3, 0.3, 0.3]]))
     deviation = (1 / 6) ** 0.5
     by_hand = torch.tensor([[-0.5, 0.5, 0], [0, 0, 0]]) / (deviation + 1e-4)
     assert torch.allclose(a, by_hand, atol=1e-6)
@@ -375,19 +325,13 @@ def test_reward_and_advantage_by_hand():
 def test_each_term_of_the_grpo_loss_by_hand():
     logprob = torch.tensor([-1.0, -2.0])
     tensors = (torch.tensor([-1.5, -1.0]), torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.25]))
-    loss, policy, kl, entropy = grpo_loss(logprob, *tensors, beta=0.04, entropy_weight=0.01)
+    loss, policy, kl, entropy = common.grpo_loss(logprob, *tensors, beta=0.04, entropy_weight=0.01)
     assert (policy.item(), kl.item(), entropy.item()) == pytest.approx((0.0, 1.5, 0.75))
     assert loss.item() == pytest.approx(0.04 * 1.5 - 0.01 * 0.75)
     e = 2.718281828
-    k3 = grpo_loss(logprob, *tensors, beta=1, entropy_weight=0, kl="k3")[2]
+    k3 = common.grpo_loss(logprob, *tensors, beta=1, entropy_weight=0, kl="k3")[2]
     assert k3.item() == pytest.approx(e**-0.5 + 0.5 - 1 + e - 1 - 1)
     # The gradient of the policy term alone raises what was better than its group
     logprob.requires_grad_(True)
-    grpo_loss(logprob, *tensors, beta=0, entropy_weight=0)[0].backward()
+    common.grpo_loss(logprob, *tensors, beta=0, entropy_weight=0)[0].backward()
     assert logprob.grad.tolist() == [-2.0, 1.0]
-
-
-def test_single_shot_is_the_loop_without_refinement(vlm):
-    [row] = rollout(vlm, [picture(32, 32)], ["x"], 0, max_tokens=3, loop=SINGLE_SHOT)
-    assert len(row.boxes) == len(row.images) == 1
-    assert "Report bbox coordinates" in vlm.tokenizer.decode(row.ids)

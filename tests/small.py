@@ -6,6 +6,7 @@ from toy.model import BASE, make_model
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
@@ -16,6 +17,8 @@ TEXTS = [
 GOOD = dict(
     id="1", source="s", image="a.png", width=20, height=10, expression="x", bbox=[0, 0, 5, 5]
 )
+SPANS = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
+ANY_BOX = st.builds(lambda x, y: [x[0], y[0], x[1], y[1]], SPANS, SPANS)
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # as a camera marks a photo taken upright: a viewer turns it
 

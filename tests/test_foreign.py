@@ -2,12 +2,12 @@
 
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 from support.data.foreign import own_samples
-from tests.small import picture
+from support.data.sources import begin_files
+from tests.small import one_line, picture
 from tests.test_commands import SMALL, lines, run
 
 import pytest
@@ -45,57 +45,49 @@ def test_each_form_is_told_and_read(tmp_path, capsys, form):
     assert capsys.readouterr().out.endswith(f"rows: {form['printed']}\n")
 
 
+def files_of(boxes, taken):
+    """Lines of ours, whose boxes are taken for pixels, or COCO's, for sizes."""
+    if taken == "pixels":
+        return {"s.jsonl": [{**OWN, "id": i, "bbox": box} for i, box in enumerate(boxes)]}
+    named = [{"image_id": 3, "category_id": i, "bbox": box} for i, box in enumerate(boxes)]
+    names = [{"id": i, "name": f"{i}"} for i in range(len(boxes))]
+    images = [{"id": 3, "file_name": "a.png"}]
+    return {"s.json": {"images": images, "categories": names, "annotations": named}}
+
+
 @pytest.mark.parametrize(
-    "boxes, size, units",
+    "boxes, size, taken, units",
     [
-        ([[0.1, 0.2, 0.5, 1.0], [0, 0, 1, 1]], (64, 48), "0..1"),
-        ([[100, 100, 900, 1000], [5, 5, 50, 50]], (1600, 1200), "0..1000"),
-        ([[100, 100, 900, 1000], [5, 5, 50, 50]], (640, 480), "0..1000"),
-        ([[30, 20, 10, 10], [5, 5, 50, 40], [40, 30, 20, 10]], (64, 48), "sizes"),
-        ([[0.3, 0.2, 0.1, 0.1], [0, 0, 1, 1], [0.5, 0.5, 0.2, 0.1]], (64, 48), "sizes-0..1"),
-        ([[1, 2, 30, 40]], (64, 48), None),
-        ([[900, 100, 1300, 400], [1, 2, 3, 4]], (1600, 1200), None),
+        ([[0.1, 0.2, 0.5, 1.0], [0, 0, 1, 1]], (64, 48), "pixels", "0..1"),
+        ([[100, 100, 900, 1000], [5, 5, 50, 50]], (1600, 1200), "pixels", "0..1000"),
+        ([[100, 100, 900, 1000], [5, 5, 50, 50]], (640, 480), "pixels", "0..1000"),
+        ([[30, 20, 10, 10], [5, 5, 50, 40], [40, 30, 20, 10]], (64, 48), "pixels", "sizes"),
+        (
+            [[0.3, 0.2, 0.1, 0.1], [0, 0, 1, 1], [0.5, 0.5, 0.2, 0.1]],
+            (9, 9),
+            "pixels",
+            "sizes-0..1",
+        ),
+        ([[1, 2, 30, 40]], (64, 48), "pixels", None),
+        ([[900, 100, 1300, 400], [1, 2, 3, 4]], (1600, 1200), "pixels", None),
+        ([[30, 20, 60, 40], [5, 5, 50, 40]], (64, 48), "sizes", "pixels"),
+        ([[0.3, 0.2, 0.5, 0.5], [0, 0, 1, 1]], (64, 48), "sizes", "sizes-0..1"),
+        ([[30, 20, 10, 10], [5, 5, 50, 40]], (64, 48), "sizes", None),
     ],
 )
-def test_units_that_look_like_others_are_warned_of(tmp_path, capsys, boxes, size, units):
-    files = {"own.jsonl": [{**OWN, "id": i, "bbox": box} for i, box in enumerate(boxes)]}
+def test_units_that_look_like_others_are_warned_of(tmp_path, capsys, boxes, size, taken, units):
+    files = files_of(boxes, taken)
     try:
         read(tmp_path, {"a.png": size}, files)
     except SystemExit as e:
-        assert "line 1: bbox is" in str(e)
+        assert "1: bbox is" in str(e)
     printed = capsys.readouterr().out
     assert printed.count("warning: ") == bool(units)
     if units:
-        assert f"such as {boxes[0]} of 0, an image of" in printed and f"--boxes {units}" in printed
+        assert re.search(rf"such as {re.escape(str(boxes[0]))} of \S+, an image of", printed)
+        assert f"What settles it: --boxes {units}, or --boxes {taken}," in printed
         assert len(read(tmp_path, {}, files, units)) == len(boxes)
         assert "warning" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "boxes, units",
-    [
-        ([[30, 20, 60, 40], [5, 5, 50, 40]], "pixels"),
-        ([[0.3, 0.2, 0.5, 0.5], [0, 0, 1, 1]], "sizes-0..1"),
-        ([[30, 20, 10, 10], [5, 5, 50, 40]], None),
-    ],
-)
-def test_boxes_of_coco_that_are_no_sizes_are_warned_of(tmp_path, capsys, boxes, units):
-    parts = {"categories": [{"id": i, "name": f"{i}"} for i in (1, 2)]}
-    parts["images"] = [{"id": 3, "file_name": "a.png"}]
-    named = [{"image_id": 3, "category_id": i, "bbox": box} for i, box in enumerate(boxes, 1)]
-    files = {"coco.json": {**parts, "annotations": named}}
-    if not units:
-        assert read(tmp_path, {"a.png": (64, 48)}, files)[0]["bbox"] == [30, 20, 40, 30]
-    else:
-        with (
-            pytest.raises(SystemExit, match="row 1: bbox is")
-            if units == "pixels"
-            else nullcontext()
-        ):
-            read(tmp_path, {"a.png": (64, 48)}, files)
-        assert f"What settles it: --boxes {units}, or --boxes sizes," in capsys.readouterr().out
-        assert len(read(tmp_path, {}, files, units)) == 2
-    assert "warning" not in capsys.readouterr().out
 
 
 def test_boxes_are_what_the_flag_says(tmp_path):
@@ -106,6 +98,8 @@ def test_boxes_are_what_the_flag_says(tmp_path):
     samples = read(tmp_path, {"a.png": (20, 10)}, {"s.jsonl": rows}, "0..1000")
     assert [sample["bbox"] for sample in samples] == [[0, 0, 10, 5], [0, 0, 20, 10]]
     assert not any("units" in sample for sample in samples)
+    args = SimpleNamespace(data=None, images=None, boxes="0..1", skip_bad=False)
+    assert "--boxes is about the files of --data" in one_line(begin_files, args, tmp_path, "a")
 
 
 def test_orientation_that_no_size_settles_is_counted(tmp_path, capsys):
@@ -175,8 +169,6 @@ def test_each_form_goes_through_make_data(tmp_path, boxes):
     assert sorted(row["source"] for row in made) == sorted(["a", *(Path(f).stem for f in files)])
     words = {words for form in forms for words, *_ in form["samples"]}
     assert {row["expression"] for row in made} <= {"x", *words}
-    status, printed = run("make_data.py --boxes 0..1 --out other".split(), tmp_path)
-    assert status == 1 and printed.endswith("--data; give --data FILE, or leave it out\n")
 
 
 @pytest.mark.slow

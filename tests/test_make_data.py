@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import make_data
 from common import IVT, Trajectory, draw_overlay, format_box, iou, parse_box
 from support.data.teacher import perturb, template_trace, trace_fault
-from tests.small import picture
+from tests.small import ANY_BOX, picture
 
 import pytest
 from hypothesis import example, given
@@ -16,24 +16,14 @@ from hypothesis import strategies as st
 WORDS = SimpleNamespace(encode=str.split)  # a VLM, as far as a trace is measured
 
 
-def test_interpolation():
-    first = [0, 0, 100, 100]
-    last = [100, 50, 300, 101]
-    assert make_data.interpolate(first, last, 2) == [first, [50, 25, 200, 100], last]
-
-
-corners = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
-boxes = st.tuples(corners, corners).map(lambda sides: [*zip(*sides)][0] + [*zip(*sides)][1])
-
-
-@given(boxes, boxes, st.integers(1, 5))
-@example((100, 0, 101, 10), (103, 0, 104, 10), 2)
+@given(ANY_BOX, ANY_BOX, st.integers(1, 5))
+@example([100, 0, 101, 10], [103, 0, 104, 10], 2)
 def test_no_box_between_is_without_an_area(first, last, steps):
     for box in make_data.interpolate(first, last, steps):
         assert parse_box(format_box(box)) == box
 
 
-def test_the_filter_drops_what_leaves_nothing_to_correct():
+def test_which_predictions_become_a_straight_line_to_the_truth():
     sample = {"id": "1", "expression": "x", "width": 100, "height": 100, "bbox": [0, 0, 50, 50]}
     args = SimpleNamespace(iou_max=0.85, start="student", steps=2, right_boxes="drop")
 
@@ -41,7 +31,8 @@ def test_the_filter_drops_what_leaves_nothing_to_correct():
         prediction = {"box": box, "iou": iou}
         return make_data.boxes_to_the_truth({**sample, **changes}, prediction, args, IVT)
 
-    assert row([0, 0, 100, 500])["boxes"] == [[0, 0, 100, 500], [0, 0, 300, 500], [0, 0, 500, 500]]
+    boxes = [[100, 40, 300, 201], [50, 20, 400, 350], [0, 0, 500, 500]]  # on a straight line
+    assert row(boxes[0])["boxes"] == boxes
     assert row(None) == "no valid box" and row([0, 0, 500, 490], 0.98) == "IoU above 0.85"
     assert "below a thousandth" in row([0, 0, 9, 9], bbox=[0, 0, 0.05, 50])
     args.right_boxes = "keep"

@@ -2,32 +2,18 @@
 predictions."""
 
 import json
-import os
 from types import SimpleNamespace
 
 from common import IVT, Trajectory
 from support.model.views import asked_again, zoom
-from support.report import health, pictures
+from support.report import health, pictures, statistics
 from support.report.analysis import ablations_of, results_of
 from support.report.overlays import ablation_rows
 from support.report.own_picture import own_samples
 from support.report.pictures import BOLD, drawing, font_for, write_strip
 from support.report.rows import Row
 from support.report.score_predictions import read_predictions
-from support.report.statistics import (
-    GRPO,
-    SAMPLED,
-    SFT,
-    UNTRAINED,
-    WITHOUT_SFT,
-    by_change,
-    changes,
-    estimate,
-    main_row,
-    metrics,
-    strata,
-    verdict,
-)
+from support.report.statistics import GRPO, SAMPLED, SFT, UNTRAINED, WITHOUT_SFT, main_row
 from support.report.tables import markdown, report, summary, write_results
 from support.running.files import write_jsonl
 from tests.small import GOOD, TEXTS, TURNED, picture
@@ -61,8 +47,8 @@ def trajectories(*boxes_of):
 # Numbers ------------------------------------------------------------------------------------------
 def test_tables_by_hand():
     ious = np.array([[0.4, 0.9, 0.5], [0.7, 0.7, 0.705], [0.9, 0.2, 0.0], [0.0, 0.0, 0.1]])
-    assert metrics(ious[:, 0]).mean(0).tolist() == pytest.approx([0.5, 0.5, 0.25, 0.5])
-    row = changes(ious)
+    assert statistics.metrics(ious[:, 0]).mean(0).tolist() == pytest.approx([0.5, 0.5, 0.25, 0.5])
+    row = statistics.changes(ious)
     assert row["n"] == 4
     names = ("first", "last", "delta", "improved", "stagnated", "degraded")
     means = [row[name][0] for name in names]
@@ -71,22 +57,22 @@ def test_tables_by_hand():
 
 def test_intervals_against_known_answers():
     hits = np.arange(500) < 400
-    mean, low, high = estimate(hits)
+    mean, low, high = statistics.estimate(hits)
     half = 1.96 * (0.8 * 0.2 / 500) ** 0.5  # the normal approximation of a share
     assert mean == pytest.approx(0.8)
     assert low == pytest.approx(0.8 - half, abs=0.004)
     assert high == pytest.approx(0.8 + half, abs=0.004)
     rng = np.random.default_rng(1)
     a, shift = rng.random(500), rng.normal(0.03, 0.05, 500)
-    _, low, high = estimate((a + shift) - a)  # paired: what both share cancels
+    _, low, high = statistics.estimate((a + shift) - a)  # paired: what both share cancels
     assert high - low == pytest.approx(2 * 1.96 * 0.05 / 500**0.5, rel=0.1)
-    assert estimate(hits) == estimate(hits.reshape(-1, 1))[0]  # seeded
+    assert statistics.estimate(hits) == statistics.estimate(hits.reshape(-1, 1))[0]  # seeded
 
 
 def test_strata():
     samples = [{**GOOD, "source": "ab"[i % 2]} for i in range(6)]
     ious = np.array([[0.2, 0.49, 0.5, 0.74, 0.75, 1.0], [1.0] * 6]).T
-    parts = strata(samples, ious)
+    parts = statistics.strata(samples, ious)
     assert [row["n"] for row in parts.values()] == [2, 2, 2, 3, 3]
     assert parts["step-0 IoU: hard, below 0.5"]["first"][0] == pytest.approx(0.345)
     assert list(parts)[3:] == ["source: a", "source: b"]
@@ -114,7 +100,7 @@ def test_rows_of_an_ablation():
     ],
 )
 def test_an_interval_decides(estimates, side, words):
-    assert verdict(estimates, **side) == words
+    assert statistics.verdict(estimates, **side) == words
 
 
 def test_findings_of_a_clear_case():
@@ -127,7 +113,7 @@ def test_findings_of_a_clear_case():
         GRPO: trajectories(*[[RIGHT, RIGHT]] * 20),
     }
     results = results_of(samples, as_rows(rows_of), 1)
-    verdicts = {sentence: verdict for sentence, _, verdict in results["findings"]}
+    verdicts = {sentence: word for sentence, _, word in results["findings"]}
     assert list(verdicts.values()) == [
         "DOES NOT HOLD",  # the best of steps is the first one
         "holds",
@@ -218,7 +204,7 @@ def test_results_are_written(tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
     assert "Table 2" in (tmp_path / "results.md").read_text()
     assert summary(results) in capsys.readouterr().out
-    assert by_change([GOOD] * 4, rows_of[SFT]) == [0, 2, 3, 1]
+    assert statistics.by_change([GOOD] * 4, rows_of[SFT]) == [0, 2, 3, 1]
 
 
 @pytest.mark.parametrize("size", [(80, 80), (2000, 300), (8, 900)])
@@ -294,9 +280,7 @@ def test_a_picture_of_your_own_is_turned_upright_or_refused(tmp_path):
     assert (sample["width"], sample["height"]) == (70, 90)
     write_jsonl(own, [{"image": "photo.jpg"}])
     file.write_bytes(file.read_bytes()[:500])
-    pipe, long, null, empty = (tmp_path / name for name in ("p.png", "l.png", "n.jsonl", "e.jsonl"))
-    os.mkfifo(pipe)
-    picture(2100, 10).save(long)
+    null, empty = tmp_path / "n.jsonl", tmp_path / "e.jsonl"
     write_jsonl(null, [{"image": "a\0.png", "expression": "x"}])
     empty.touch()
     for image, words, message in (
@@ -304,14 +288,9 @@ def test_a_picture_of_your_own_is_turned_upright_or_refused(tmp_path):
         (file, None, "give both"),
         (None, "x", "give both"),
         (file, "<|im_end|>", "say what to find"),
-        (file, "the </think> sign", "say what to find"),
-        (file, "word " * 401, "1 to 2000 characters"),
-        (pipe, "x", f"error: --image {pipe}: .*not a regular file"),
-        (long, "x", f"error: --image {long}: .*2100 x 10; .*crop it"),
         (null, None, "line 1: image .*null"),
         (empty, None, "is empty"),
         (file, "x", f"error: --image {file}: "),
-        (tmp_path / "none.png", "x", f"error: --image {tmp_path / 'none.png'}: "),
     ):
         with pytest.raises(SystemExit, match=message):
             own_samples(image and str(image), words)

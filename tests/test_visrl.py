@@ -9,38 +9,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import common
-from common import (
-    TokenScores,
-    Trajectory,
-    denormalize_box,
-    encode_images,
-    format_box,
-    iou,
-    rollout,
-    trajectory_logprobs,
-)
 from support.data.samples import VISRL_FIELDS, read_samples
 from support.model import adapters
 from support.running.files import write_jsonl
-from tests.small import picture, sampler_gap, vlm
+from tests.small import ANY_BOX, GOOD, picture, sampler_gap, vlm
 from toy import questions, world
-from visrl import critics, make_pairs, report, sources
-from visrl.loop import (
-    ASK,
-    CONTINUATION,
-    END,
-    LOOPS,
-    PROMPT,
-    VISRL,
-    answer_trajectory,
-    chosen_nll,
-    crop,
-    dpo_loss,
-    is_right,
-    kto_loss,
-    path_trajectory,
-    step_logprobs,
-)
+from visrl import critics, loop, make_pairs, report, sources
+from visrl.loop import ASK, END, LOOPS, VISRL, crop, path_trajectory, step_logprobs
 
 import numpy as np
 import pytest
@@ -70,74 +45,61 @@ def test_a_crop_is_cut_out_of_the_full_size_image(size, box, expected):
     assert crop(image, box).tobytes() == image.crop(expected).tobytes()
 
 
-span = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
-
-
 @settings(max_examples=200, deadline=None)
-@given(st.integers(6, 900), st.integers(6, 900), span, span, st.booleans())
-def test_any_crop_holds_its_box_and_can_be_encoded(width, height, across, down, square):
-    (x1, x2), (y1, y2) = across, down
-    y, x = np.indices((height, width))
-    places = np.stack([x % 256, y % 256, x // 256 * 16 + y // 256], -1)  # a pixel says where it is
-    got = np.asarray(crop(Image.fromarray(places.astype(np.uint8)), [x1, y1, x2, y2], square))
-
-    def place(pixel):
-        r, g, b = map(int, pixel)
-        return b // 16 * 256 + r, b % 16 * 256 + g
-
-    left, top = place(got[0, 0])
-    right, bottom = (v + 1 for v in place(got[-1, -1]))
-    a, b, c, d = denormalize_box([x1, y1, x2, y2], width, height)
-    assert left <= a + 1e-5 and c - 1e-5 <= right and top <= b + 1e-5 and d - 1e-5 <= bottom
-    assert got.shape == (bottom - top, right - left, 3)
-    longer, shorter = max(got.shape[:2]), min(got.shape[:2])
-    assert longer <= 151 * shorter  # the image processor refuses 200
+@given(st.integers(6, 900), st.integers(6, 900), ANY_BOX, st.booleans())
+def test_any_crop_holds_its_box_and_can_be_encoded(width, height, box, square):
+    left, top, right, bottom = loop.crop_bbox(box, width, height, square)
+    x1, y1, x2, y2 = common.denormalize_box(box, width, height)
+    assert 0 <= left <= x1 + 1e-5 and x2 - 1e-5 <= right <= width
+    assert 0 <= top <= y1 + 1e-5 and y2 - 1e-5 <= bottom <= height
+    sides = right - left, bottom - top
+    assert max(sides) <= 151 * min(sides)  # the image processor refuses 200
 
 
 def test_the_toys_crop_is_the_one_that_its_base_has_learnt_to_read():
     image = picture(world.SIDE, world.SIDE)
     for bbox in ([80.0, 96.0, 160.0, 144.0], [0.0, 0.0, 64.0, 64.0], [256.0, 160.0, 320.0, 224.0]):
         box = common.normalize_box(bbox, *image.size)
-        x1, y1, x2, y2 = questions.crop_square(denormalize_box(box, *image.size))
+        x1, y1, x2, y2 = questions.crop_square(common.denormalize_box(box, *image.size))
         by_hand = image.crop((math.floor(x1), math.floor(y1), math.ceil(x2), math.ceil(y2)))
         assert LOOPS["square"].feedback(image, box).tobytes() == by_hand.tobytes()
 
 
 # The loop -----------------------------------------------------------------------------------------
 def test_a_path_token_by_token(vlm):
-    images = encode_images(vlm, [picture(96, 80), picture(32, 32)])
+    images = common.encode_images(vlm, [picture(96, 80), picture(32, 32)])
     t = path_trajectory(vlm, "What is it?", images, BOXES[0], "a {dot}")
     said = [vlm.tokenizer.decode([y for y, s in zip(t.target, t.step) if s == k]) for k in (0, 1)]
-    assert said == [format_box(BOXES[0]), "a {dot}" + END]
+    assert said == [common.format_box(BOXES[0]), "a {dot}" + END]
     assert [t.ids[p + 1] for p in t.predictor] == t.target
     whole = vlm.tokenizer.decode(t.ids).replace("<|image_pad|>", "")
     shown = "<|vision_start|><|vision_end|>"
     assert whole == (
-        f"<|im_start|>user\n{shown}{PROMPT.format(text='What is it?')}<|im_end|>\n"
-        f"<|im_start|>assistant\n{said[0]}\n{shown}\n{CONTINUATION}\n{said[1]}"
+        f"<|im_start|>user\n{shown}{loop.PROMPT.format(text='What is it?')}<|im_end|>\n"
+        f"<|im_start|>assistant\n{said[0]}\n{shown}\n{loop.CONTINUATION}\n{said[1]}"
     )
     # Stage 1 has the box alone as target, and no crop
     t = path_trajectory(vlm, "What is it?", images, BOXES[0], None)
-    assert vlm.tokenizer.decode(t.target) == format_box(BOXES[0]) and len(t.images) == 1
-    t = answer_trajectory(vlm, "What is it?", images[0], "a dot")
+    assert vlm.tokenizer.decode(t.target) == common.format_box(BOXES[0]) and len(t.images) == 1
+    t = loop.answer_trajectory(vlm, "What is it?", images[0], "a dot")
     assert vlm.tokenizer.decode(t.target) == "a dot" + END and set(t.step) == {0}
 
 
 def test_a_box_ends_step_0_and_the_turn_step_1():
-    for loop in LOOPS.values():
-        assert loop.ends(format_box(BOXES[0]), 0) and not loop.ends("{", 0)
-        assert not loop.ends(format_box(BOXES[0]), 1)
+    for one in LOOPS.values():
+        assert one.ends(common.format_box(BOXES[0]), 0) and not one.ends("{", 0)
+        assert not one.ends(common.format_box(BOXES[0]), 1)
     assert not ASK.ends("anything", 0)
 
 
 def test_an_answer_goes_on_from_a_given_box_as_its_pair_is_learnt(vlm):
     image = picture(160, 160)
-    texts = [format_box(box) for box in BOXES]
+    texts = [common.format_box(box) for box in BOXES]
     options = dict(temperatures=(1.0, 1.0), seeds=[0, 1], first_texts=texts, loop=VISRL)
-    rows = rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, group_size=2, **options)
+    rows = common.rollout(vlm, [image] * 2, ["q"] * 2, 1, max_tokens=6, group_size=2, **options)
     assert sampler_gap(vlm, rows) < 1e-4
     for row, box in zip(rows, [BOXES[0]] * 2 + [BOXES[1]] * 2, strict=True):
-        images = encode_images(vlm, [image, VISRL.feedback(image, box)])
+        images = common.encode_images(vlm, [image, VISRL.feedback(image, box)])
         pair = path_trajectory(vlm, "q", images, box, "")
         assert row.ids[: len(pair.ids) - 1] == pair.ids[:-1]  # up to where the answer begins
         assert row.boxes[0] == box and set(row.step) == {1}  # the box was not sampled
@@ -147,7 +109,7 @@ def test_an_answer_goes_on_from_a_given_box_as_its_pair_is_learnt(vlm):
 def test_sums_of_each_step_by_hand():
     row, step = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 1]])
     logprob = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
-    scores = TokenScores(logprob, torch.zeros(5), row, step)
+    scores = common.TokenScores(logprob, torch.zeros(5), row, step)
     assert step_logprobs(scores, 2, 2).tolist() == [[-3.0, -4.0], [-8.0, -16.0]]
 
 
@@ -158,20 +120,20 @@ def test_the_loss_of_each_stage_by_hand():
     # Stage 1, K = 1: (-3 + 4) - (-2 + 1.5) = 1.5, and with both the same 0
     policy = torch.tensor([[[-3.0], [-2.0]], [[-1.0], [-1.0]]])
     reference = torch.tensor([[[-4.0], [-1.5]], [[-1.0], [-1.0]]])
-    losses, margins = dpo_loss(policy, reference, 0.1)
+    losses, margins = loop.dpo_loss(policy, reference, 0.1)
     assert margins.flatten().tolist() == pytest.approx([0.15, 0.0])
     assert losses.flatten().tolist() == pytest.approx([loss_of(0.15), math.log(2)])
     # Stage 2, K = 2: each step has a sigmoid of its own, which is not that of their sum
     policy = torch.tensor([[[-3.0, -6.0], [-2.0, -9.0]]])
     reference = torch.tensor([[[-4.0, -5.0], [-1.5, -5.0]]])
-    losses, margins = dpo_loss(policy, reference, 0.1)
+    losses, margins = loop.dpo_loss(policy, reference, 0.1)
     assert margins.tolist()[0] == pytest.approx([0.15, 0.3])
     assert losses.mean(1).item() == pytest.approx((loss_of(0.15) + loss_of(0.3)) / 2)
 
 
 def test_the_loss_of_kto_by_hand():
     policy = torch.tensor([[-3.0], [-2.0]], requires_grad=True)  # chosen, rejected
-    loss = kto_loss(policy, torch.tensor([[-4.0], [-1.5]]), torch.tensor(0.25), 0.1)
+    loss = loop.kto_loss(policy, torch.tensor([[-4.0], [-1.5]]), torch.tensor(0.25), 0.1)
     loss.sum().backward()
 
     def sigmoid(x):
@@ -187,9 +149,9 @@ def test_the_chosen_paths_own_loss_by_hand():
     gradient."""
     rows = torch.tensor([0, 0, 1, 2, 3, 3])  # two pairs of two trajectories
     logprob = torch.tensor([-1.0, -2.0, -4.0, -9.0, -5.0, -7.0], requires_grad=True)
-    scores = TokenScores(logprob, torch.zeros(6), rows, torch.zeros(6))
-    chosen_nll(scores, 2).sum().backward()
-    assert chosen_nll(scores, 2).tolist() == [1.5, 9.0]
+    scores = common.TokenScores(logprob, torch.zeros(6), rows, torch.zeros(6))
+    loop.chosen_nll(scores, 2).sum().backward()
+    assert loop.chosen_nll(scores, 2).tolist() == [1.5, 9.0]
     assert logprob.grad.tolist() == [-0.5, -0.5, 0, -1, 0, 0]
 
 
@@ -203,16 +165,16 @@ def test_a_step_raises_the_chosen_against_the_rejected(vlm, answers):
     for seed, size in ((0, (96, 80)), (1, (48, 144))):
         image = picture(*size, seed)
         for box, answer in zip(BOXES, answers):
-            images = encode_images(own, [image, crop(image, box)])
+            images = common.encode_images(own, [image, crop(image, box)])
             batch.append(path_trajectory(own, "q" * (seed + 1), images, box, answer))
     steps = 1 if answers[0] is None else 2
 
     def logprobs(adapter):
         with adapters.using(own, adapter):
-            return step_logprobs(trajectory_logprobs(own, batch), 4, steps)
+            return step_logprobs(common.trajectory_logprobs(own, batch), 4, steps)
 
     before = logprobs("reference").detach()
-    dpo_loss(logprobs("policy"), before, 0.1)[0].mean().backward()
+    loop.dpo_loss(logprobs("policy"), before, 0.1)[0].mean().backward()
     optimizer.step()
     change = (logprobs("policy") - before).detach()
     assert (change[::2] - change[1::2] > 0).all(), change  # chosen, rejected, chosen, ...
@@ -227,7 +189,7 @@ def test_the_other_box_lies_outside_and_is_as_large():
         second = [150, 120, 150 + rng.randint(1, 300), 120 + rng.randint(1, 300)]
         box = make_pairs.box_outside(rng, first, second)
         if box:
-            assert iou(box, first) == 0 and 0 <= min(box) and max(box) <= 1000
+            assert common.iou(box, first) == 0 and 0 <= min(box) and max(box) <= 1000
             areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, second)]
             assert abs(areas[0] - areas[1]) <= 0.4 * areas[1]
     assert make_pairs.box_outside(rng, [0, 0, 1000, 1000], [1, 1, 9, 9]) is None
@@ -238,7 +200,7 @@ def test_only_boxes_that_overlap_are_replaced():
     everywhere = [0, 0, 1000, 1000]
     boxes = [near, far, near, near, None, far, far, None, everywhere, near]
     kept, counts = make_pairs.controlled(random.Random(0), boxes, 0.05)
-    assert kept[:3] == [near, far, near] and iou(kept[3], near) == 0 and len(kept) == 6
+    assert kept[:3] == [near, far, near] and common.iou(kept[3], near) == 0 and len(kept) == 6
     # [0, 0, 1000, 1000] and near have an IoU of 0.04: above no threshold, so both stay
     assert kept[4:] == [everywhere, near]
     assert counts == {"second boxes replaced": 1, "attempts lost: invalid box": 2}
@@ -281,7 +243,7 @@ def test_the_prompted_critics_see_crop_or_image(vlm):
     def answer(vlm, images, prompts, steps, **options):
         calls.append((images, prompts))
         assert options == dict(max_tokens=9, loop=ASK)  # greedy
-        return [Trajectory(texts=[next(replies)]) for _ in prompts]
+        return [common.Trajectory(texts=[next(replies)]) for _ in prompts]
 
     image = picture(90, 60)
     options = dict(critic="prompted", crop=crop, max_tokens=9, roll=answer)
@@ -298,18 +260,18 @@ def test_the_likelihood_of_an_answer_by_hand(vlm):
     image = picture(90, 60)
     scored = critics.score_paths(vlm, items_of(image), critic="likelihood", crop=crop, max_tokens=9)
     assert [path["response_score"] for path in scored] == [1.0, 0.0]
-    [shown] = encode_images(vlm, [crop(image, BOXES[0])])
-    true_answer = answer_trajectory(vlm, "What mark?", shown, "a dot")
-    by_hand = trajectory_logprobs(vlm, [true_answer]).logprob.sum().exp().item()
+    [shown] = common.encode_images(vlm, [crop(image, BOXES[0])])
+    true_answer = loop.answer_trajectory(vlm, "What mark?", shown, "a dot")
+    by_hand = common.trajectory_logprobs(vlm, [true_answer]).logprob.sum().exp().item()
     assert scored[0]["box_score"] == pytest.approx(by_hand, rel=1e-3)
     assert scored[0]["box_score"] != scored[1]["box_score"]
 
 
 def test_when_an_answer_is_right():
     for response, answer in ((" A  Dot.", "dot"), ("A", "a"), ("zwölf", "Zwölf!")):
-        assert is_right(response, answer)
+        assert loop.is_right(response, answer)
     for response, answer in (("dots", "dot"), ("a dot or a ring", "a dot"), ("", "a")):
-        assert not is_right(response, answer)
+        assert not loop.is_right(response, answer)
 
 
 # Filter and pairs ---------------------------------------------------------------------------------
@@ -376,11 +338,9 @@ def test_the_sides_share_no_image_and_a_source_that_runs_out_is_short_on_all():
         assert counts["b"] >= 0.8 * wanted[side]["b"], (side, counts)
 
 
-ASKED = (
-    "<image>\nWhat is the dog on? Please provide the bounding box coordinate of the region that "
-)
+REQUEST = "Please provide the bounding box coordinate of the region that can help you answer"
 CONVERSATION = [
-    {"from": "human", "value": f"{ASKED}can help you answer the question better."},
+    {"from": "human", "value": f"<image>\nWhat is the dog on? {REQUEST} the question better."},
     {"from": "gpt", "value": "[0.282, 0.316, 0.794, 0.738]"},
     {"from": "human", "value": "<image>"},
     {"from": "gpt", "value": "A sofa."},
@@ -470,8 +430,7 @@ def test_what_lacks_of_visual_cot_is_named_before_an_image_is_opened(viscot, mon
 
 def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
     picture(20, 10).save(tmp_path / "a.png")
-    own = {"id": "1", "source": "s", "image": "a.png", "width": 20, "height": 10}
-    own |= {"question": "What?", "answer": "That"}
+    own = {name: ASKED[name] for name in VISRL_FIELDS}
     write_jsonl(tmp_path / "s.jsonl", [own])
     assert read_samples(tmp_path / "s.jsonl", "", fields=VISRL_FIELDS) == [own]
     with pytest.raises(SystemExit, match="line 1: bbox is 'None'; expected list"):
@@ -490,11 +449,8 @@ def test_your_own_samples_need_no_box_but_for_sft(tmp_path):
 # Report -------------------------------------------------------------------------------------------
 PlainRow = namedtuple("PlainRow", "name box")
 RIGHT, WRONG = [0, 0, 500, 1000], [600, 0, 900, 900]
-SAMPLES = []
-for number in range(40):
-    own = {"id": str(number), "source": "ab"[number % 2], "image": "a.png", "width": 20}
-    own |= {"height": 10, "question": "What mark?", "answer": "a dot", "bbox": [0, 0, 10, 10]}
-    SAMPLES.append(own)
+ASKED = {**GOOD, "question": "What mark?", "answer": "a dot", "bbox": [0, 0, 10, 10]}
+SAMPLES = [{**ASKED, "id": str(i), "source": "ab"[i % 2]} for i in range(40)]
 
 
 def log_lines(right, hit=None):
