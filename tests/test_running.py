@@ -225,7 +225,7 @@ def test_a_row_is_played_again_when_what_it_depends_on_changes(tmp_path, monkeyp
 def test_the_first_row_tells_the_time_of_all(tmp_path, monkeypatch, capsys):
     two = [GOOD, {**GOOD, "id": "2"}]
     files.write_jsonl(tmp_path / "data/test.jsonl", two)
-    args = argparse.Namespace(out=tmp_path, restart=False, model="m", batch_size=1)
+    args = argparse.Namespace(out=tmp_path, restart=False, model="m", batch_size=1, max_tokens=120)
     rows = [Row("a", "a", SINGLE_SHOT), Row("b", "b", IVT, 2), Row("c", "c", IVT, 2, "missing")]
     clock = itertools.count(step=60)
     monkeypatch.setattr(files, "time", SimpleNamespace(time=lambda: next(clock)))

@@ -73,7 +73,8 @@ def play_row(args, row, test, work, *flags, rows=(), **more):
     whole = 0
     if row in rows and not loaded:
         left = [other for other in rows[rows.index(row) :] if is_trained(args, other)]
-        tokens = [3 if "<think>" in other.loop.prompt else 1 for other in left]  # about
+        # A step with reasoning is nearly as long as it may be, a bare answer has some 40 tokens
+        tokens = [args.max_tokens if "<think>" in other.loop.prompt else 40 for other in left]
         costs = [n * other.samples * (other.steps + 1) for n, other in zip(tokens, left)]
         whole = sum(costs) / costs[0]
     return resumable(path, test, args.batch_size, row.name, work, whole)
