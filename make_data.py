@@ -150,8 +150,8 @@ if __name__ == "__main__":
     loop = loop_of(args)
     start = time.time()
     data = args.out / "data"
-    if args.teacher_model:
-        check_kind(args.teacher_model, args.quantize)  # now, not when the student is done
+    if args.teacher == "vlm" and args.teacher_model:  # now, not when the student is done
+        check_kind(args.teacher_model, args.quantize, "--teacher-model")
     sources.begin_data(args, data)
 
     # 1. Samples -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
     "--disable-extensions --disable-background-networking --hide-scrollbars"
 ).split()
-DARK = "--dump-dom --allow-file-access-from-files --blink-settings=preferredColorScheme=0"
+DUMP = "--dump-dom --allow-file-access-from-files --blink-settings=preferredColorScheme=0"
 FRAMES = """<meta name="color-scheme" content="light dark"><body><script>
 async function look(address, width, height, scripts) {
   const frame = document.createElement("iframe");
@@ -55,7 +55,7 @@ def look_at(file, address, *views):
     views = [(width, height, [*scripts]) for width, height, scripts in views]
     parts = {"ADDRESS": json.dumps(address), "VIEWS": json.dumps(views).replace("<", "\\u003c")}
     file.write_text(re.sub("ADDRESS|VIEWS", lambda match: parts[match[0]], FRAMES))
-    page = chromium(file.as_uri(), *DARK.split(), "--virtual-time-budget=10000")
+    page = chromium(file.as_uri(), *DUMP.split(), "--virtual-time-budget=10000")
     return json.loads(html.unescape(re.search("<body>(.*)</body>", page, re.S)[1]))
 
 

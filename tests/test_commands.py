@@ -208,8 +208,10 @@ def test_a_mistake_ends_with_one_line(whole, tmp_path, line, words):
 
 def test_a_wrong_teacher_is_refused_before_the_student_plays(tmp_path):
     (tmp_path / "empty").mkdir()
-    status, printed = command("make_data", tmp_path / "run", "--teacher-model", "empty")
-    assert status == 1 and "error: --model empty cannot be loaded" in printed, printed
+    status, printed = command(
+        "make_data", tmp_path / "run", *"--teacher vlm --teacher-model empty".split()
+    )
+    assert status == 1 and "error: --teacher-model empty cannot be loaded" in printed, printed
     assert not (tmp_path / "run/data/student.jsonl").exists()
 
 

@@ -135,8 +135,15 @@ def test_pictures_are_embedded_once(tmp_path):
 def test_a_picture_is_shown_as_the_model_saw_it(tmp_path):
     """A browser would turn a photo that its camera marked as rotated, whatever its annotation."""
     picture(20, 10).save(tmp_path / "turned.jpg", exif=TURNED)
+    picture(20, 10).save(tmp_path / "turned.png", exif=TURNED)
+    picture(20, 10).convert("RGBA").save(tmp_path / "clear.png")
     picture(2000, 1000).save(tmp_path / "large.png")
-    for name, width, shown in (("turned.jpg", 20, (20, 10)), ("large.png", 2000, (512, 256))):
+    for name, width, shown in (
+        ("turned.jpg", 20, (20, 10)),
+        ("turned.png", 20, (20, 10)),
+        ("clear.png", 20, (20, 10)),
+        ("large.png", 2000, (512, 256)),
+    ):
         sample = {**GOOD, "image": name, "width": width, "height": width // 2}
         kind, content = page.embedded(sample, tmp_path).split(",")
         image = Image.open(io.BytesIO(base64.b64decode(content)))
@@ -230,15 +237,15 @@ def test_the_page_in_a_browser(tmp_path):
     write_jsonl(tmp_path / "log/grpo.jsonl", [{"update": 1, "kl": 0.1}])
     page.write_evaluation(tmp_path, args, results, samples, lines_of)
     address = (tmp_path / "report.html").as_uri()
-    whole = {
+    whole = {  # scripts, run in this order -> what they give
         # Sentence, chart and verdicts are on the first screen
         f"{place('#changes', 'top')} < 800": True,
-        "document.querySelector('#changes .strip').textContent.match(/g \\d/g)": [
-            "g 3",
-            "g 0",
-            "g 4",
-            "g 5",
-            "g 1",
+        "document.querySelector('#changes .strip').textContent.match(/thing \\d/g)": [
+            "thing 3",
+            "thing 0",
+            "thing 4",
+            "thing 5",
+            "thing 1",
         ],
         f"[{LISTED}, {SHOWN}]": [6, "thing 0"],
         f"document.querySelectorAll('#changes button')[3].click(), {SHOWN}": "thing 5",

@@ -14,8 +14,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 BASE = Path(__file__).parent / "base"
 WIDTH = 128  # of both halves, in 4 heads of 32
 PATCH = 8  # pixels; a picture of SEEN x SEEN is 12 x 12 patches, 6 x 6 image tokens
-# Words of the world, and of the methods' prompts and traces, which the base has met in no order
-# alone. In a text each is one token.
+# Words of the world, and of the methods' prompts and traces; the latter the base has read in random
+# order alone. In a text each is one token.
 VOCABULARY = (
     "</think> <think> Answer Examine First Here How I Is It JSON Locate Now Repeat Report The Then "
     "Think This What Where Which a about and answer apart are around at bar bars bbox bears black "

@@ -123,10 +123,14 @@ def outline(kind, x1, y1, x2, y2):
         return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     if kind == "triangle":
         return [((x1 + x2) / 2, y1), (x2, y2), (x1, y2)]
-    radius, angle = np.resize((1, 0.45), 10), np.arange(10) * math.pi / 5 - math.pi / 2
-    star = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # [10, 2]
-    star = (star - star.min(0)) / np.ptp(star, 0)  # its box is 0..1
-    return [(x1 + x * (x2 - x1), y1 + y * (y2 - y1)) for x, y in star.tolist()]
+    star = []
+    for i in range(10):
+        radius, angle = (1, 0.45)[i % 2], -math.pi / 2 + i * math.pi / 5
+        star.append((radius * math.cos(angle), radius * math.sin(angle)))
+    left, right = min(p[0] for p in star), max(p[0] for p in star)
+    top, bottom = min(p[1] for p in star), max(p[1] for p in star)
+    w, h = (x2 - x1) / (right - left), (y2 - y1) / (bottom - top)
+    return [(x1 + (x - left) * w, y1 + (y - top) * h) for x, y in star]
 
 
 def draw_mark(draw, mark, x, y, ink):

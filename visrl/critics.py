@@ -5,10 +5,10 @@ or, for an answer, the whole image; never a true box. The paper's prompts are in
 wording here is ours.
 """
 
+import json
 import re
 
 from common import encode_images, rollout, trajectory_logprobs
-from support.running.files import parse
 from visrl.loop import ASK, answer_trajectory, is_right, step_logprobs
 
 import torch
@@ -30,14 +30,16 @@ RESPONSE_CRITIC = (
 def parse_score(text):
     """A critic's reply -> its score in 0..1, or None. JSON, JSON in a fence, or a bare number."""
     fence = re.search(r"```(?:json)?\s*(.*?)```", text, re.S)
-    try:
-        value = parse(fence[1] if fence else text)
-    except ValueError:
-        return None
-    if isinstance(value, dict):
-        value = value.get("score")
-    is_score = type(value) in (int, float) and 0 <= value <= 1  # NaN is in no range
-    return float(value) if is_score else None
+    for candidate in (text, fence and fence[1]):
+        try:
+            value = json.loads(candidate)
+        except (TypeError, ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            value = value.get("score")
+        if type(value) in (int, float) and 0 <= value <= 1:  # NaN is in no range
+            return float(value)
+    return None
 
 
 def prompted_scores(vlm, pictures, prompts, max_tokens, roll):

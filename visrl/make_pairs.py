@@ -7,11 +7,12 @@
 For each question, in five steps, none of which sees a true box:
 
 1. Boxes: the actor, the model trained so far, samples attempts of two boxes.
-2. Diversity controller (Eq. 3): where both overlap, the second becomes a box outside the first.
+2. Diversity controller (Eq. 3): where both overlap (IoU above --iou-max), the second
+   becomes a random box outside the first, of about its area.
 3. Answers: the actor sees each box's crop and samples an answer. Box and answer are a path.
 4. Critics: the model before SFT scores each path's box and answer, knowing the true answer.
 5. Filter (Eq. 4): paths with two high scores win, with two low ones lose; a question without both
-   is too easy or too hard.
+   is too easy or too hard. The chosen path has both highest scores, the rejected one both lowest.
 
 Where the authors' code is weaker than the paper's text, it is the text (visrl/README.md). Ours: an
 attempt with an invalid box, or without room for another, is lost; answers that do not end are no
@@ -155,7 +156,7 @@ if __name__ == "__main__":
             tau = None if args.ablation == "no_controller" else args.iou_max
             rng = random.Random(f"{args.seed} {args.iteration} {sample['id']}")
             kept, counts = controlled(rng, boxes, tau)
-            counts["answers without an end"] = len(kept)  # so far
+            counts["answers without an end"] = len(kept)  # less those that end, below
             rows[sample["id"]] = {"id": sample["id"], "boxes": boxes, "paths": [], "counts": counts}
             paths += [(image, sample, box, seed + n) for n, box in enumerate(kept, 1)]
         if not paths:

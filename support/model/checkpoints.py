@@ -25,7 +25,7 @@ def load_checkpoint(path, restart=False, model=None, optimizer=None):
         (path.with_suffix("") / "adapter_model.safetensors").unlink(missing_ok=True)
     if restart or not path.exists():
         return None
-    with explained(f"{path} is no checkpoint of this code", "move it away, or --restart"):
+    with explained(f"{path} is no checkpoint of this code", "move it away"):
         # A flipped byte, which torch.load passes over: its format is zip, with checksums
         verify(not zipfile.ZipFile(path).testzip(), "damaged")
         # weights_only: a checkpoint is data, and loading it runs no code.

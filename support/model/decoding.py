@@ -139,7 +139,7 @@ def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
     where they can take it, 4-bit ones unpacked where they fit too.
 
     planned: a part is what fits, by `plan`; otherwise it is all. What runs out of memory is played
-    again in halves, at last from 4-bit weights. Parts change rounding alone.
+    again in half of the memory, at last from 4-bit weights. Parts change rounding alone.
     """
     global limit
     options |= dict(group_size=group_size, new_cache=partial(Cache, None, RoomyLayer))
@@ -172,7 +172,7 @@ def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
                 raise
         limit = min(free, size * each + copies * unpacks) / 2
         free_memory()  # what the rollout held is free here, where the exception is no more
-        tqdm.write(f"out of memory with {rows} trajectories at once; half of it from here on")
+        tqdm.write(f"out of memory with {rows} trajectories at once; going on with fewer")
     return made
 
 

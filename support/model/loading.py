@@ -111,19 +111,19 @@ def loading(what, files):
     return explained(f"{what} cannot be loaded", f"look at its {files}, or get it again")
 
 
-def check_kind(name, quantize):
+def check_kind(name, quantize, flag="--model"):
     """Stops unless a folder or hub id is a Qwen3-VL by its config.json, with weights that are not
     quantised otherwise than --quantize says, before its weights are read, or fetched."""
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") != 1):
         example = "Qwen/Qwen3-VL-4B-Instruct"
-        stop(f"--model {name}: no such folder, and not a hub id such as {example}")
-    with loading(f"--model {name}", "config.json"):
+        stop(f"{flag} {name}: no such folder, and not a hub id such as {example}")
+    with loading(f"{flag} {name}", "config.json"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         ready = dict(getattr(config, "quantization_config", None) or {})
     if config.model_type != "qwen3_vl":
-        stop(f"--model {name}: its model_type is {config.model_type}; a qwen3_vl is expected")
+        stop(f"{flag} {name}: its model_type is {config.model_type}; a qwen3_vl is expected")
     if ready and (quantize, ready.get("bnb_4bit_quant_type")) != ("nf4", "nf4"):
-        stop(f"--model {name}: quantised already, not as --quantize {quantize}; give its original")
+        stop(f"{flag} {name}: quantised already, not as --quantize {quantize}; give its original")
 
 
 def check_tokenizer(tokenizer):

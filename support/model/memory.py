@@ -41,7 +41,8 @@ def trained_bytes(vlm):
 
 
 def fitting(vlm, args, attempt, *more):
-    """attempt(rows, *more), where rows is --batch-size, halved until there is the memory."""
+    """attempt(rows, *more), where rows is --batch-size, halved until there is the memory. It begins
+    without gradients, since those of an attempt that failed are dropped."""
     while True:
         try:
             return attempt(args.batch_size, *more)

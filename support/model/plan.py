@@ -27,8 +27,8 @@ def groups_at_once(count, each, free, copies):
     """How many of `count` groups of `each` bytes play together, and whether from unpacked weights
     (`copies` bytes), which decode two to three times as fast (docs/tables/gpu.md)."""
     packed, unpacked = (at_once(count, each, free - taken) for taken in (0, copies))
-    passes = math.ceil(count / unpacked) / math.ceil(count / packed)
-    unpacks = 0 < copies <= free - each and passes <= 2
+    more_passes = math.ceil(count / unpacked) / math.ceil(count / packed)
+    unpacks = 0 < copies <= free - each and more_passes <= 2
     return (unpacked if unpacks else packed), unpacks
 
 
@@ -49,9 +49,9 @@ def widths(vlm):
 
 
 SPARE = 64  # tokens: a cache that is too short is made so much longer than it has to be
-# A patch's bytes in the vision tower for each number of its state. This, LAYER and KEPT below are
+# A patch's bytes in the vision tower for each number of its state. This, LAYER and ACTIVATIONS are
 # fitted to the tensors of random models of many widths, counted as by tests/test_model.py
-PATCH = {2: 38, 4: 44}  # bfloat16, float32
+PATCH_BYTES = {2: 38, 4: 44}  # bfloat16, float32
 
 
 def tower_bytes(vlm, count):
@@ -60,7 +60,7 @@ def tower_bytes(vlm, count):
     number = vlm.base.lm_head.weight.element_size()
     pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     rotary = 8 * vision.hidden_size // vision.num_heads
-    patch = PATCH[number] * vision.hidden_size + number * pixels + rotary
+    patch = PATCH_BYTES[number] * vision.hidden_size + number * pixels + rotary
     return count * vision.spatial_merge_size**2 * patch
 
 
@@ -90,13 +90,15 @@ def rollout_bytes(vlm, images, texts, steps, *, max_tokens, group_size=1, loop=I
     tower = tower_bytes(vlm, count)
     written = math.ceil(max_tokens / (SPARE + 1)) * (SPARE + 1) - 1  # what a step adds to a cache
     last = length - max_tokens  # tokens before the last step
-    prompt = max(tower, (first + SPARE) * cache + shown + pass_bytes(vlm, first, first))
-    # Of each trajectory, while a step is written: half a layer is there twice when it grows
-    peaks = [(last + written) * cache * (1 + 0.5 / layers) + 16 * vlm.base.lm_head.out_features]
+    prompt_peak = max(tower, (first + SPARE) * cache + shown + pass_bytes(vlm, first, first))
+    # Of each trajectory. While a step is written half a layer is there twice when it grows, and
+    # logits, and what a token is drawn by, in float32
+    logits = 16 * vlm.base.lm_head.out_features
+    peaks = [(last + written) * cache * (1 + 0.5 / layers) + logits]
     if steps:
         peaks.append((last - piece - max_tokens + written) * cache + tower)
         peaks.append((last + SPARE) * cache + shown + pass_bytes(vlm, piece, last))
-    group = math.ceil(max(prompt, group_size * max(peaks)))
+    group = math.ceil(max(prompt_peak, group_size * max(peaks)))
     return length, length * cache, (1 + group_size * steps) * shown, group
 
 
@@ -104,14 +106,14 @@ def rollout_bytes(vlm, images, texts, steps, *, max_tokens, group_size=1, loop=I
 # what the forward pass alone leaves there without checkpointing: for each number of the states, the
 # MLP, the queries and the keys. Logits, in parts, are not counted: 0.1 GiB
 LAYER = {2: (43, 14, 13, 9), 4: (21, 24, 13, 13)}  # bfloat16, float32
-KEPT = {2: (28, 10, 13, 9), 4: (16, 16, 13, 13)}
+ACTIVATIONS = {2: (28, 10, 13, 9), 4: (16, 16, 13, 13)}
 
 
 def training_bytes(vlm, tokens):
     """What a forward and backward pass over so many tokens takes beside weights and pictures."""
     number, layers, *wide = widths(vlm)
     layer = sum(size * width for size, width in zip(LAYER[number], wide))
-    kept = sum(size * width for size, width in zip(KEPT[number], wide))
+    kept = sum(size * width for size, width in zip(ACTIVATIONS[number], wide))
     states = number * wide[0]  # between two layers
     if vlm.checkpointing:
         return tokens * (layers * states + layer)
