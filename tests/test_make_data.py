@@ -37,6 +37,8 @@ def test_which_predictions_become_a_straight_line_to_the_truth():
     assert "below a thousandth" in row([0, 0, 9, 9], bbox=[0, 0, 0.05, 50])
     args.right_boxes = "keep"
     assert row([0, 0, 500, 490], 0.98)["boxes"] == [[0, 0, 500, 490]]
+    args.start, args.seed = "perturbed", 0  # from the truth: a box of the student is not needed
+    assert row(None)["boxes"][2] == [0, 0, 500, 500]
 
 
 def test_perturbed_boxes_keep_to_the_filter():

@@ -156,7 +156,7 @@ def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
         rows = size * group_size
         if planned and (steps, group_size) not in told:
             told.add((steps, group_size))
-            what = f"{rows * cache / 2**30:.1f} GiB of cache, {free / 2**30:.1f} free"
+            what = f"{rows * cache / 2**30:.1f} GiB of cache, {free / 2**30:.1f} to use"
             what += "; weights unpacked" * unpacks
             tqdm.write(f"rollout: {rows} trajectories x {length:,} tokens, {what}")
         part = slice(done, done + size)

@@ -33,7 +33,7 @@ def probe(vlm, trajectories, sample, kept):
         memory = f": peak {peak:.1f} of {whole:.1f} GiB"
     longest = max(len(t.ids) for t in trajectories)
     size = f"{len(trajectories)} x {longest} tokens"
-    print(f"largest batch, forward and backward, {size}{memory}")
+    print(f"largest batch fits: forward and backward, {size}{memory}")
 
 
 def trained_bytes(vlm):
