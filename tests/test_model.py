@@ -630,10 +630,14 @@ def test_the_probe_takes_what_is_largest_after_the_reduction(vlm, tmp_path, monk
     assert probed[3:] == ["small"] * 3
     del rows[2]["boxes"]
     assert re.search(r"forward and backward, 3 x \d+ tokens", capsys.readouterr().out)
-    args.batch_size, args.val_prompts = 2, 8
+    args.batch_size, args.val_prompts, args.engine, args.prompts_at_once = 2, 8, "plain", 0
+    monkeypatch.setattr(decoding, "told", set())
     memory.try_largest_rollout(vlm, rows, args, tmp_path, IVT)
     weight.requires_grad_(False)
-    count = int(re.search(r"2 x (\d+) tokens", capsys.readouterr().out)[1])
+    printed = capsys.readouterr().out
+    count = int(re.search(r"2 x (\d+) tokens", printed)[1])
+    planned = re.findall(r"rollout: (\d+) trajectories x (\d+) tokens", printed)
+    assert planned == [("8", str(count)), ("24", str(count))]  # of validations, of an update
     assert count > 3 * (64 + 7)
     assert errors.at_work == rows[:1]
     image = encode_images(vlm, [load_image(rows[0], tmp_path)])

@@ -134,12 +134,13 @@ limit = float("inf")  # bytes: half of what has run out of memory
 told = set()  # (T, N) of rollouts whose plan was printed
 
 
-def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
+def play(vlm, images, texts, steps, *, group_size=1, planned=False, dry=False, **options):
     """`rollout` in parts that fit, with the weights as decoding likes them: LoRA a part of them
     where they can take it, 4-bit ones unpacked where they fit too.
 
     planned: a part is what fits, by `plan`; otherwise it is all. What runs out of memory is played
-    again in half of the memory, at last from 4-bit weights. Parts change rounding alone.
+    again in half of the memory, at last from 4-bit weights. Parts change rounding alone. dry: the
+    plan is printed, which it is once for each (T, N), and nothing is played.
     """
     global limit
     options |= dict(group_size=group_size, new_cache=partial(Cache, None, RoomyLayer))
@@ -159,6 +160,8 @@ def play(vlm, images, texts, steps, *, group_size=1, planned=False, **options):
             what = f"{rows * cache / 2**30:.1f} GiB of cache, {free / 2**30:.1f} to use"
             what += "; weights unpacked" * unpacks
             tqdm.write(f"rollout: {rows} trajectories x {length:,} tokens, {what}")
+        if dry:
+            return []
         part = slice(done, done + size)
         own = {key: values[part] for key, values in lists.items()}
         try:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from common import build_trajectory, encode_images, trajectory_logprobs
 from support.data.samples import load_image
 from support.model import plan
+from support.model.decoding import play
 from support.model.loading import free_memory
 from support.running.errors import out_of_memory, working_on
 from support.running.processes import WORLD, device
@@ -74,7 +75,8 @@ def try_largest(vlm, rows, examples, args, kept=None):
 
 def try_largest_rollout(vlm, samples, args, data, loop):
     """`probe` of what the rollout may sample at most: the largest image, all steps full. Without a
-    --batch-size it is what fits, by `plan`.
+    --batch-size it is what fits, by `plan`. Without --prompts-at-once the plans of the validations'
+    rollouts and of an update's are printed too.
 
     data: the folder that the samples' images are relative to.
     """
@@ -97,6 +99,12 @@ def try_largest_rollout(vlm, samples, args, data, loop):
     free = plan.free_bytes() - kept - 3 * trained_bytes(vlm)  # and gradients
     args.batch_size = args.batch_size or plan.at_once(prompts * args.group_size, each, free)
     fitting(vlm, args, lambda rows: probe(vlm, [trajectory] * rows, largest, kept))
+    if args.engine == "plain" and not args.prompts_at_once:
+        image, options = load_image(largest, data), dict(max_tokens=args.max_tokens, loop=loop)
+        validated = max(1, min(64, args.val_prompts // WORLD))
+        for count, group in ((validated, 1), (prompts, args.group_size)):
+            asked = [image] * count, [largest["expression"]] * count, args.steps
+            play(vlm, *asked, group_size=group, planned=True, dry=True, **options)
 
 
 KEPT_BYTES = 2**30
