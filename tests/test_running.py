@@ -1,6 +1,7 @@
 """Flags, files, Ctrl-C, memory: what a run does when something is not right."""
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -274,6 +275,8 @@ def test_ctrl_c_while_libraries_load_says_nothing(tmp_path):
 def test_variables_of_other_launchers_are_no_traceback(monkeypatch):
     monkeypatch.setattr(processes, "WORLD", 2)  # as a cluster sets it, and no MASTER_ADDR
     assert "start them with torchrun" in one_line(processes.start_processes)
+    monkeypatch.setenv("RANK", "x")
+    assert "RANK or WORLD_SIZE is no number" in one_line(importlib.reload, processes)
 
 
 def test_ctrl_c_waits_for_the_batch_and_a_second_one_ends_at_once(monkeypatch):
